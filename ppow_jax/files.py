@@ -1,0 +1,39 @@
+"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one."""
+
+import os
+import pathlib
+import tempfile
+
+from ppow_jax.errors import UserError
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replaces the file at `path` by `content` (text is written as UTF-8) in one step."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_directory(path: str | os.PathLike) -> pathlib.Path:
+    """Creates the directory at `path` where it is missing, and returns its absolute path.
+
+    Raises:
+      UserError: it cannot be created, or cannot be written to.
+    """
+    directory = pathlib.Path(path).expanduser().absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{directory}: must be a directory that can be written to ({error.strerror})"
+        ) from None
+    return directory

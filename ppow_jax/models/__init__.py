@@ -1,0 +1,1 @@
+"""Pure functions over parameter pytrees: the frozen target and the EAGLE-3 drafter."""

@@ -1,0 +1,1 @@
+"""Propose, verify, accept, generate: decoding as pure functions over fixed shapes."""

@@ -1,0 +1,1 @@
+"""Data, rollouts, optimisation steps and the training loop."""

@@ -1,0 +1,228 @@
+"""Checkpoints that survive kills and tell damage, on top of Orbax.
+
+Orbax writes to a temporary folder and renames it when it is whole, so a kill leaves the last good checkpoint.
+It does not notice changed bytes within an array: a checksum per array is kept and compared on restore.
+"""
+
+import json
+import logging
+import os
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ppow_jax.errors import UserError
+from ppow_jax.files import writable_directory
+
+logger = logging.getLogger(__name__)
+
+
+class _Damaged(Exception):
+    """A checkpoint that cannot be read, or does not hold what was saved."""
+
+
+class Checkpoints:
+    """The last `keep` checkpoints in one directory, one folder per step."""
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 3):
+        """Opens or creates the directory, and clears what a kill left half-written.
+
+        Raises:
+          UserError: the directory cannot be written to.
+        """
+        self.directory = writable_directory(directory)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are saved, ascending."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, extra: dict[str, Any] | None = None) -> None:
+        """Starts saving, and returns once `state` may be donated.
+
+        Args:
+          step: greater than every saved step (the same step again does nothing).
+          state: pytree of arrays.
+          extra: anything that JSON holds (position in the data, scores, ...).
+        """
+        steps = self.steps
+        if steps and step == steps[-1]:
+            return
+        payload = json.dumps({"extra": extra or {}, "leaves": _describe(state, with_checksums=True)})
+        seal = {"payload": payload, "checksum": zlib.crc32(payload.encode())}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(seal))
+        if not self._manager.save(step, args=items):
+            raise ValueError(f"step {step} does not come after the saved steps {steps}")
+
+    def read_extra(self, step: int) -> dict[str, Any]:
+        """The `extra` of a saved step, without its arrays; raises UserError if it is damaged."""
+        try:
+            return self._payload(step)["extra"]
+        except _Damaged as error:
+            raise UserError(f"{self.directory / str(step)}: checkpoint is damaged ({error})") from None
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest whole checkpoint as (step, state, extra); None if none was ever saved.
+
+        A damaged one is named in a warning, set aside as `STEP.damaged`, and the one before is taken.
+
+        Args:
+          abstract_state: pytree of `jax.ShapeDtypeStruct` (as `jax.eval_shape` gives it) or arrays; shardings
+            that it carries are honoured, and the first device is used otherwise.
+
+        Raises:
+          UserError: every checkpoint is damaged, or the newest holds a state of another shape.
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps):
+            try:
+                state, extra = self._restore(step, abstract_state)
+            except _Damaged as error:
+                damaged.append(f"{self.directory / str(step)} ({error})")
+                continue
+            for place in damaged:
+                logger.warning("checkpoint %s is damaged; going on from step %d", place, step)
+            self._set_aside(after=step)
+            return step, state, extra
+        if damaged:
+            raise UserError(
+                f"{self.directory}: every checkpoint is damaged: {'; '.join(damaged)}. "
+                "Put a copy back, or remove the folder to start again"
+            )
+        return None
+
+    def _payload(self, step: int) -> dict[str, Any]:
+        try:
+            seal = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())).extra
+            if zlib.crc32(seal["payload"].encode()) != seal["checksum"]:
+                raise _Damaged("its description was changed")
+            return json.loads(seal["payload"])
+        except (MemoryError, _Damaged):
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise _Damaged(_first_line(error)) from error
+
+    def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        payload = self._payload(step)
+        leaves = [leaf[:3] for leaf in payload["leaves"]]
+        if leaves != (wanted := _describe(abstract_state)):
+            there = next((leaf for leaf in leaves if leaf not in wanted), "nothing more")
+            here = next((leaf for leaf in wanted if leaf not in leaves), "nothing more")
+            raise UserError(
+                f"{self.directory / str(step)}: holds another state: {there} there, {here} here; "
+                "repeat the run with its own settings, or use another --workdir"
+            )
+        target = jax.tree.map(_with_sharding, abstract_state)
+        try:
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            state = self._manager.restore(step, args=items).state
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _Damaged(_first_line(error)) from error
+        for saved, read in zip(payload["leaves"], _describe(state, with_checksums=True), strict=True):
+            if None not in (saved[3], read[3]) and saved != read:
+                raise _Damaged(f"{saved[0]} was changed")
+        return state, payload["extra"]
+
+    def _set_aside(self, after: int) -> None:
+        """Renames the folders of later steps, which proved damaged, out of Orbax's sight."""
+        for step in [step for step in self.steps if step > after]:
+            folder = self.directory / str(step)
+            number = len(list(self.directory.glob(f"{step}.damaged*")))
+            folder.rename(folder.with_name(f"{step}.damaged" + (f"{number}" if number else "")))
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Returns when what `save` started is on disk; raises what went wrong there."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and frees the threads."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Best:
+    """The state with the highest score so far (and the one before it, should it be damaged)."""
+
+    def __init__(self, directory: str | os.PathLike):
+        """Opens or creates the directory; raises UserError if it cannot be written to."""
+        self._checkpoints = Checkpoints(directory, keep=2)
+        self.step: int | None = None
+        self.score = -float("inf")
+        for number in reversed(steps := self._checkpoints.steps):
+            try:
+                kept = self._checkpoints.read_extra(number)
+            except UserError as error:
+                if number == steps[0]:
+                    raise
+                logger.warning("%s; taking the one before", error)
+            else:
+                self.step, self.score = kept["step"], kept["score"]
+                break
+
+    def offer(self, step: int, score: float, state: Any, extra: dict[str, Any] | None = None) -> bool:
+        """Saves `state` if `score` is above all before; returns whether it did."""
+        if not score > self.score:
+            return False
+        # Folders are numbered by rank, not by step: after a resume steps may come a second time.
+        number = max(self._checkpoints.steps, default=0) + 1
+        self._checkpoints.save(number, state, {"step": step, "score": float(score), "extra": extra or {}})
+        self.step, self.score = step, float(score)
+        return True
+
+    def restore(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The best as (step, state, extra), or None; raises as `Checkpoints.restore_latest`."""
+        found = self._checkpoints.restore_latest(abstract_state)
+        if found is None:
+            return None
+        _, state, kept = found
+        self.step, self.score = kept["step"], kept["score"]
+        return kept["step"], state, kept["extra"]
+
+    def close(self) -> None:
+        """Waits for the last save, and frees the threads."""
+        self._checkpoints.close()
+
+    def __enter__(self) -> "Best":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _describe(state: Any, with_checksums: bool = False) -> list[list[Any]]:
+    """[path, dtype, shape] of every leaf, and its CRC-32 (None if other processes hold a part of it)."""
+    described = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        description = [jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape)]
+        described.append([*description, _checksum(leaf)] if with_checksums else description)
+    return described
+
+
+def _checksum(leaf: jax.Array | np.ndarray) -> int | None:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return None
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"

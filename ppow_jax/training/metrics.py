@@ -1,0 +1,133 @@
+"""Metrics of a run: exact means, and one JSON line per step that survives kills and resumes."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax.files import writable_directory, write_atomic
+
+_RESERVED = ("step", "stage", "time")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or other metric became nan or infinite."""
+
+
+class Mean(NamedTuple):
+    """A mean as sum and weight (number of values), both scalars: parts add up exactly."""
+
+    total: jax.Array | float
+    weight: jax.Array | float
+
+    @classmethod
+    def of(cls, values: jax.Array, mask: jax.Array | None = None) -> "Mean":
+        """The mean of `values` where `mask` (same shape) is true; what lies past the mask does not count."""
+        if mask is None:
+            return cls(jnp.sum(values, dtype=jnp.float32), jnp.float32(values.size))
+        mask = mask.astype(bool)
+        return cls(jnp.sum(jnp.where(mask, values, 0), dtype=jnp.float32), jnp.sum(mask, dtype=jnp.float32))
+
+    def __add__(self, other: "Mean") -> "Mean":  # type: ignore[override]
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    @property
+    def value(self) -> jax.Array:
+        """The mean; 0 where nothing was counted."""
+        return self.total / jnp.where(self.weight == 0, 1.0, self.weight)
+
+
+def to_python(value: Any) -> Any:
+    """A metric (Mean, array of any shape, number) as float, int, text or nested lists of them."""
+    if isinstance(value, Mean):
+        value = value.value
+    return value if isinstance(value, str) or value is None else np.asarray(value).tolist()
+
+
+def require_finite(step: int, metrics: Mapping[str, Any]) -> None:
+    """Raises NonFiniteError that names the step and every metric that is nan or infinite."""
+    bad = [
+        f"{name} is {value}"
+        for name, value in ((name, to_python(value)) for name, value in metrics.items())
+        if not (isinstance(value, str) or value is None or np.all(np.isfinite(value)))
+    ]
+    if bad:
+        raise NonFiniteError(f"step {step}: {', '.join(bad)}")
+
+
+class MetricsWriter:
+    """Appends rows to WORKDIR/metrics.jsonl, each line whole when `write` returns.
+
+    A row is `{"step": 10, "stage": "ppow", "time": 1750000000.0, "loss": 0.5, ...}`, where time is in seconds
+    since 1970. Numbers that JSON lacks are written as "nan", "inf", "-inf"; `read_metrics` turns them back.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, name: str = "metrics.jsonl"):
+        """Opens the file; half a line that a kill left at its end is cut off.
+
+        Raises:
+          UserError: the directory cannot be written to.
+        """
+        self.path = writable_directory(workdir) / name
+        if self.path.exists():
+            _cut_torn_line(self.path)
+        self._file = open(self.path, "a", buffering=1, encoding="utf-8")
+
+    def resume(self, stage: str, step: int) -> None:
+        """Drops the rows of `stage` past `step`: a run resumed from there writes them again."""
+        rows = _rows(self.path)
+        kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
+        if len(kept) < len(rows):
+            self._file.close()
+            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = open(self.path, "a", buffering=1, encoding="utf-8")
+
+    def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
+        """Appends one row; `metrics` maps names to what `to_python` takes."""
+        if clash := set(metrics) & set(_RESERVED):
+            raise ValueError(f"metrics may not be named {sorted(clash)}")
+        row = {"step": int(step), "stage": stage, "time": round(time.time(), 3)}
+        row |= {name: _encode(to_python(value)) for name, value in metrics.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a metrics file, in order; half a line at the end is left out."""
+    return [{name: _decode(value) for name, value in row.items()} for row in _rows(pathlib.Path(path))]
+
+
+def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _cut_torn_line(path: pathlib.Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_encode(part) for part in value]
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(part) for part in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value

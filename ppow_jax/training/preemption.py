@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM ask a run to save and stop, instead of killing it."""
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+EXIT_SIGINT = 128 + signal.SIGINT  # 130
+EXIT_SIGTERM = 128 + signal.SIGTERM  # 143
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignal:
+    """Within `with StopSignal() as stop:`, the first SIGINT or SIGTERM only sets `stop.requested`.
+
+    The loop looks at it between two steps, saves, and leaves with `stop.exit_code`. A second signal raises
+    KeyboardInterrupt. The former handlers return at the end. Outside the main thread, where Python allows no
+    handlers, it never fires.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._former: dict[int, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self.signum != 0
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells have it; 0 if none came."""
+        return 128 + self.signum if self.requested else 0
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._former = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._former.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
+        self._former = {}
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.signum = signum
+        logger.warning("%s: saving, then stopping (again to stop at once)", signal.Signals(signum).name)

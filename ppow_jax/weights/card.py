@@ -1,0 +1,108 @@
+"""The model card of an exported drafter: README.md with what it is for, what it measured, how to load it."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ppow_jax.weights.huggingface import replace_files
+
+# Heading -> cell of a result row of the evaluation.
+_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "benchmark": lambda row: _text(row.get("benchmark")),
+    "mode": lambda row: _text(row.get("mode")),
+    "temperature": lambda row: _text(row.get("temperature")),
+    "batch": lambda row: _text(row.get("batch_size")),
+    "window": lambda row: _text(row.get("window")),
+    "tau": lambda row: _number(row.get("tau"), 2),
+    "speedup": lambda row: _number(row.get("speedup"), 2),
+    "token/s": lambda row: _number(row.get("tokens_per_second"), 1),
+    "plain token/s": lambda row: _number(row.get("baseline_tokens_per_second"), 1),
+    "identical / total": lambda row: f"{_text(row.get('identical'))} / {_text(row.get('total'))}",
+    "acceptance by position": lambda row: " ".join(
+        _number(value, 2) for value in row.get("acceptance_by_position") or []
+    ),
+}
+
+_LOADING = """\
+## How to load it
+
+`DRAFTER` stands for this directory. With this project:
+
+```
+python -m experiments.generate --target={target} --drafter=DRAFTER --window={window} --prompt="Hello"
+```
+
+The files have the flat EAGLE-3 layout, without an embedding: the target's is used. With vLLM:
+
+```
+vllm serve {target} --speculative-config \\
+  '{{"method": "eagle3", "model": "DRAFTER", "num_speculative_tokens": {window}}}'
+```
+
+With SGLang:
+
+```
+python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 \\
+  --speculative-draft-model-path DRAFTER --speculative-num-steps {window} \\
+  --speculative-eagle-topk 1 --speculative-num-draft-tokens {steps}
+```
+"""
+
+
+def write_card(
+    directory: str | Path,
+    *,
+    title: str,
+    target: str,
+    figures: Sequence[Mapping[str, Any]],
+    command: str,
+    notes: str = "",
+) -> None:
+    """Writes README.md, with the front matter that the Hugging Face hub reads.
+
+    Args:
+      target: the model that the drafter speeds up; a hub name ("owner/model") also becomes its `base_model`.
+      figures: result rows of the evaluation; absent values are shown as a dash.
+      command: the command that made the drafter.
+      notes: Markdown, put between the figures and the command: data, device, caveats.
+
+    Raises:
+      UserError: if the directory cannot be written.
+    """
+    front = ["license: apache-2.0", "tags:", "- eagle3", "- speculative-decoding"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", target):
+        front.append(f"base_model: {json.dumps(target)}")
+    window = max((int(row["window"]) for row in figures if row.get("window")), default=4)
+    parts = [
+        "\n".join(["---", *front, "---"]),
+        f"# {title}",
+        f"An EAGLE-3 drafter for speculative decoding with `{target}`. It does not change what the target"
+        " says, only how fast: every drafted token is verified by the target.",
+        "## Figures",
+        _table(figures) if figures else "Not measured yet.",
+        "tau is the mean number of tokens gained per verification, with the bonus token (plain decoding: 1)."
+        " The speedup is over plain decoding in the same program and run. Acceptance is conditional: of the"
+        " tokens drafted at a position whose predecessors were all accepted.",
+        notes.strip(),
+        f"## How it was made\n\n```\n{command.strip()}\n```",
+        _LOADING.format(target=target, window=window, steps=window + 1),
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    replace_files(directory, {"README.md": lambda path: path.write_text(text, encoding="utf-8")})
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [list(_COLUMNS), ["---"] * len(_COLUMNS)]
+    lines += [[cell(row) for cell in _COLUMNS.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _text(value: Any) -> str:
+    """A table cell: no bar and no line break may end it early."""
+    return "–" if value is None else " ".join(str(value).replace("|", "\\|").split())

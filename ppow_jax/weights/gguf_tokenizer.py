@@ -1,0 +1,74 @@
+"""The tokenizer and chat template that a GGUF file carries, without torch (transformers' own reader needs it)."""
+
+from pathlib import Path
+
+import gguf
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ppow_jax.errors import UserError
+
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _split(pattern: str):
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), _BYTES])
+
+
+# How text is cut before byte-level BPE, by GGUF's name for it (`tokenizer.ggml.pre`).
+_PRE_TOKENIZERS = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": lambda: _split(_LLAMA3),
+    "qwen2": lambda: _split(_QWEN2),
+}
+_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Builds a transformers tokenizer, chat template included, from a GGUF file's metadata.
+
+    Raises UserError for a tokenizer that is not byte-level BPE or has an unknown pre-tokenizer.
+    """
+    reader = gguf.GGUFReader(path)
+
+    def get(key, default=None):
+        field = reader.get_field(f"tokenizer.ggml.{key}")
+        return default if field is None else field.contents()
+
+    model, pre = get("model"), get("pre", "gpt-2")
+    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+        raise UserError(
+            f"{path}: tokenizer {model!r} with pre-tokenizer {pre!r} is not supported "
+            f"(supported: 'gpt2' with {sorted(_PRE_TOKENIZERS)}); name another with --tokenizer"
+        )
+    tokens, types = get("tokens"), get("token_type")
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=True) if k == kind]
+        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
+
+    def name(key):
+        index = get(f"{key}_token_id")
+        return None if index is None else tokens[index]
+
+    template = reader.get_field("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=name("bos"),
+        eos_token=name("eos"),
+        unk_token=name("unknown"),
+        pad_token=name("padding"),
+        chat_template=template.contents() if template else None,
+        clean_up_tokenization_spaces=False,
+    )

