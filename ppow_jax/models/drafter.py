@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models.config import DrafterConfig
-from ppow_jax.models.layers import KV, Keys, heads, linear, linear_bf16, rms_norm, rope, rotation, scores, swiglu, weighted_values
+from ppow_jax.models.layers import KV, Keys, heads, linear, linear_bf16, query_blocks, rms_norm, rope, rotation, scores, swiglu, weighted_values
 
 Array = jax.Array
 
@@ -99,7 +99,15 @@ def step(
 
 
 def _attend(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: tuple) -> Array:
-    """Joint softmax over the prefix blocks and the window's own chain, the blocks never laid side by side."""
+    """Joint softmax over the prefix blocks and the window's own chain: [B, M, H*d]."""
+    outs = []
+    for rows in query_blocks(q_BxMxHxd.shape[1]):
+        blocks = [Keys(kv, mask_BxMxL[:, rows]) for kv, mask_BxMxL in prefix]
+        outs.append(_attend_block(q_BxMxHxd[:, rows], blocks, [(k[:, rows], v[:, rows]) for k, v in chain]))
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+
+
+def _attend_block(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence) -> Array:
     B, M, H, d = q_BxMxHxd.shape
     Kv = prefix[0].kv.k_BxKvxdxL.shape[1]
     q = q_BxMxHxd.reshape(B, M, Kv, H // Kv, d)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 Array = jax.Array
+QUERY_BLOCK = 128
 NEGATIVE = -1e30  # masks scores; finite, so that a row without any key gives no NaN
 
 
@@ -63,6 +64,14 @@ def linear_bf16(x: Array, w_OxI: Array) -> Array:
     return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
 
 
+def weight_gradient(g_MxO: Array, x_MxI: Array) -> Array:
+    """g^T x -> float32 [O, I]. The cotangent is transposed in memory first: twice as fast on CPU in bfloat16."""
+    g_OxM = g_MxO.T
+    if g_MxO.dtype == jnp.bfloat16:
+        g_OxM = with_layout_constraint(jax.lax.optimization_barrier(g_OxM), Layout((0, 1)))
+    return jnp.einsum("om,mi->oi", g_OxM, x_MxI, preferred_element_type=jnp.float32)
+
+
 @jax.custom_vjp
 def _product_bf16(x_MxI, w_OxI):
     return linear(x_MxI, w_OxI.astype(jnp.bfloat16))
@@ -77,9 +86,7 @@ def _product_bf16_bwd(saved, g_MxO):
     x_MxI, w_OxI = saved
     g_MxO = g_MxO.astype(jnp.bfloat16)
     dx_MxI = jnp.einsum("mo,oi->mi", g_MxO, w_OxI, preferred_element_type=jnp.float32)
-    g_OxM = with_layout_constraint(jax.lax.optimization_barrier(g_MxO.T), Layout((0, 1)))
-    dw_OxI = jnp.einsum("om,mi->oi", g_OxM, x_MxI, preferred_element_type=jnp.float32)
-    return dx_MxI, dw_OxI
+    return dx_MxI, weight_gradient(g_MxO, x_MxI)
 
 
 _product_bf16.defvjp(_product_bf16_fwd, _product_bf16_bwd)
@@ -124,12 +131,27 @@ def weighted_values(p_BxKvxgxSxL: Array, v_BxKvxLxd: Array) -> Array:
     return o.reshape(B, Kv, g, S, -1).transpose(0, 3, 1, 2, 4).reshape(B, S, Kv * g, -1)
 
 
-def attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
+def query_blocks(S: int) -> list[slice]:
+    """S queries in blocks whose scores stay in a processor's cache (3.4 times faster at S = 512 on CPU)."""
+    return [slice(start, min(start + QUERY_BLOCK, S)) for start in range(0, S, QUERY_BLOCK)]
+
+
+def attention(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
     """Softmax attention over several blocks of keys as if they were one: [B, S, H, d] float32.
 
-    A cache, the window that is being verified and the window's own tree are separate blocks: nothing has to
-    be written to a cache before it is known what is accepted.
+    own: the keys of the S queries themselves, of which a query never sees a later one. A cache and the window that
+    is being verified are separate blocks: nothing has to be written to a cache before it is known what is accepted.
     """
+    outs = []
+    for rows in query_blocks(q_BxSxHxd.shape[1]):
+        seen = KV(own.kv.k_BxKvxdxL[..., : rows.stop], own.kv.v_BxKvxLxd[:, :, : rows.stop])
+        blocks = [Keys(kv, mask_BxSxL[:, rows]) for kv, mask_BxSxL in contexts]
+        blocks.append(Keys(seen, own.mask_BxSxL[:, rows, : rows.stop]))
+        outs.append(_attention(q_BxSxHxd[:, rows], blocks))
+    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+
+
+def _attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
     parts = [scores(q_BxSxHxd, block) for block in blocks]
     p = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1)
     out, start = 0.0, 0

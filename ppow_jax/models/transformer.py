@@ -42,6 +42,7 @@ def forward(
 ) -> Outputs:
     """Runs the target over S new tokens that see the contexts and, through self_mask, each other.
 
+    self_mask_BxSxS: a new token may see itself and earlier ones of the S, never later ones.
     feature_layers: indices in the "input of layer" convention (N = the output of the last layer, before the
     norm). The pass writes nothing: the caller decides which of the returned keys to keep.
     """
@@ -68,7 +69,7 @@ def _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks):
     k = rope(heads(linear(h_BxSxD, layer["k_proj"]), config.head_dim), rotary)
     v = heads(linear(h_BxSxD, layer["v_proj"]), config.head_dim)
     new = KV.of(k, v)
-    out_BxSxHxd = attention(q, [*blocks, Keys(new, self_mask_BxSxS)])
+    out_BxSxHxd = attention(q, blocks, Keys(new, self_mask_BxSxS))
     return linear(out_BxSxHxd.reshape(*x_BxSxD.shape[:2], -1), layer["o_proj"]), new
 
 

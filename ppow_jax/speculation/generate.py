@@ -19,6 +19,7 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV, Keys
 from ppow_jax.models.transformer import Context
+from ppow_jax.models.vocabulary import argmax
 from ppow_jax.speculation.propose import Draft, propose
 from ppow_jax.speculation.sampling import Sampling, draw
 from ppow_jax.speculation.verify import Verdict, accept_greedy, accept_sampled
@@ -189,7 +190,7 @@ def _accept(state: State, draft: Draft | None, logits_BxK1xV, drafter, sampling)
         token_B = _draw_rows(state.key_B, state.length_B, logits_BxK1xV[:, 0], sampling)
         return Verdict(jnp.zeros_like(token_B), token_B[:, None])
     if sampling.greedy:
-        return accept_greedy(draft.token_BxMxK[:, 0], jnp.argmax(logits_BxK1xV, -1).astype(jnp.int32))
+        return accept_greedy(draft.token_BxMxK[:, 0], argmax(logits_BxK1xV))
     keys = jax.vmap(lambda k, n: jax.random.fold_in(jax.random.fold_in(k, n), 1))(state.key_B, state.length_B)
     rule = functools.partial(accept_sampled, sampling=sampling)
     return jax.vmap(rule, in_axes=(0, 0, 0, 0, None, 0))(

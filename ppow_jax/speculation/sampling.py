@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.models.vocabulary import argmax
+
 Array = jax.Array
 
 
@@ -31,5 +33,5 @@ def log_distribution(logits: Array, sampling: Sampling) -> Array:
 def draw(key: Array, logits: Array, sampling: Sampling) -> Array:
     """One token id [...] from logits [..., V]: argmax at temperature 0, else a sample."""
     if sampling.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return argmax(logits)
     return jax.random.categorical(key, log_distribution(logits, sampling), axis=-1).astype(jnp.int32)

@@ -36,6 +36,21 @@ def accept_greedy(draft_xK: Array, argmax_xK1: Array) -> Verdict:
     return Verdict(accepted, emitted(draft_xK, accepted, bonus))
 
 
+def acceptance_probability(p: Array, q: Array) -> Array:
+    """Chance of keeping a token that was drawn with probability q where the target gives it p: min(1, p / q)."""
+    return jnp.minimum(p / jnp.maximum(q, jnp.finfo(q.dtype).tiny), 1.0)
+
+
+def residual(p_xV: Array, q_xV: Array) -> Array:
+    """Law of the token that replaces a rejected one: norm(max(p - q, 0)).
+
+    Rounding can leave nothing where p and q are equal; p is then the right law.
+    """
+    rest_xV = jnp.maximum(p_xV - q_xV, 0.0)
+    total = rest_xV.sum(-1, keepdims=True)
+    return jnp.where(total > 0, rest_xV / jnp.where(total > 0, total, 1.0), p_xV)
+
+
 def accept_sampled(
     key: Array,
     draft_xK: Array,
@@ -45,8 +60,9 @@ def accept_sampled(
     p_logits_xK1xV: Array,
     sampling: Sampling,
 ) -> Verdict:
-    """Token-wise rejection sampling (Leviathan et al., 2211.17192): keep while u * q < p, else draw from
-    norm(max(p - q, 0)); after K kept tokens draw from p. Exact for q the law the drafts were drawn from.
+    """Token-wise rejection sampling (Leviathan et al., 2211.17192): a drafted token is kept with
+    `acceptance_probability`, the first one that is not gives way to a draw from `residual`; after K kept tokens
+    comes a draw from p. Exact for q the law the drafts were drawn from.
 
     q_logits_xKxW are over the draft vocabulary, p_logits_xK1xV over the target's; both take `sampling`.
     """
@@ -56,15 +72,13 @@ def accept_sampled(
     p_of_draft = jnp.exp(jnp.take_along_axis(log_p_xK1xV[..., :-1, :], draft_xK[..., None], -1)[..., 0])
     q_of_draft = jnp.exp(jnp.take_along_axis(log_q_xKxW, draft_id_xK[..., None], -1)[..., 0])
     u = jax.random.uniform(uniform_key, draft_xK.shape)
-    accepted = leading(u * q_of_draft < p_of_draft)
+    accepted = leading(u < acceptance_probability(p_of_draft, q_of_draft))
 
     at = accepted[..., None, None]
     p_xV = jnp.exp(jnp.take_along_axis(log_p_xK1xV, at, -2)[..., 0, :])
     K = draft_xK.shape[-1]
     q_xW = jnp.exp(jnp.take_along_axis(log_q_xKxW, jnp.minimum(at, K - 1), -2)[..., 0, :])
-    q_xW = jnp.where(accepted[..., None] < K, q_xW, 0.0)  # all kept: the bonus comes from p itself
-    residual_xV = jnp.maximum(p_xV.at[..., target_ids_W].add(-q_xW), 0.0)
-    # Rounding can leave nothing where p and q are equal; p is then the right law.
-    residual_xV = jnp.where(residual_xV.sum(-1, keepdims=True) > 0, residual_xV, p_xV)
-    bonus = jax.random.categorical(bonus_key, jnp.log(residual_xV), axis=-1).astype(jnp.int32)
+    q_xV = jnp.zeros_like(p_xV).at[..., target_ids_W].set(q_xW)
+    law_xV = jnp.where(accepted[..., None] < K, residual(p_xV, q_xV), p_xV)
+    bonus = jax.random.categorical(bonus_key, jnp.log(law_xV), axis=-1).astype(jnp.int32)
     return Verdict(accepted, emitted(draft_xK, accepted, bonus))

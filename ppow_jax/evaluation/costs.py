@@ -1,0 +1,136 @@
+"""What the parts of a round of speculative decoding cost on this device."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models import cache
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.layers import KV
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.propose import Draft
+from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.weights.targets import Target
+
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Seconds of one draft step, of verifying K+1 tokens, of one plain decoding step; for a whole batch."""
+
+    draft_step: float
+    verify: float
+    plain_step: float
+
+    @property
+    def gamma(self) -> float:
+        """One draft step, in steps of plain decoding."""
+        return self.draft_step / self.plain_step
+
+    @property
+    def verify_ratio(self) -> float:
+        """One verification, in steps of plain decoding."""
+        return self.verify / self.plain_step
+
+
+def measure_costs(
+    target: Target,
+    drafter: Drafter,
+    K: int,
+    L: int,
+    batch: int = 1,
+    *,
+    sampling: Sampling = GREEDY,
+    repetitions: int = 20,
+) -> Costs:
+    """Times drafting, verification and plain decoding, each a program of its own, with caches of length L.
+
+    The work depends on shapes alone, so the state is made up: half full caches, random features. The three
+    take turns, so that a slow phase of the machine meets them alike; the median of `repetitions` counts. The
+    caches are donated and fed back, as they stay in place in a generation. L must be at least K + 3.
+    """
+    if K < 1 or L < K + 3:
+        raise ValueError(f"a cache of length {L} is too short for a window of {K}")
+    params, config = target.params, target.config
+    state, drafter_kv, target_kv = _state(target, drafter, K, L, batch)
+    drafter_kv, draft = _draft(params, drafter, drafter_kv, state, K=K, sampling=sampling)
+
+    def draft_once(kv):
+        return _draft(params, drafter, kv, state, K=K, sampling=sampling)[0]
+
+    def verify_once(kv):
+        return _verify(params, config, drafter, kv, state, draft, sampling=sampling)[0]
+
+    def plain_once(kv):
+        return _verify(params, config, None, kv, state, None, sampling=sampling)[0]
+
+    seconds: dict[str, list[float]] = {"draft": [], "verify": [], "plain": []}
+    for _ in range(repetitions + 1):  # the first compiles
+        target_kv = _timed(verify_once, target_kv, seconds["verify"])
+        target_kv = _timed(plain_once, target_kv, seconds["plain"])
+        drafter_kv = _timed(draft_once, drafter_kv, seconds["draft"])
+    median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    return Costs(draft_step=median["draft"] / K, verify=median["verify"], plain_step=median["plain"])
+
+
+def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:
+    begin = time.perf_counter()
+    kv = jax.block_until_ready(once(kv))
+    seconds.append(time.perf_counter() - begin)
+    return kv
+
+
+@functools.partial(jax.jit, static_argnames=("K", "sampling"), donate_argnames=("kv",))
+def _draft(params: dict, drafter: Drafter, kv: KV, state: generate.State, *, K: int, sampling: Sampling):
+    out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), K, sampling)
+    return out.drafter_kv, draft
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("kv",))
+def _verify(
+    params: dict,
+    config: ModelConfig,
+    drafter: Drafter | None,
+    kv: tuple[KV, ...],
+    state: generate.State,
+    draft: Draft | None,
+    *,
+    sampling: Sampling,
+):
+    out = generate.verify_window(params, config, drafter, state.replace(target_kv=kv), draft, sampling)
+    used = out.tokens_BxL, out.length_B, out.done_B, out.features_BxK1xF  # what is not used is not computed
+    return out.target_kv, used
+
+
+def _state(
+    target: Target, drafter: Drafter, K: int, L: int, B: int
+) -> tuple[generate.State, KV, tuple[KV, ...]]:
+    """A state in the middle of a generation, and its drafter's and target's caches, kept apart."""
+    config = target.config
+    tokens_key, features_key, key = jax.random.split(jax.random.key(0), 3)
+    row_B = jnp.ones(B, jnp.int32)
+    state = generate.State(
+        tokens_BxL=jax.random.randint(tokens_key, (B, L), 0, config.vocab_size),
+        prompt_B=row_B,
+        length_B=row_B * min(L // 2, L - K - 1),
+        limit_B=row_B * (L - K - 1),
+        done_B=jnp.zeros(B, bool),
+        key_B=jax.random.split(key, B),
+        target_kv=(),
+        drafter_kv=None,
+        features_BxK1xF=jax.random.normal(features_key, (B, K + 1, 3 * config.hidden_size)),
+        pending_B=row_B,
+        histogram_BxK1=jnp.zeros((B, K + 1), jnp.int32),
+    )
+    d = drafter.config
+    layers = range(config.num_layers)
+    target_kv = tuple(cache.empty(B, config.num_kv_heads, L, config.head_dim) for _ in layers)
+    return state, cache.empty(B, d.num_kv_heads, L, d.head_dim), target_kv

@@ -1,0 +1,130 @@
+"""Decoding batches of prompts with the clock running: the one way in which outputs are made and timed."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax.config import require
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.weights.targets import Target
+
+TO_THE_END = 1 << 30  # rounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How prompts are decoded; the same for plain and for speculative decoding.
+
+    window: drafted tokens per round, K. batch_size: rows decoded at once. max_new_tokens: per answer.
+    """
+
+    window: int
+    temperature: float = 0.0
+    max_new_tokens: int = 128
+    batch_size: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        require(self.window >= 1, f"--window={self.window}: must be at least 1")
+        require(0 <= self.temperature < float("inf"), f"--temperature={self.temperature}: must be 0 or more")
+        require(self.max_new_tokens >= 1, f"--max_new_tokens={self.max_new_tokens}: must be at least 1")
+        require(self.batch_size >= 1, f"--batch_size={self.batch_size}: must be at least 1")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(self.temperature)
+
+    def cache_length(self, prompt_length: int) -> int:
+        """L, the slots of both caches for prompts of this length. One per rung: each is compiled once."""
+        return generate.cache_length(rung(prompt_length), self.max_new_tokens, self.window)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What a batch gave.
+
+    answers: per prompt, its new token ids; the first comes from the prefill, and an end token is kept.
+    accepted_BxK1: per prompt, how many verifications accepted k drafted tokens; K = 0 without a drafter.
+    prefill_seconds, decode_seconds: of the whole batch.
+    """
+
+    answers: list[np.ndarray]
+    accepted_BxK1: np.ndarray
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def decode_tokens(self) -> int:
+        """New tokens of all prompts, the first one of each left out: the prefill made it."""
+        return sum(map(len, self.answers)) - len(self.answers)
+
+    @property
+    def verifications(self) -> int:
+        """Rounds that all prompts took together."""
+        return int(self.accepted_BxK1.sum())
+
+
+def rung(length: int) -> int:
+    """The least of 64, 128, 192, 256, 384, 512, 768, ... that holds `length`: few shapes to compile."""
+    step = max(64, 1 << max(0, (length - 1).bit_length() - 2))
+    return -(-length // step) * step
+
+
+def require_room(target: Target, length: int, how: Decoding, source: str) -> None:
+    """Raises UserError unless a prompt of `length` tokens, its answer and a last window fit the positions."""
+    limit, needed = target.config.max_position_embeddings, length + how.max_new_tokens + how.window
+    require(
+        needed <= limit,
+        f"{source}: a prompt of {length} tokens with --max_new_tokens={how.max_new_tokens} and "
+        f"--window={how.window} needs {needed} positions, but {target.name} has {limit}",
+    )
+
+
+def decode(
+    target: Target,
+    drafter: Drafter | None,
+    prompts: Sequence[np.ndarray],
+    how: Decoding,
+    ids: Sequence[int] = (0,),
+    rounds: int = TO_THE_END,
+) -> Decoded:
+    """Answers up to `batch_size` prompts (token ids [T]), speculatively, or plainly without a drafter.
+
+    Rows beyond the prompts are dummies that are done at once. ids: one number per prompt, which with the seed
+    makes its random key. rounds: stop early (one round compiles all there is). Times include any compilation.
+    """
+    batch = _batch(prompts, ids, how)
+    K, config = how.window if drafter else 0, target.config
+    L = how.cache_length(max(map(len, prompts)))
+    begin = time.perf_counter()
+    state = generate.prefill(target.params, config, drafter, *batch, K=K, sampling=how.sampling, L=L)
+    jax.block_until_ready(state)
+    middle = time.perf_counter()
+    state = generate.decode(target.params, config, drafter, state, rounds, K=K, sampling=how.sampling)
+    jax.block_until_ready(state)
+    end = time.perf_counter()
+    tokens_BxL, prompt_B, length_B = map(np.asarray, (state.tokens_BxL, state.prompt_B, state.length_B))
+    answers = [tokens_BxL[b, prompt_B[b] : length_B[b]] for b in range(len(prompts))]
+    accepted_BxK1 = np.asarray(state.histogram_BxK1)[: len(prompts)]
+    return Decoded(answers, accepted_BxK1, middle - begin, end - middle)
+
+
+def _batch(prompts: Sequence[np.ndarray], ids: Sequence[int], how: Decoding) -> tuple[jax.Array, ...]:
+    """(prompt_BxP, prompt_B, limit_B, key_B) of `generate.prefill`."""
+    B = how.batch_size
+    if not 0 < len(prompts) == len(ids) <= B or not all(map(len, prompts)):
+        raise ValueError(f"needed: 1..{B} prompts of one token or more, and as many ids")
+    prompt_BxP = np.zeros((B, rung(max(map(len, prompts)))), np.int32)
+    prompt_B, limit_B, id_B = np.ones(B, np.int32), np.ones(B, np.int32), np.zeros(B, np.int32)
+    for b, prompt in enumerate(prompts):
+        prompt_BxP[b, : len(prompt)] = prompt
+        prompt_B[b], limit_B[b], id_B[b] = len(prompt), len(prompt) + how.max_new_tokens, ids[b]
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(how.seed), id_B)
+    return jnp.asarray(prompt_BxP), jnp.asarray(prompt_B), jnp.asarray(limit_B), key_B

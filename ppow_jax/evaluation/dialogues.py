@@ -1,0 +1,102 @@
+"""The prompts of a benchmark as the target is asked them: turn by turn, in batches."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ppow_jax.config import require
+from ppow_jax.data.conversations import Message
+from ppow_jax.data.encoding import encode_prompt
+from ppow_jax.errors import UserError
+from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
+from ppow_jax.evaluation.decoding import Decoding, require_room
+from ppow_jax.weights.targets import Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Dialogue:
+    """A prompt, its index in the benchmark, and what has been said so far."""
+
+    prompt: Prompt
+    number: int
+    messages: list[Message] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A turn (0, 1, ...) that waits for its answer: token ids int32 [T]."""
+
+    dialogue: Dialogue
+    turn: int
+    tokens: np.ndarray
+
+    @property
+    def id(self) -> int:
+        """A number that no other request of the benchmark has."""
+        return self.dialogue.number * 1000 + self.turn
+
+    def answer(self, target: Target, ids: np.ndarray) -> None:
+        """Goes on with the dialogue: the next turn's prompt will hold this answer."""
+        text = target.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        self.dialogue.messages.append(Message("assistant", text.strip()))
+
+
+def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> list[Prompt]:
+    """The prompts whose longest possible dialogue fits the target's positions.
+
+    Raises UserError at the first that does not, unless `skip`, and when none is left.
+    """
+    kept = []
+    for prompt in benchmark.prompts:
+        messages = [m for turn in prompt.turns for m in (Message("user", turn), Message("assistant", ""))]
+        answered = (len(prompt.turns) - 1) * how.max_new_tokens
+        length = len(encode_prompt(target.tokenizer, messages[:-1])) + answered
+        try:
+            require_room(target, length, how, prompt.source)
+        except UserError as error:
+            if not skip:
+                raise UserError(f"{error} (--skip_long_prompts leaves such prompts out)") from None
+        else:
+            kept.append(prompt)
+    left_out = len(benchmark.prompts) - len(kept)
+    hint = "lower --max_new_tokens"
+    require(bool(kept), f"benchmark {benchmark.name}: none of its {left_out} prompts fits; {hint}")
+    if left_out:
+        log.warning("%s: %d prompts left out, they are too long", benchmark.name, left_out)
+    return kept
+
+
+def batches(
+    target: Target,
+    prompts: Sequence[Prompt],
+    how: Decoding,
+    skipped: Callable[[int], Any] = lambda turns: None,
+) -> Iterator[list[Request]]:
+    """All first turns in batches, then all second ones, ...; in a turn, prompts of like length together.
+
+    Every request of a batch must be answered before the next batch is asked for. skipped: called with the
+    number of turns of a dialogue that are left out, because it has grown too long after all.
+    """
+    dialogues = [Dialogue(prompt, i) for i, prompt in enumerate(prompts)]
+    for turn in range(max(len(prompt.turns) for prompt in prompts)):
+        requests = []
+        dialogues = [dialogue for dialogue in dialogues if len(dialogue.prompt.turns) > turn]
+        for dialogue in dialogues[:]:
+            dialogue.messages.append(Message("user", dialogue.prompt.turns[turn]))
+            tokens = encode_prompt(target.tokenizer, dialogue.messages)
+            try:  # `fitting` counted answers as they are made; read again, a text can take more tokens
+                require_room(target, len(tokens), how, dialogue.prompt.source)
+            except UserError as error:
+                log.warning("left out: %s", error)
+                dialogues.remove(dialogue)
+                skipped(len(dialogue.prompt.turns) - turn)
+            else:
+                requests.append(Request(dialogue, turn, tokens))
+        requests.sort(key=lambda request: len(request.tokens))
+        for i in range(0, len(requests), how.batch_size):
+            yield requests[i : i + how.batch_size]

@@ -1,0 +1,50 @@
+"""From the names that entry points take to a drafter in memory."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from ppow_jax.errors import UserError
+from ppow_jax.models.config import validate_fit
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.weights.eagle3 import import_drafter
+from ppow_jax.weights.huggingface import CONFIG
+from ppow_jax.weights.targets import DTYPES, Target
+
+AUTO = "auto"
+_SHIPPED = Path(__file__).parents[2] / "drafters"
+
+
+def find_drafter(name: str | None, target: str) -> Path | None:
+    """The drafter's directory: `name`, or for "auto" `drafters/TARGET` if there is one; None for none.
+
+    "auto" looks below the working directory first, then beside this package.
+    Raises UserError for a `name` that holds no drafter.
+    """
+    if name == AUTO:
+        roots = (Path("drafters"), _SHIPPED) if Path(target).name == target else ()
+        return next((root / target for root in roots if (root / target / CONFIG).is_file()), None)
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise UserError(f"--drafter={name}: there is no such directory")
+    if not (path / CONFIG).is_file():
+        raise UserError(f"--drafter={name}: not a drafter, it has no {CONFIG}")
+    return path
+
+
+def load_drafter(directory: str | Path, target: Target, dtype: str = "bfloat16") -> Drafter:
+    """Reads a drafter for `target`, its matrices in `dtype`, its norms in float32.
+
+    Raises UserError when the files are broken, or made for another target.
+    """
+    config, stored, target_ids_W = import_drafter(
+        directory, num_target_layers=target.config.num_layers, target_embed_VxD=target.params["embed"]
+    )
+    validate_fit(config, target.config, f"--drafter={directory}")
+    params = {
+        name: jnp.asarray(value, jnp.float32 if "norm" in name else DTYPES[dtype])
+        for name, value in stored.items()
+    }
+    return Drafter(config=config, params=params, target_ids_W=jnp.asarray(target_ids_W))

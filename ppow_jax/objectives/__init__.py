@@ -1,0 +1,1 @@
+"""Losses, rewards and advantages as small pure functions."""

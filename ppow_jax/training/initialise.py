@@ -1,0 +1,101 @@
+"""A new drafter for a target: its draft vocabulary, and a start from the target's own head and last layer."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax.data.encoding import Example
+from ppow_jax.errors import UserError
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models import transformer
+from ppow_jax.models.config import DrafterConfig, ModelConfig, check_feature_layers, default_feature_layers
+from ppow_jax.models.drafter import Drafter
+
+
+def choose_vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -> np.ndarray:
+    """The `size` most frequent answer tokens, ascending int32; ties and unseen tokens by lowest id."""
+    count_V = np.zeros(vocab_size, np.int64)
+    for example in examples:
+        count_V += np.bincount(example.tokens[example.answer_mask], minlength=vocab_size)
+    return np.sort(np.argsort(-count_V, kind="stable")[:size]).astype(np.int32)
+
+
+def drafter_config(
+    target: ModelConfig, draft_vocab_size: int, feature_layers: Sequence[int] = (), fc_norm: bool = False
+) -> DrafterConfig:
+    """A drafter of one target layer's width. feature_layers: "input of layer" ids, by default (2, N//2, N-3).
+
+    Raises UserError for a vocabulary larger than the target's or impossible layers.
+    """
+    if not 1 <= draft_vocab_size <= target.vocab_size:
+        raise UserError(
+            f"--draft_vocab_size={draft_vocab_size}: must be between 1 and the target's vocabulary, {target.vocab_size}"
+        )
+    layers = tuple(feature_layers) or default_feature_layers(target.num_layers)
+    check_feature_layers(layers, target.num_layers, "--feature_layers")
+    return DrafterConfig(
+        vocab_size=target.vocab_size,
+        draft_vocab_size=draft_vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        rms_norm_eps=target.rms_norm_eps,
+        rope_theta=target.rope_theta,
+        max_position_embeddings=target.max_position_embeddings,
+        target_hidden_size=target.hidden_size,
+        feature_layers=layers,
+        fc_norm=fc_norm,
+    )
+
+
+def new_drafter(
+    key: jax.Array,
+    config: DrafterConfig,
+    target_params: dict,
+    target_ids_W: np.ndarray,
+    feature_scale: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Drafter:
+    """A drafter that starts as the target's last layer and head, applied to the highest feature.
+
+    The fusion passes the highest feature on, divided by its typical size, plus small random parts of all three; the
+    layer's feature half, its MLP, its norms and the head are the target's (so everything stays in the basis of the
+    target's residual stream); only the embedding half is new. feature_scale: see `feature_scale`; not used with
+    fc_norm. A drafter whose sizes differ from the target's keeps random values where shapes do not fit.
+    """
+    params = drafting.init(key, config)
+    last = jax.tree.map(lambda x: np.asarray(x, np.float32), target_params["layers"][-1])
+    head_VxD = transformer.head(target_params)
+    E, D = config.hidden_size, config.target_hidden_size
+    scale = np.ones(3) if config.fc_norm else np.asarray(feature_scale)
+    params["fc"] *= (3 * D) ** -0.5 / 0.02 * 0.1 / np.repeat(scale, D).astype(np.float32)
+    if E == D:
+        params["fc"] = params["fc"].at[:, 2 * D :].add(np.eye(D, dtype=np.float32) / scale[2])
+        out_scale = np.float32(1.0 / feature_scale[2])  # what the layer adds is as small as g
+        start = {
+            "hidden_norm": last["input_norm"],
+            "o_proj": last["o_proj"] * out_scale,
+            "post_norm": last["post_norm"],
+            "gate_proj": last["gate_proj"],
+            "up_proj": last["up_proj"],
+            "down_proj": last["down_proj"] * out_scale,
+            "norm": np.asarray(target_params["norm"], np.float32),
+            "lm_head": np.asarray(head_VxD[target_ids_W], np.float32),
+        }
+        params |= {name: jnp.asarray(x) for name, x in start.items() if params[name].shape == x.shape}
+        for name in ("q_proj", "k_proj", "v_proj"):
+            if params[name].shape[0] == last[name].shape[0]:
+                params[name] = params[name].at[:, E:].set(last[name])
+    return Drafter(config=config, params=params, target_ids_W=jnp.asarray(target_ids_W))
+
+
+def feature_scale(features_NxF: np.ndarray) -> np.ndarray:
+    """Typical root mean square of each of the three features: the median over tokens.
+
+    A plain mean is useless here: the first token of a text carries activations a thousand times larger.
+    """
+    three = np.asarray(features_NxF, np.float32).reshape(len(features_NxF), 3, -1)
+    return np.median(np.sqrt(np.mean(three**2, axis=-1)), axis=0)

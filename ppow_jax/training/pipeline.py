@@ -1,0 +1,383 @@
+"""The main job, stage by stage: data, supervised, ppow, evaluate, export. `run` reads from top to bottom."""
+
+import dataclasses
+import functools
+import json
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ppow_jax import config as config_lib
+from ppow_jax import files
+from ppow_jax.data.batches import Batches
+from ppow_jax.data.conversations import load_conversations
+from ppow_jax.data.encoding import Example, encode_conversation
+from ppow_jax.errors import UserError
+from ppow_jax.evaluation import report
+from ppow_jax.evaluation.benchmarks import load_benchmark
+from ppow_jax.evaluation.loading import find_drafter, load_drafter
+from ppow_jax.evaluation.measure import environment, evaluate, measure_costs
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.objectives.rewards import CostModel
+from ppow_jax.training import answers, initialise, loop, ppow, supervised
+from ppow_jax.training.metrics import MetricsWriter, read_metrics
+from ppow_jax.training.preemption import StopSignal
+from ppow_jax.training.rollout import RolloutSettings
+from ppow_jax.training.scoring import score
+from ppow_jax.training.settings import FREE, TrainSettings
+from ppow_jax.weights import targets
+from ppow_jax.weights.card import write_card
+from ppow_jax.weights.eagle3 import export_drafter
+from ppow_jax.weights.targets import DTYPES, Target
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; what it has done is saved."""
+
+
+def run(settings: TrainSettings) -> int:
+    """Runs the chosen stages, or goes on with them; returns the exit code.
+
+    Raises UserError for bad settings, data or files, before anything is compiled where that can be known.
+    """
+    workdir = _open_workdir(settings)
+    benchmarks = _benchmarks(settings)
+    target = targets.load(settings.target, settings.dtype)
+    started = None
+    if settings.drafter:
+        started = load_drafter(find_drafter(settings.drafter, settings.target), target, "float32")
+    else:
+        initialise.drafter_config(target.config, settings.draft_vocab_size, settings.feature_layers)
+    jobs = _jobs(settings, target)
+    with StopSignal() as stop, MetricsWriter(workdir) as metrics:
+        try:
+            train, held_out = _data(settings, workdir, target, jobs, stop)
+            context = _Context(settings, workdir, target, train, held_out, metrics, stop)
+            arms: dict[str, Drafter] = {}
+            if {"supervised", "ppow"} & set(settings.stages):
+                first = started or _new_drafter(context)
+                if "supervised" in settings.stages:
+                    first = arms["supervised"] = _supervised(context, first, "supervised")
+                    _export(context, first, "drafter_supervised")
+                if "ppow" in settings.stages:
+                    arms.setdefault("start", first)
+                    arms["ppow"] = _ppow(context, first)
+                if "cst" in settings.baselines:
+                    arms["cst"] = _supervised(context, first, "cst")
+                if "supervised" in arms:
+                    arms.pop("start", None)
+                if "export" in settings.stages:
+                    _export(context, arms.get("ppow", first), "drafter")
+            if "evaluate" in settings.stages:
+                if not arms:
+                    arms = {"drafter": load_drafter(find_drafter(str(workdir / "drafter"), settings.target), target)}
+                _evaluate(context, arms, benchmarks)
+        except Stopped:
+            log.warning("stopped; the same command goes on from here")
+            return stop.exit_code
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    settings: TrainSettings
+    workdir: Path
+    target: Target
+    train: Batches
+    held_out: Batches
+    metrics: MetricsWriter
+    stop: StopSignal
+
+    @property
+    def greedy_text(self) -> bool:
+        """Whether every answer is the target's own at temperature 0."""
+        return self.settings.answer_temperature == 0 and not self.settings.recorded
+
+    @property
+    def mixed(self) -> bool:
+        return self.settings.dtype == "bfloat16"
+
+
+def _open_workdir(settings: TrainSettings) -> Path:
+    """Creates the workdir, or checks that it holds a run of the same settings."""
+    config_lib.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
+    workdir = files.writable_directory(settings.workdir)
+    flagfile = workdir / "flags.txt"
+    if flagfile.exists():
+        before = config_lib.read_flagfile(TrainSettings, flagfile)
+        changed = config_lib.differences(before, settings, ignore=FREE)
+        if changed:
+            raise UserError(f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory")
+    elif any(workdir.iterdir()):
+        raise UserError(f"--workdir={settings.workdir}: is not empty and holds no run (no flags.txt); take another directory")
+    config_lib.write_flagfile(flagfile, settings)
+    return workdir
+
+
+def _benchmarks(settings: TrainSettings):
+    if "evaluate" not in settings.stages:
+        return []
+    names = settings.benchmarks
+    return [load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir) for name in names]
+
+
+# Data.
+
+
+def _jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
+    longest = settings.max_prompt_tokens + settings.answer_tokens
+    limit = target.config.max_position_embeddings
+    config_lib.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
+    conversations = load_conversations(settings.data)
+    jobs = answers.collect_jobs(target.tokenizer, conversations, _answer_settings(settings), settings.num_answers)
+    if len(jobs) <= settings.held_out:
+        raise UserError(
+            f"--data={settings.data}: {len(jobs)} prompts of at most {settings.max_prompt_tokens} tokens, "
+            f"but --held_out={settings.held_out} are kept aside"
+        )
+    return jobs
+
+
+def _answer_settings(settings: TrainSettings) -> answers.AnswerSettings:
+    return answers.AnswerSettings(
+        source=settings.data,
+        target=settings.target,
+        dtype=settings.dtype,
+        temperature=settings.answer_temperature,
+        max_new_tokens=settings.answer_tokens,
+        max_prompt_tokens=settings.max_prompt_tokens,
+        turns=settings.turns,
+        seed=settings.seed,
+        slots=settings.answer_slots,
+        chunk=settings.answer_chunk,
+    )
+
+
+def _data(settings, workdir: Path, target: Target, jobs, stop: StopSignal) -> tuple[Batches, Batches]:
+    """The training and the held-out batches; answers that are missing are generated."""
+    examples = answers.regenerate(
+        workdir / "answers", target.params, target.config, jobs, _answer_settings(settings), lambda: stop.requested
+    )
+    if stop.requested:
+        raise Stopped
+    held_out, train = split(examples, settings.held_out, settings.seed)
+    if settings.recorded:
+        train += _recorded(settings, target)
+    shape = {"batch_size": settings.batch_size, "row_length": settings.row_length, "max_anchors": settings.max_anchors}
+    tokens = sum(int(e.answer_mask.sum()) for e in train)
+    log.info("data: %d examples with %d answer tokens; %d held out", len(train), tokens, len(held_out))
+    return Batches(train, seed=settings.seed, **shape), Batches(held_out, seed=settings.seed, **shape)
+
+
+def split(examples: list[Example], number: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """(held out, the rest): whole conversations, about `number` examples of them."""
+    conversations = sorted({_conversation(e) for e in examples})
+    order = np.random.default_rng(seed).permutation(len(conversations))
+    share = max(1, round(number * len(conversations) / len(examples)))
+    chosen = {conversations[i] for i in order[:share]}
+    return [e for e in examples if _conversation(e) in chosen], [e for e in examples if _conversation(e) not in chosen]
+
+
+def _conversation(example: Example) -> str:
+    return example.source.rsplit(" turn ", 1)[0]
+
+
+def _recorded(settings: TrainSettings, target: Target) -> list[Example]:
+    conversations = load_conversations(settings.recorded, settings.num_recorded or None)
+    encoded = (encode_conversation(target.tokenizer, c, settings.row_length) for c in conversations)
+    return [example for example in encoded if example is not None]
+
+
+# Stages 1 and 2.
+
+
+def _new_drafter(context: _Context) -> Drafter:
+    s, target = context.settings, context.target
+    config = initialise.drafter_config(target.config, s.draft_vocab_size, s.feature_layers, s.fc_norm)
+    ids_W = initialise.choose_vocabulary(context.train.examples, target.config.vocab_size, s.draft_vocab_size)
+    batch = context.train.at(0)
+    look = jax.jit(
+        lambda params, batch: score(
+            params, target.config, config.feature_layers, jnp.asarray(ids_W), batch, True
+        ).windows.features_BxTxF
+    )
+    features_NxF = np.asarray(look(target.params, batch))[batch.segment_BxT > 0]
+    scale = initialise.feature_scale(features_NxF)
+    return initialise.new_drafter(jax.random.key(s.seed), config, target.params, ids_W, scale)
+
+
+def _optimizer(settings: TrainSettings, peak: float, steps: int, warmup: int) -> optax.GradientTransformation:
+    warmup = min(warmup, steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, peak / 10)
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip_norm), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
+    )
+
+
+def _measure(context: _Context, drafter: Drafter):
+    """parameters -> simulated acceptance on the held-out answers."""
+    s = context.settings
+    number = context.held_out.steps_of_epochs(1)
+    batches = [context.held_out.at(i) for i in range(number)]
+
+    def measure(params: dict) -> dict:
+        return supervised.evaluate(
+            drafter.replace(params=params),
+            context.target.params,
+            batches,
+            config=context.target.config,
+            K=s.window,
+            greedy_text=s.answer_temperature == 0,
+        )
+
+    return measure
+
+
+def _train(context: _Context, drafter: Drafter, stage: str, step, total: int, optimizer) -> Drafter:
+    drafter = drafter.replace(mixed=context.mixed)
+    s = context.settings
+    stage_loop = loop.Loop(
+        stage=stage,
+        total=total,
+        step=step,
+        measure=_measure(context, drafter),
+        score="held_out_tau_sim",
+        checkpoint_every=s.checkpoint_every,
+        evaluate_every=s.evaluate_every,
+    )
+    state = supervised.TrainState.create(drafter.params, optimizer)
+    params, complete = loop.run(stage_loop, state, context.workdir / stage, context.metrics, context.stop)
+    if not complete:
+        raise Stopped
+    return drafter.replace(params=params, mixed=False)
+
+
+def _supervised(context: _Context, drafter: Drafter, stage: str) -> Drafter:
+    """Stage 1; or as `cst`, continued supervised training for as many steps and at the rate of stage 2."""
+    s = context.settings
+    total, rate, warmup = s.supervised_steps, s.learning_rate, s.warmup_steps
+    if stage == "cst":
+        total, rate, warmup = s.ppow_steps, s.ppow_learning_rate, 0
+    optimizer = _optimizer(s, rate, total, warmup)
+    step = functools.partial(
+        supervised.train_step,
+        config=context.target.config,
+        optimizer=optimizer,
+        steps=s.ttt_steps,
+        decay=s.ttt_decay,
+        greedy_text=context.greedy_text,
+    )
+    shell = drafter.replace(params={}, mixed=context.mixed)
+    offset = s.supervised_steps if stage == "cst" else 0
+
+    def one(state, index):
+        return step(state, shell, context.target.params, context.train.at(offset + index))
+
+    return _train(context, drafter, stage, one, total, optimizer)
+
+
+def _ppow(context: _Context, drafter: Drafter) -> Drafter:
+    s = context.settings
+    optimizer = _optimizer(s, s.ppow_learning_rate, s.ppow_steps * s.passes, 0)
+    rollouts = RolloutSettings(
+        window=s.window,
+        group=s.group,
+        windows=s.windows,
+        rollout_temperature=s.rollout_temperature,
+        verify_temperature=0.0 if s.acceptance == "greedy" else s.acceptance_temperature,
+        eta=s.eta,
+        eps=s.eps,
+        adaw=s.adaw,
+        adaw_start=s.adaw_start,
+        greedy_reference=not context.greedy_text,
+        costs=CostModel(_gamma(context, drafter), s.general_cost, s.verify_cost, s.rollback_cost, s.bonus),
+    )
+    step = functools.partial(
+        ppow.train_step,
+        config=context.target.config,
+        optimizer=optimizer,
+        rollouts=rollouts,
+        policy=ppow.PolicySettings(s.clip, s.kl_weight, s.passes),
+        greedy_text=context.greedy_text,
+    )
+    shell = drafter.replace(params={}, mixed=context.mixed)
+    key = jax.random.fold_in(jax.random.key(s.seed), 2)
+    offset = s.supervised_steps if "supervised" in s.stages else 0  # go on where stage 1 left the data
+
+    def one(state, index):
+        batch = context.train.at(offset + index)
+        return step(state, shell, context.target.params, batch, jax.random.fold_in(key, index))
+
+    return _train(context, drafter, "ppow", one, s.ppow_steps, optimizer)
+
+
+def _gamma(context: _Context, drafter: Drafter) -> float:
+    """The flag's gamma, or the one measured here: once a workdir, so that a resumed run has the same rewards."""
+    s = context.settings
+    if s.gamma >= 0:
+        return s.gamma
+    path = context.workdir / "costs.json"
+    if not path.exists():
+        costs = measure_costs(context.target, cast(drafter, s.dtype), s.window, s.row_length)
+        measured = dataclasses.asdict(costs) | {"gamma": costs.gamma, "verify_ratio": costs.verify_ratio}
+        files.write_atomic(path, json.dumps(measured, indent=1))
+    gamma = round(json.loads(path.read_text())["gamma"], 4)
+    log.info("ppow: a draft step costs %.3f steps of the target here (--gamma)", gamma)
+    return gamma
+
+
+# Results.
+
+
+def cast(drafter: Drafter, dtype: str) -> Drafter:
+    """The drafter as decoding wants it: matrices in `dtype`, norms in float32."""
+    params = {k: v if "norm" in k else jnp.asarray(v, DTYPES[dtype]) for k, v in drafter.params.items()}
+    return drafter.replace(params=params, mixed=False)
+
+
+def _export(context: _Context, drafter: Drafter, name: str) -> None:
+    export_drafter(
+        context.workdir / name, drafter.config, jax.device_get(drafter.params), np.asarray(drafter.target_ids_W),
+        target_name=context.settings.target,
+    )
+    log.info("exported %s", context.workdir / name)
+
+
+def _evaluate(context: _Context, arms: dict[str, Drafter], benchmarks) -> None:
+    """Measures every arm, prints the table, writes report.json, report.md, plots and the model card."""
+    s, workdir = context.settings, context.workdir
+    result = environment(s.dtype) | {
+        "settings": {spec.name: getattr(s, spec.name) for spec in config_lib.specs(TrainSettings)},
+        "arms": [],
+    }
+    for name, drafter in arms.items():
+        log.info("measuring %s", name)
+        rows = evaluate(
+            context.target,
+            cast(drafter, s.dtype),
+            benchmarks,
+            window=s.window,
+            max_new_tokens=s.max_new_tokens,
+            skip_long_prompts=True,
+        )
+        result["arms"].append(report.arm(name, rows))
+        report.write_json(workdir / "report.json", result)
+    report.plot_results(workdir / "results.png", result)
+    report.plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"))
+    report.write_markdown(workdir / "report.md", result, ["results.png", "curves.png"])
+    if (workdir / "drafter").exists():
+        write_card(
+            workdir / "drafter",
+            title=f"EAGLE-3 drafter for {s.target}",
+            target=s.target,
+            figures=result["arms"][-1]["results"],
+            command=f"python -m experiments.train --flagfile={workdir.name}/flags.txt",
+        )
+    print(report.result_table(result))
+    print(f"\nreport, plots and drafter: {workdir}")

@@ -1,0 +1,112 @@
+"""Stage 2: one PPOW step - score, choose, roll out, verify, reward, differentiate, update - as one XLA program."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ppow_jax.data.batches import PackedBatch
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.layers import Keys
+from ppow_jax.objectives import supervised
+from ppow_jax.objectives.criticality import divergence
+from ppow_jax.objectives.policy import clipped_surrogate, decisive_tokens
+from ppow_jax.objectives.supervised import Windows
+from ppow_jax.training.rollout import Rollout, RolloutSettings, rollout
+from ppow_jax.training.scoring import score
+from ppow_jax.training.supervised import TrainState
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySettings:
+    """Hashable. clip: of the window's ratio. kl_weight: beta of KL(target || drafter). passes: optimiser passes over
+    the rollouts of a step."""
+
+    clip: float
+    kl_weight: float
+    passes: int
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "optimizer", "rollouts", "policy", "greedy_text"), donate_argnames=("state",)
+)
+def train_step(
+    state: TrainState,
+    drafter: Drafter,
+    target_params: dict,
+    batch: PackedBatch,
+    key: Array,
+    *,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    rollouts: RolloutSettings,
+    policy: PolicySettings,
+    greedy_text: bool,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's."""
+    scored = score(target_params, config, drafter.config.feature_layers, drafter.target_ids_W, batch, greedy_text)
+    behaviour = drafter.replace(params=jax.lax.stop_gradient(state.params))
+    windows, metrics = rollout(key, state.step, behaviour, target_params, config, scored, rollouts)
+    params, opt_state = state.params, state.opt_state
+    for _ in range(policy.passes):
+        objective = functools.partial(_loss, drafter, target_params, scored.windows, windows, rollouts, policy)
+        gradient, details = jax.grad(objective, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    metrics |= details | {"gradient_norm": optax.global_norm(gradient)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _loss(drafter, target_params, text: Windows, windows: Rollout, rollouts: RolloutSettings, policy, params):
+    """-(clipped surrogate) + beta KL(target || drafter) on the tokens that count."""
+    drafter = drafter.replace(params=params)
+    B, X, K = windows.token_BxXxK.shape
+    z_BxXxKxW = redraft(drafter, target_params["embed"], text, windows)
+    log_q = jax.nn.log_softmax(z_BxXxKxW / rollouts.rollout_temperature, axis=-1)
+    logp_BxXxK = jnp.take_along_axis(log_q, windows.id_BxXxK[..., None], -1)[..., 0]
+    decisive = decisive_tokens(windows.accepted_BxX, K, whole_if_none=rollouts.eta > 0)
+    surrogate = clipped_surrogate(
+        logp_BxXxK.reshape(B * X, K),
+        windows.logp_BxXxK.reshape(B * X, K),
+        decisive.reshape(B * X, K),
+        windows.advantage_BxX.reshape(-1),
+        windows.valid_BxX.reshape(-1),
+        policy.clip,
+    )
+    counted = decisive & windows.valid_BxX[..., None]
+
+    def mean(x):
+        return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.maximum(counted.sum(), 1)
+
+    kl = mean(divergence(windows.p_BxXxKxW, z_BxXxKxW))
+    entropy = mean(-jnp.sum(jnp.exp(log_q) * log_q, -1))
+    value = -surrogate.objective + policy.kl_weight * kl
+    return value, {
+        "loss": value,
+        "surrogate": surrogate.objective,
+        "kl": kl,
+        "ratio": surrogate.ratio,
+        "ratio_clipped": surrogate.clipped,
+        "entropy": entropy,
+    }
+
+
+def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout) -> Array:
+    """Logits [B, X, K, W] of the drafter along windows that were drafted before."""
+    g_BxTxE, kv = supervised.prefix(drafter, embed_VxD, text)
+    keys = [Keys(kv, supervised.anchor_mask(text, windows.anchor_BxX))]
+    g_BxXxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxX[..., None], 1)
+    position_BxX = jnp.take_along_axis(text.position_BxT, windows.anchor_BxX, 1)
+    chain, token_BxX, outs = (), windows.root_BxX, []
+    for s in range(windows.token_BxXxK.shape[-1]):
+        embed = embed_VxD[token_BxX].astype(jnp.float32)
+        out, chain = drafting.step(drafter, g_BxXxE, embed, position_BxX + s, keys, chain, first=s == 0)
+        outs.append(out)
+        g_BxXxE, token_BxX = drafting.feed(drafter, out), windows.token_BxXxK[..., s]
+    return drafting.logits(drafter, jnp.stack(outs, 2))

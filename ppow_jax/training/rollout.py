@@ -1,0 +1,269 @@
+"""Where speculation meets objectives: choose windows, draft them G times, let the target verify, reward them."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models import transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.layers import KV, Keys
+from ppow_jax.models.transformer import Context
+from ppow_jax.models.vocabulary import survey
+from ppow_jax.objectives import supervised
+from ppow_jax.objectives.criticality import choose_windows, criticality, divergence, window_means
+from ppow_jax.objectives.policy import flat_groups, group_advantage
+from ppow_jax.objectives.rewards import CostModel, proximity_reward, speedup_reward
+from ppow_jax.speculation.propose import propose
+from ppow_jax.speculation.sampling import Sampling, log_distribution
+from ppow_jax.speculation.verify import leading
+from ppow_jax.training.scoring import Scored, restricted
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSettings:
+    """Hashable. window K; group G; windows A: prefixes per row; rollout_temperature of the drafts.
+
+    verify_temperature: 0 accepts greedily (argmax), above 0 by p/q rejection at that temperature.
+    eta, eps: of R_dist (eta = 0 switches it off). adaw, adaw_start: priority sampling, and the step it begins at.
+    greedy_reference: decode the target's continuation; False takes the text itself, which is the same where the
+    target wrote it at temperature 0.
+    """
+
+    window: int
+    group: int
+    windows: int
+    rollout_temperature: float
+    verify_temperature: float
+    eta: float
+    eps: float
+    adaw: bool
+    adaw_start: int
+    greedy_reference: bool
+    costs: CostModel
+
+
+class Rollout(NamedTuple):
+    """N = B * A * G windows of K tokens, constants for the gradient; beams lie as [B, A*G].
+
+    anchor_BxX: anchor index of each beam (X = A * G). token_, id_, logp_BxXxK: the drafts, target and draft ids, and
+    their log-probability when drawn. accepted_BxX, reward_BxX, advantage_BxX, valid_BxX. p_BxXxKxW: the target's
+    distribution over the draft vocabulary at each drafted position.
+    """
+
+    anchor_BxX: Array
+    root_BxX: Array
+    token_BxXxK: Array
+    id_BxXxK: Array
+    logp_BxXxK: Array
+    accepted_BxX: Array
+    reward_BxX: Array
+    advantage_BxX: Array
+    valid_BxX: Array
+    p_BxXxKxW: Array
+
+
+def rollout(
+    key: Array,
+    step: Array,
+    drafter: Drafter,
+    target_params: dict,
+    config: ModelConfig,
+    scored: Scored,
+    settings: RolloutSettings,
+) -> tuple[Rollout, dict[str, Array]]:
+    """Windows of one batch with their rewards -> (Rollout, metrics)."""
+    windows, G, K = scored.windows, settings.group, settings.window
+    choose_key, draft_key, accept_key = jax.random.split(key, 3)
+    g_BxTxE, kv = supervised.prefix(drafter, target_params["embed"], windows)
+    v_BxM = _criticality(drafter, target_params, config, scored, g_BxTxE, kv)
+    chosen_BxA, valid_BxA, chosen_v = _choose(choose_key, step, windows, v_BxM, settings)
+
+    def beams(x_BxM, index_BxA=chosen_BxA):
+        return jnp.repeat(jnp.take_along_axis(x_BxM, index_BxA, 1), G, axis=1)
+
+    anchor_BxX, valid_BxX = beams(windows.anchor_BxM), jnp.repeat(valid_BxA, G, axis=1)
+    root_BxX = jnp.take_along_axis(windows.tokens_BxT, anchor_BxX + 1, 1)
+    draft = propose(
+        drafter,
+        target_params["embed"],
+        jnp.take_along_axis(g_BxTxE, anchor_BxX[..., None], 1),
+        root_BxX,
+        jnp.take_along_axis(windows.position_BxT, anchor_BxX, 1),
+        [Keys(kv, supervised.anchor_mask(windows, anchor_BxX))],
+        K,
+        Sampling(settings.rollout_temperature),
+        draft_key,
+    )
+    log_q = log_distribution(draft.logits_BxMxKxW, Sampling(settings.rollout_temperature))
+    logp_BxXxK = jnp.take_along_axis(log_q, draft.id_BxMxK[..., None], -1)[..., 0]
+
+    hidden_BxAxD = jnp.take_along_axis(scored.hidden_BxMxD, chosen_BxA[..., None], 1)
+    hidden_BxXxKxD = _verify(target_params, config, scored, anchor_BxX, draft.token_BxMxK, hidden_BxAxD, G)
+    judged = _judge(target_params, hidden_BxXxKxD, draft.token_BxMxK, settings.verify_temperature)
+    if settings.verify_temperature == 0:
+        accepted_BxX = leading(judged.argmax == draft.token_BxMxK)
+    else:
+        u = jax.random.uniform(accept_key, logp_BxXxK.shape)
+        accepted_BxX = leading(u * jnp.exp(logp_BxXxK) < jnp.exp(judged.logp_at_temperature))
+
+    r_speedup = speedup_reward(accepted_BxX, K, settings.costs)
+    reference_BxA = _reference_logp(target_params, config, scored, chosen_BxA, hidden_BxAxD, settings)
+    reference_BxX = jnp.repeat(reference_BxA, G, axis=1)
+    r_dist = proximity_reward(accepted_BxX, reference_BxX, judged.logp.sum(-1), settings.eta, settings.eps)
+    reward_BxX = r_speedup + r_dist
+    B, A = chosen_BxA.shape
+    reward_BxAxG = reward_BxX.reshape(B, A, G)
+
+    def mean(x_BxX, mask=valid_BxX):
+        return jnp.sum(jnp.where(mask, x_BxX, 0.0)) / jnp.maximum(mask.sum(), 1)
+
+    reward_mean = mean(reward_BxX)
+    metrics = {
+        "reward": reward_mean,
+        "reward_std": jnp.sqrt(mean((reward_BxX - reward_mean) ** 2)),
+        "reward_speedup": mean(r_speedup),
+        "reward_proximity": mean(r_dist),
+        "accepted_length": mean(accepted_BxX.astype(jnp.float32)),
+        "accepted_histogram": jnp.sum(jax.nn.one_hot(accepted_BxX, K + 1) * valid_BxX[..., None], (0, 1)),
+        "flat_groups": mean(flat_groups(reward_BxAxG) * 1.0, valid_BxA),
+        "criticality": mean(chosen_v, valid_BxA),
+        "criticality_all": mean(v_BxM, windows.anchor_mask_BxM),
+        "windows": valid_BxX.sum(),
+    }
+    result = Rollout(
+        anchor_BxX,
+        root_BxX,
+        draft.token_BxMxK,
+        draft.id_BxMxK,
+        logp_BxXxK,
+        accepted_BxX,
+        reward_BxX,
+        group_advantage(reward_BxAxG).reshape(B, A * G),
+        valid_BxX,
+        restricted(hidden_BxXxKxD, transformer.head(target_params)[drafter.target_ids_W]),
+    )
+    return jax.lax.stop_gradient(result), metrics
+
+
+def _criticality(drafter, target_params, config, scored: Scored, g_BxTxE, kv) -> Array:
+    """v_BxM of every anchor, with the drafter's first step as Q."""
+    windows = scored.windows
+    embed = target_params["embed"][jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1)]
+    g_BxMxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxM[..., None], 1)
+    position_BxM = jnp.take_along_axis(windows.position_BxT, windows.anchor_BxM, 1)
+    keys = [Keys(kv, supervised.anchor_mask(windows, windows.anchor_BxM))]
+    out, _ = drafting.step(drafter, g_BxMxE, embed.astype(jnp.float32), position_BxM, keys)
+    kl_BxM = divergence(windows.probability_BxMxW, drafting.logits(drafter, out))
+    entropy_BxM = scored.survey.entropy_N.reshape(kl_BxM.shape)
+    return jnp.where(windows.anchor_mask_BxM, criticality(entropy_BxM, kl_BxM, config.vocab_size), 0.0)
+
+
+def _choose(key, step, windows, v_BxM, settings: RolloutSettings):
+    """Anchors whose whole window lies inside their answer, by criticality once ADAW has begun."""
+    K, M = settings.window, windows.anchor_BxM.shape[1]
+    last = jnp.pad(windows.anchor_BxM, ((0, 0), (0, K - 1)), constant_values=-1)[:, K - 1 : K - 1 + M]
+    inside = jnp.pad(windows.anchor_mask_BxM, ((0, 0), (0, K - 1)))[:, K - 1 : K - 1 + M]
+    allowed_BxM = windows.anchor_mask_BxM & inside & (last == windows.anchor_BxM + K - 1)
+    weight_BxM = window_means(v_BxM, K)
+    priority = settings.adaw & (step >= settings.adaw_start)
+    index_BxA, valid_BxA = choose_windows(key, jnp.where(priority, weight_BxM, 1.0), allowed_BxM, settings.windows)
+    return index_BxA, valid_BxA, jnp.take_along_axis(weight_BxM, index_BxA, 1)
+
+
+def _prefix_context(scored: Scored, anchor_BxX: Array) -> Context:
+    """The target's keys of a row, as tokens after each root see them: up to the root, inside the segment."""
+    T = scored.windows.tokens_BxT.shape[1]
+    root_BxX = anchor_BxX + 1
+    segment_BxX = jnp.take_along_axis(scored.windows.segment_BxT, root_BxX, 1)
+    mask = (segment_BxX[..., None] == scored.windows.segment_BxT[:, None]) & (jnp.arange(T) <= root_BxX[..., None])
+    return Context(scored.kv, mask)
+
+
+def _verify(target_params, config, scored: Scored, anchor_BxX, token_BxXxK, hidden_BxAxD, G) -> Array:
+    """hidden_BxXxKxD that judges each drafted token: the root's (already known), then those of drafts 1..K-1."""
+    B, X, K = token_BxXxK.shape
+    first = jnp.repeat(hidden_BxAxD, G, axis=1)[:, :, None]
+    if K == 1:
+        return first
+    S = X * (K - 1)
+    root_position_BxX = jnp.take_along_axis(scored.windows.position_BxT, anchor_BxX, 1) + 1
+    position = root_position_BxX[..., None] + 1 + jnp.arange(K - 1)
+    window_S, offset_S = jnp.arange(S) // (K - 1), jnp.arange(S) % (K - 1)
+    own = (window_S[:, None] == window_S) & (offset_S[None] <= offset_S[:, None])
+    prefix = _prefix_context(scored, anchor_BxX)
+    out = transformer.forward(
+        target_params,
+        config,
+        token_BxXxK[:, :, :-1].reshape(B, S),
+        position.reshape(B, S),
+        jnp.broadcast_to(own, (B, S, S)),
+        [Context(prefix.kv, jnp.repeat(prefix.mask_BxSxL, K - 1, axis=1))],
+    )
+    return jnp.concatenate([first, out.hidden_BxSxD.reshape(B, X, K - 1, -1)], axis=2)
+
+
+class _Judged(NamedTuple):
+    argmax: Array
+    logp: Array  # of each drafted token at temperature 1
+    logp_at_temperature: Array
+
+
+def _judge(target_params, hidden_BxXxKxD, token_BxXxK, temperature: float) -> _Judged:
+    head_VxD = transformer.head(target_params)
+    shape, flat = token_BxXxK.shape, hidden_BxXxKxD.reshape(-1, hidden_BxXxKxD.shape[-1])
+    surveyed = survey(flat, head_VxD)
+    z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * head_VxD[token_BxXxK.reshape(-1)], -1)
+    logp = (z - surveyed.logsumexp_N).reshape(shape)
+    tempered = logp
+    if temperature not in (0.0, 1.0):
+        tempered = (z / temperature - survey(flat, head_VxD, temperature).logsumexp_N).reshape(shape)
+    return _Judged(surveyed.argmax_N.reshape(shape), logp, tempered)
+
+
+def _reference_logp(target_params, config, scored: Scored, chosen_BxA, hidden_BxAxD, settings) -> Array:
+    """log P of the target's own greedy window after each root, [B, A], nats."""
+    if settings.eta == 0:
+        return jnp.zeros(chosen_BxA.shape)
+    windows, K = scored.windows, settings.window
+    B, M = windows.anchor_BxM.shape
+    if not settings.greedy_reference:
+        head_VxD = transformer.head(target_params)
+        token_BxM = jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 2, _last(windows)), 1)
+        hidden = scored.hidden_BxMxD.astype(head_VxD.dtype).astype(jnp.float32)
+        z_BxM = jnp.sum(hidden * head_VxD[token_BxM].astype(jnp.float32), -1)
+        logp_BxM = z_BxM - scored.survey.logsumexp_N.reshape(B, M)
+        return jnp.take_along_axis(K * window_means(logp_BxM, K), chosen_BxA, 1)
+    return _decode_reference(target_params, config, scored, chosen_BxA, hidden_BxAxD, K)
+
+
+def _last(windows) -> int:
+    return windows.tokens_BxT.shape[1] - 1
+
+
+def _decode_reference(target_params, config, scored: Scored, chosen_BxA, hidden_BxAxD, K: int) -> Array:
+    """Decodes K tokens greedily after each root; their summed log-probability."""
+    B, A = chosen_BxA.shape
+    anchor_BxA = jnp.take_along_axis(scored.windows.anchor_BxM, chosen_BxA, 1)
+    position_BxA = jnp.take_along_axis(scored.windows.position_BxT, anchor_BxA, 1) + 2
+    prefix, head_VxD = _prefix_context(scored, anchor_BxA), transformer.head(target_params)
+    own_AxA = jnp.broadcast_to(jnp.eye(A, dtype=bool), (B, A, A))
+    past: list[tuple[KV, ...]] = []
+    total_BxA, hidden = jnp.zeros((B, A)), hidden_BxAxD
+    for s in range(K):
+        flat = hidden.reshape(B * A, -1)
+        surveyed = survey(flat, head_VxD)
+        token_BxA = surveyed.argmax_N.reshape(B, A)
+        z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * head_VxD[surveyed.argmax_N], -1)
+        total_BxA += (z - surveyed.logsumexp_N).reshape(B, A)
+        if s < K - 1:
+            contexts = [prefix, *(Context(kv, own_AxA) for kv in past)]
+            out = transformer.forward(target_params, config, token_BxA, position_BxA + s, own_AxA, contexts)
+            past.append(out.kv)
+            hidden = out.hidden_BxSxD
+    return total_BxA

@@ -1,0 +1,86 @@
+"""The frozen target reads a packed batch: features, its restricted distribution, and its keys."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.data.batches import PackedBatch
+from ppow_jax.models import transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.layers import KV, linear
+from ppow_jax.models.vocabulary import Survey, survey
+from ppow_jax.objectives.supervised import Windows
+
+Array = jax.Array
+
+
+class Scored(NamedTuple):
+    """windows: see `Windows`. survey: per anchor (flattened to B*M), over the whole vocabulary. kv: the target's
+    keys of the rows, per layer. hidden_BxMxD: the final hidden state that the anchor's first step is judged by."""
+
+    windows: Windows
+    survey: Survey
+    kv: tuple[KV, ...]
+    hidden_BxMxD: Array
+
+
+def restricted(hidden: Array, head_WxD: Array, temperature: float = 1.0) -> Array:
+    """The target's distribution [..., W] over the draft vocabulary, renormalised."""
+    return jax.nn.softmax(linear(hidden, head_WxD) / temperature, axis=-1)
+
+
+def draft_ids(target_ids_W: Array, vocab_size: int) -> Array:
+    """id_V: the draft id of each target id, -1 where the draft vocabulary has none."""
+    W = target_ids_W.shape[0]
+    return jnp.full(vocab_size, -1, jnp.int32).at[target_ids_W].set(jnp.arange(W, dtype=jnp.int32))
+
+
+def row_mask(segment_BxT: Array) -> Array:
+    """mask_BxTxT of packed rows: causal, inside one segment."""
+    B, T = segment_BxT.shape
+    return transformer.causal_mask(B, T) & (segment_BxT[:, :, None] == segment_BxT[:, None])
+
+
+def score(
+    params: dict,
+    config: ModelConfig,
+    feature_layers: tuple[int, ...],
+    target_ids_W: Array,
+    batch: PackedBatch,
+    greedy_text: bool,
+) -> Scored:
+    """Runs the target over the rows once; everything here is constant for the drafter's gradient.
+
+    greedy_text: the target wrote the answers at temperature 0, so that the text itself is its argmax, and no pass
+    over the whole vocabulary is needed for it.
+    """
+    params = jax.lax.stop_gradient(params)
+    batch = PackedBatch(*map(jnp.asarray, batch))
+    out = transformer.forward(
+        params,
+        config,
+        batch.tokens_BxT,
+        batch.position_BxT,
+        row_mask(batch.segment_BxT),
+        feature_layers=feature_layers,
+    )
+    B, M = batch.anchor_BxM.shape
+    judge_BxM = jnp.minimum(batch.anchor_BxM + 1, batch.tokens_BxT.shape[1] - 1)
+    hidden_BxMxD = jnp.take_along_axis(out.hidden_BxSxD, judge_BxM[..., None], 1)
+    head_VxD = transformer.head(params)
+    surveyed = survey(hidden_BxMxD.reshape(B * M, -1), head_VxD)
+    target_BxM = surveyed.argmax_N.reshape(B, M)
+    if greedy_text:
+        target_BxM = jnp.take_along_axis(batch.tokens_BxT, jnp.minimum(judge_BxM + 1, batch.tokens_BxT.shape[1] - 1), 1)
+    windows = Windows(
+        features_BxTxF=out.features_BxSxF,
+        tokens_BxT=batch.tokens_BxT,
+        segment_BxT=batch.segment_BxT,
+        position_BxT=batch.position_BxT,
+        anchor_BxM=batch.anchor_BxM,
+        anchor_mask_BxM=batch.anchor_mask_BxM,
+        label_BxM=draft_ids(target_ids_W, config.vocab_size)[target_BxM],
+        probability_BxMxW=restricted(hidden_BxMxD, head_VxD[target_ids_W]),
+    )
+    return Scored(windows, surveyed, out.kv, hidden_BxMxD)

@@ -1,0 +1,99 @@
+"""Stage 1: one training step, and the simulated acceptance length by which its checkpoints are chosen."""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ppow_jax.data.batches import PackedBatch
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.objectives import supervised
+from ppow_jax.training.scoring import score
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step (int32), the drafter's float32 parameters and the optimizer's state."""
+
+    step: Array
+    params: dict
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: dict, optimizer: optax.GradientTransformation) -> "TrainState":
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "optimizer", "steps", "decay", "greedy_text"), donate_argnames=("state",))
+def train_step(
+    state: TrainState,
+    drafter: Drafter,
+    target_params: dict,
+    batch: PackedBatch,
+    *,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    decay: float,
+    greedy_text: bool,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
+
+    drafter: gives configuration, vocabulary and precision; its parameters are replaced by the state's.
+    """
+    windows = score(target_params, config, drafter.config.feature_layers, drafter.target_ids_W, batch, greedy_text).windows
+
+    def objective(params):
+        scores = supervised.training_time_test(
+            drafter.replace(params=params), target_params["embed"], windows, steps, decay
+        )
+        return scores.total.sum(), scores
+
+    (value, scores), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    accepted_S, reached_S = supervised.chain_counts(scores)
+    metrics = {
+        "loss": value,
+        "loss_by_step": supervised.mean_loss(scores),
+        "accuracy_by_step": (scores.match & scores.valid).sum((1, 2)) / jnp.maximum(scores.valid.sum((1, 2)), 1),
+        "acceptance_by_step": accepted_S / jnp.maximum(reached_S, 1),
+        "tau_sim": supervised.simulated_length(accepted_S, reached_S),
+        "gradient_norm": optax.global_norm(gradient),
+        "outside_vocabulary": 1 - ((windows.label_BxM >= 0) & windows.anchor_mask_BxM).sum() / windows.anchor_mask_BxM.sum(),
+        "answer_tokens": windows.anchor_mask_BxM.sum(),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("config", "K", "greedy_text"))
+def _evaluate_batch(drafter: Drafter, target_params: dict, batch: PackedBatch, *, config: ModelConfig, K: int, greedy_text: bool):
+    layers = drafter.config.feature_layers
+    windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text).windows
+    scores = supervised.training_time_test(drafter, target_params["embed"], windows, K, decay=1.0)
+    count_S = scores.valid.sum((1, 2))
+    overlap_S = jnp.sum(jnp.where(scores.valid, scores.overlap, 0.0), (1, 2))
+    loss_S = jnp.sum(jnp.where(scores.valid & scores.known, scores.loss, 0.0), (1, 2))
+    known_S = (scores.valid & scores.known).sum((1, 2))
+    return *supervised.chain_counts(scores), overlap_S, count_S, loss_S, known_S
+
+
+def evaluate(
+    drafter: Drafter, target_params: dict, batches: list[PackedBatch], *, config: ModelConfig, K: int, greedy_text: bool
+) -> dict[str, Any]:
+    """Simulated greedy-chain tau of windows of K tokens on held-out batches, with its parts by step."""
+    sums = [_evaluate_batch(drafter, target_params, batch, config=config, K=K, greedy_text=greedy_text) for batch in batches]
+    accepted_S, reached_S, overlap_S, count_S, loss_S, known_S = map(sum, zip(*jax.device_get(sums), strict=True))
+    return {
+        "held_out_tau_sim": float(supervised.simulated_length(accepted_S, reached_S)),
+        "held_out_acceptance_by_step": accepted_S / reached_S.clip(1),
+        "held_out_overlap_by_step": overlap_S / count_S.clip(1),
+        "held_out_loss": float(loss_S[0] / max(known_S[0], 1)),
+    }

@@ -1,0 +1,196 @@
+"""The measurement on the tiny target, with a drafter of random weights and a draft vocabulary of frequent tokens."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppow_jax.data.encoding import encode_prompt
+from ppow_jax.errors import UserError
+from ppow_jax.evaluation import decoding, measure, report
+from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models.config import DrafterConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.weights import targets
+
+FREQUENT = (94, 141, 166, 191, 234)  # tokens that the tiny target likes: some drafts are accepted
+
+
+@pytest.fixture(scope="module")
+def target():
+    return targets.load("tiny", "float32")
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    c = target.config
+    config = DrafterConfig(
+        vocab_size=c.vocab_size,
+        draft_vocab_size=len(FREQUENT),
+        hidden_size=c.hidden_size,
+        intermediate_size=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        max_position_embeddings=2048,
+        target_hidden_size=c.hidden_size,
+        feature_layers=(2, 3, 4),
+        fc_norm=False,
+    )
+    params = drafting.init(jax.random.key(1), config, scale=0.1)
+    return Drafter(config=config, params=params, target_ids_W=jnp.array(FREQUENT, jnp.int32))
+
+
+def benchmark(*prompts: tuple[str, ...], name: str = "mine") -> Benchmark:
+    return Benchmark(name, tuple(Prompt(turns, f"{name}.jsonl:{i}") for i, turns in enumerate(prompts, 1)))
+
+
+SINGLE = benchmark(*((f"What is {i} + {i}?",) for i in range(10)), ("long " * 30,), name="sums")
+TURNS = benchmark(("Count.", "Go on.", "Stop."), ("Hello!",), ("Why?", "Really?"), name="turns")
+
+
+@pytest.fixture(scope="module")
+def greedy(target, drafter):
+    """Both benchmarks at temperature 0, batch 3: (rows, outputs)."""
+    outputs = []
+    settings = {"window": 3, "max_new_tokens": 30, "batch_size": 3, "on_output": outputs.append}
+    return measure.evaluate(target, drafter, [SINGLE, TURNS], **settings), outputs
+
+
+def test_outputs_are_identical_and_in_order(target, greedy):
+    rows, outputs = greedy
+    assert [(row["identical"], row["total"], row["num_prompts"]) for row in rows] == [(11, 11, 11), (6, 6, 3)]
+    assert [(o.source, o.turn) for o in outputs[:11]] == [(p.source, 0) for p in SINGLE.prompts]
+    expected = [(f"turns.jsonl:{i}", turn) for i, turn in ((1, 0), (1, 1), (1, 2), (2, 0), (3, 0), (3, 1))]
+    assert [(o.source, o.turn) for o in outputs[11:]] == expected
+    end = target.config.eos_token_ids[0]
+    for o in outputs:
+        assert o.autoregressive_ids.tolist() == o.speculative_ids.tolist()
+        assert 1 <= len(o.speculative_ids) <= 30 and end not in o.speculative_ids[:-1]
+        assert len(o.speculative_ids) == 30 or o.speculative_ids[-1] == end
+    assert json.loads(json.dumps(outputs[0].as_json()))["prompt_ids"] == outputs[0].prompt_ids.tolist()
+
+
+def test_batch_and_padding_do_not_matter(target, drafter, greedy):
+    _, outputs = greedy
+    alone = []
+    settings = {"window": 3, "max_new_tokens": 30, "on_output": alone.append}
+    measure.evaluate(target, drafter, [benchmark(SINGLE.prompts[0].turns)], **settings)
+    assert alone[0].speculative_ids.tolist() == outputs[0].speculative_ids.tolist()
+
+
+def test_a_later_turn_follows_plain_decoding_s_answer(target, greedy):
+    first, second = greedy[1][11:13]
+    text = target.tokenizer.decode(first.autoregressive_ids.tolist(), skip_special_tokens=True).strip()
+    messages = [measure.dialogues.Message(*m) for m in (("user", "Count."), ("assistant", text), ("user", "Go on."))]
+    assert second.prompt_ids.tolist() == encode_prompt(target.tokenizer, messages).tolist()
+
+
+def test_tokens_and_verifications_add_up(greedy):
+    rows, outputs = greedy
+    for row in rows:
+        answers = [o.speculative_ids for o in outputs if o.benchmark == row["benchmark"]]
+        histogram = row["accepted_histogram"]
+        assert row["new_tokens"] == row["baseline_new_tokens"] == sum(len(a) - 1 for a in answers)
+        assert len(histogram) == 4 and row["num_verifications"] == sum(histogram)
+        assert sum(histogram[1:]) > 0, "the test wants some accepted drafts"
+        behind_the_end = sum((k + 1) * n for k, n in enumerate(histogram)) - row["new_tokens"]
+        assert 0 <= behind_the_end <= 3 * len(answers)
+        assert row["tau"] == row["new_tokens"] / row["num_verifications"] > 1
+        assert row["speedup"] == pytest.approx(row["tokens_per_second"] / row["baseline_tokens_per_second"])
+        assert row["tokens_per_second"] == pytest.approx(row["new_tokens"] / row["decode_seconds"])
+
+
+def test_acceptance_from_a_histogram():
+    conditional, marginal = measure.acceptance([4, 3, 2, 1])
+    assert conditional == [6 / 10, 3 / 6, 1 / 3] and marginal == [6 / 10, 3 / 10, 1 / 10]
+    assert measure.acceptance([5, 0, 0]) == ([0.0, None], [0.0, 0.0])
+    assert measure.acceptance([0, 0]) == ([None], [None])
+
+
+def test_rows_have_the_documented_keys(greedy, tmp_path):
+    row = greedy[0][0]
+    page = (pytest.importorskip("pathlib").Path(__file__).parent.parent / "docs" / "results_schema.md").read_text()
+    assert all(f"`{key}`" in page for key in row)
+    assert row["mode"] == "chain" and row["window"] == 3 and row["temperature"] == 0.0 and row["batch_size"] == 3
+    seconds = ("draft_seconds", "verify_seconds", "plain_seconds", "prefill_seconds", "baseline_prefill_seconds")
+    assert all(row[key] > 0 for key in (*seconds, "gamma", "verify_cost_ratio"))
+    assert row["gamma"] == pytest.approx(row["draft_seconds"] / 3 / row["plain_seconds"])
+    whole = measure.environment("float32") | {"settings": {}, "results": greedy[0]}
+    report.write_json(tmp_path / "r.json", whole)
+    read = json.loads((tmp_path / "r.json").read_text())
+    assert read["schema"] == 1 and read["device"].startswith("cpu (") and read["results"][0]["tau"] == row["tau"]
+    report.plot_results(tmp_path / "r.png", whole | {"arms": [report.arm("x", greedy[0])]})
+    assert "11/11" in report.console_table(greedy[0])
+
+
+def test_sampling(target, drafter):
+    def run(seed):
+        outputs = []
+        settings = {"window": 2, "temperature": 1, "max_new_tokens": 12, "on_output": outputs.append}
+        row = measure.evaluate(target, drafter, [TURNS], seed=seed, **settings)[0]
+        return row, [o.speculative_ids.tolist() for o in outputs]
+
+    row, ids = run(0)
+    assert row["identical"] is None and row["total"] == 6
+    assert row["new_tokens"] == sum(len(a) - 1 for a in ids)
+    assert run(0)[1] == ids != run(1)[1]
+
+
+def test_programs_are_compiled_once_per_shape(target, drafter):
+    from ppow_jax.speculation import generate
+
+    how = decoding.Decoding(window=4, max_new_tokens=9, batch_size=2)
+    before = generate.decode._cache_size(), generate.prefill._cache_size()
+    for n in (1, 5, 40, 64):
+        for arm in (None, drafter):
+            decoding.decode(target, arm, [np.full(n, 7, np.int32)], how, rounds=1)
+            decoding.decode(target, arm, [np.full(n, 7, np.int32)] * 2, how, (3, 4))
+    assert (generate.decode._cache_size() - before[0], generate.prefill._cache_size() - before[1]) == (2, 2)
+
+
+def test_rungs_hold_their_length_and_are_few():
+    rungs = [decoding.rung(n) for n in range(1, 4097)]
+    assert all(n <= r < max(65, 1.5 * n + 2) for n, r in enumerate(rungs, 1))
+    assert rungs == sorted(rungs) and len(set(rungs)) == 12 and set(np.array(rungs) % 64) == {0}
+
+
+def test_costs(target, drafter):
+    costs = measure.measure_costs(target, drafter, 2, 70, batch=2, repetitions=2)
+    assert costs.gamma == costs.draft_step / costs.plain_step > 0
+    assert costs.verify_ratio == costs.verify / costs.plain_step > 0
+    assert dataclasses.is_dataclass(costs)
+    with pytest.raises(ValueError, match="too short for a window of 8"):
+        measure.measure_costs(target, drafter, 8, 10)
+
+
+LONG = benchmark(("short",), ("x" * 2100,))
+
+
+@pytest.mark.parametrize(
+    ("bench", "changes", "message"),
+    [
+        (SINGLE, {"window": 0}, "--window=0: must be at least 1"),
+        (SINGLE, {"max_new_tokens": 1}, "--max_new_tokens=1: must be at least 2"),
+        (SINGLE, {"temperature": -1}, "--temperature=-1.0: must be 0 or more"),
+        (SINGLE, {"batch_size": 0}, "--batch_size=0: must be at least 1"),
+        (LONG, {}, r"mine\.jsonl:2: a prompt of \d+ tokens .* but tiny has 2048 \(--skip_long_prompts"),
+        (TURNS, {"max_new_tokens": 700}, r"turns\.jsonl:1: a prompt of 1\d\d\d tokens"),
+        (TURNS, {"max_new_tokens": 2048, "skip_long_prompts": True}, "none of its 3 prompts fits"),
+    ],
+)
+def test_bad_input(target, drafter, bench, changes, message):
+    with pytest.raises(UserError, match=message):
+        measure.evaluate(target, drafter, [bench], **({"window": 3, "max_new_tokens": 8} | changes))
+
+
+def test_long_prompts_can_be_skipped(target, drafter, caplog):
+    row = measure.evaluate(target, drafter, [LONG], window=3, max_new_tokens=30, skip_long_prompts=True)[0]
+    assert (row["num_prompts"], row["total"]) == (1, 1)
+    assert "mine: 1 prompts left out" in caplog.text
