@@ -144,12 +144,17 @@ class Batches:
 
     def at(self, step: int) -> PackedBatch:
         """The batch of a step."""
-        epoch, index = self.locate(step)
-        plan, batch = self._plan(epoch), empty_batch(self.batch_size, self.row_length, self.max_anchors)
-        first = index * self.batch_size
-        for b, row in enumerate(range(first, min(first + self.batch_size, plan.num_rows))):
-            self._fill_row(batch, b, plan.order[plan.row_start[row] : plan.row_start[row + 1]])
+        batch = empty_batch(self.batch_size, self.row_length, self.max_anchors)
+        for b, members in enumerate(self.members(step)):
+            self._fill_row(batch, b, members)
         return batch
+
+    def members(self, step: int) -> list[np.ndarray]:
+        """The examples in each row of the batch of a step, as indices into `examples`, in their order."""
+        epoch, index = self.locate(step)
+        plan, first = self._plan(epoch), index * self.batch_size
+        rows = range(first, min(first + self.batch_size, plan.num_rows))
+        return [plan.order[plan.row_start[row] : plan.row_start[row + 1]] for row in rows]
 
     def _fill_row(self, batch: PackedBatch, b: int, row: np.ndarray) -> None:
         t = m = 0

@@ -24,6 +24,7 @@ from ppow_jax.evaluation.measure import environment, evaluate, measure_costs
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.training import answers, initialise, loop, ppow, supervised
+from ppow_jax.training.features import FeatureStore
 from ppow_jax.training.metrics import MetricsWriter, read_metrics
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.rollout import RolloutSettings
@@ -276,10 +277,29 @@ def _supervised(context: _Context, drafter: Drafter, stage: str) -> Drafter:
     shell = drafter.replace(params={}, mixed=context.mixed)
     offset = s.supervised_steps if stage == "cst" else 0
 
+    store = _features(context, drafter) if s.cache_features else None
+
     def one(state, index):
-        return step(state, shell, context.target.params, context.train.at(offset + index))
+        batch = context.train.at(offset + index)
+        cached = store.at(offset + index, batch) if store else None
+        return step(state, shell, context.target.params, batch, cached)
 
     return _train(context, drafter, stage, one, total, optimizer)
+
+
+def _features(context: _Context, drafter: Drafter) -> FeatureStore:
+    target, stop = context.target, context.stop
+    store = FeatureStore(
+        context.workdir / "features",
+        context.train,
+        target.params,
+        target.config,
+        drafter.config.feature_layers,
+        lambda: stop.requested,
+    )
+    if not store.complete:
+        raise Stopped
+    return store
 
 
 def _ppow(context: _Context, drafter: Drafter) -> Drafter:

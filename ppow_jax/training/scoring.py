@@ -49,32 +49,35 @@ def score(
     target_ids_W: Array,
     batch: PackedBatch,
     greedy_text: bool,
+    cached: tuple[Array, Array] | None = None,
 ) -> Scored:
     """Runs the target over the rows once; everything here is constant for the drafter's gradient.
 
     greedy_text: the target wrote the answers at temperature 0, so that the text itself is its argmax, and no pass
-    over the whole vocabulary is needed for it.
+    over the whole vocabulary is needed for it. cached: (features_BxTxF, hidden_BxMxD) from an earlier pass; there are
+    no keys then.
     """
     params = jax.lax.stop_gradient(params)
     batch = PackedBatch(*map(jnp.asarray, batch))
-    out = transformer.forward(
-        params,
-        config,
-        batch.tokens_BxT,
-        batch.position_BxT,
-        row_mask(batch.segment_BxT),
-        feature_layers=feature_layers,
-    )
+    last = batch.tokens_BxT.shape[1] - 1
+    judge_BxM = jnp.minimum(batch.anchor_BxM + 1, last)
+    if cached is not None:
+        (features_BxTxF, hidden_BxMxD), kv = cached, ()
+    else:
+        mask = row_mask(batch.segment_BxT)
+        out = transformer.forward(
+            params, config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=feature_layers
+        )
+        features_BxTxF, kv = out.features_BxSxF, out.kv
+        hidden_BxMxD = jnp.take_along_axis(out.hidden_BxSxD, judge_BxM[..., None], 1)
     B, M = batch.anchor_BxM.shape
-    judge_BxM = jnp.minimum(batch.anchor_BxM + 1, batch.tokens_BxT.shape[1] - 1)
-    hidden_BxMxD = jnp.take_along_axis(out.hidden_BxSxD, judge_BxM[..., None], 1)
     head_VxD = transformer.head(params)
     surveyed = survey(hidden_BxMxD.reshape(B * M, -1), head_VxD)
     target_BxM = surveyed.argmax_N.reshape(B, M)
     if greedy_text:
-        target_BxM = jnp.take_along_axis(batch.tokens_BxT, jnp.minimum(judge_BxM + 1, batch.tokens_BxT.shape[1] - 1), 1)
+        target_BxM = jnp.take_along_axis(batch.tokens_BxT, jnp.minimum(judge_BxM + 1, last), 1)
     windows = Windows(
-        features_BxTxF=out.features_BxSxF,
+        features_BxTxF=features_BxTxF,
         tokens_BxT=batch.tokens_BxT,
         segment_BxT=batch.segment_BxT,
         position_BxT=batch.position_BxT,
@@ -83,4 +86,4 @@ def score(
         label_BxM=draft_ids(target_ids_W, config.vocab_size)[target_BxM],
         probability_BxMxW=restricted(hidden_BxMxD, head_VxD[target_ids_W]),
     )
-    return Scored(windows, surveyed, out.kv, hidden_BxMxD)
+    return Scored(windows, surveyed, kv, hidden_BxMxD)

@@ -29,6 +29,7 @@ class TrainSettings:
     answer_chunk: int = field(256, "Answers per file; a killed run loses at most one file.", low=1, group="Data")
     recorded: str = field("", "Conversations to mix in as they stand, without decoding.", group="Data")
     num_recorded: int = field(0, "How many of them, at most.", low=0, group="Data")
+    cache_features: bool = field(False, "Keep the target's features on disk for stage 1: 4 hidden sizes per token.", group="Data")
     held_out: int = field(32, "Answers kept for the simulated acceptance.", low=1, group="Data")
 
     drafter: str | None = field(None, "Drafter to start from (EAGLE-3 directory) instead of a new one.", group="Drafter")

@@ -37,6 +37,7 @@ def train_step(
     drafter: Drafter,
     target_params: dict,
     batch: PackedBatch,
+    cached: tuple[Array, Array] | None = None,
     *,
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -46,9 +47,11 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
 
-    drafter: gives configuration, vocabulary and precision; its parameters are replaced by the state's.
+    drafter: gives configuration, vocabulary and precision; its parameters are replaced by the state's. cached: the
+    target's pass over the batch, where it was made before (`training.features`).
     """
-    windows = score(target_params, config, drafter.config.feature_layers, drafter.target_ids_W, batch, greedy_text).windows
+    layers = drafter.config.feature_layers
+    windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text, cached).windows
 
     def objective(params):
         scores = supervised.training_time_test(

@@ -1,0 +1,119 @@
+"""Target features computed once and kept on disk, for stage 1 over several epochs.
+
+The target's pass is more than half of a supervised step. What the drafter needs of it - three features and the final
+hidden state per token - is small for a small target: 4 * D numbers a token. Values are stored in the dtype of the
+target's matrices, which is what the products that read them round to anyway.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax import files, progress
+from ppow_jax.data.batches import Batches, PackedBatch
+from ppow_jax.errors import UserError
+from ppow_jax.models import transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.training.scoring import row_mask
+
+log = logging.getLogger(__name__)
+
+SAVE_EVERY = 16  # batches between two notes of how far the pass has come
+
+
+class Cached(NamedTuple):
+    """What `scoring.score` would compute: features_BxTxF of every token, hidden_BxMxD that judges each anchor."""
+
+    features_BxTxF: np.ndarray
+    hidden_BxMxD: np.ndarray
+
+
+class FeatureStore:
+    """The features of the examples of `batches`, one row of 4 * D values per token, in one memory-mapped file."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        batches: Batches,
+        params: dict,
+        config: ModelConfig,
+        layers: tuple[int, ...],
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        """Computes what is missing; a killed pass goes on where it was.
+
+        Raises UserError when the directory cannot be written to or holds features of other data.
+        """
+        directory = files.writable_directory(directory)
+        lengths = [len(example.tokens) for example in batches.examples]
+        self.batches = batches
+        self.start = np.concatenate([[0], np.cumsum(lengths)])
+        self.width, self.feature_width = 4 * config.hidden_size, 3 * config.hidden_size
+        dtype = np.dtype(transformer.head(params).dtype)
+        path, self._note = directory / "features.bin", directory / "batches_done"
+        size = int(self.start[-1]) * self.width * dtype.itemsize
+        if path.exists() and path.stat().st_size != size:
+            raise UserError(f"{path}: holds the features of other data; remove the directory, or name another --workdir")
+        if not path.exists():
+            files.write_atomic(self._note, "0")
+            with open(path, "wb") as file:
+                file.truncate(size)
+        self._values = np.memmap(path, dtype, "r+", shape=(int(self.start[-1]), self.width))
+        self.complete = self._fill(params, config, layers, stop)
+
+    def _fill(self, params, config: ModelConfig, layers, stop) -> bool:
+        total = self.batches.steps_of_epochs(1)  # epoch 0 holds every example once
+        first = int(self._note.read_text())
+        if first == total:
+            return True
+        with progress.bar(total, "features", "batch", initial=first) as bar:
+            for step in range(first, total):
+                if stop():
+                    self._save(step)
+                    return False
+                batch = self.batches.at(step)
+                values_BxTxX = np.asarray(_read(params, batch, config=config, layers=layers))
+                for b, t, i, n in self._places(step):
+                    self._values[self.start[i] : self.start[i] + n] = values_BxTxX[b, t : t + n]
+                bar.update(1)
+                if (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
+                    self._save(step + 1)
+        return True
+
+    def _save(self, done: int) -> None:
+        self._values.flush()
+        files.write_atomic(self._note, str(done))
+
+    def _places(self, step: int):
+        """(row, first token in the row, example, its length) of every example of a batch."""
+        for b, members in enumerate(self.batches.members(step)):
+            t = 0
+            for i in members:
+                n = int(self.start[i + 1] - self.start[i])
+                yield b, t, i, n
+                t += n
+
+    def at(self, step: int, batch: PackedBatch) -> Cached:
+        """The features of a batch, in the stored dtype."""
+        B, T = batch.tokens_BxT.shape
+        values_BxTxX = np.zeros((B, T, self.width), self._values.dtype)
+        for b, t, i, n in self._places(step):
+            values_BxTxX[b, t : t + n] = self._values[self.start[i] : self.start[i] + n]
+        judge_BxM = np.minimum(batch.anchor_BxM + 1, T - 1)
+        hidden_BxMxD = np.take_along_axis(values_BxTxX[..., self.feature_width :], judge_BxM[..., None], 1)
+        return Cached(values_BxTxX[..., : self.feature_width], hidden_BxMxD)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layers"))
+def _read(params: dict, batch: PackedBatch, *, config: ModelConfig, layers: tuple[int, ...]):
+    out = transformer.forward(
+        params, config, batch.tokens_BxT, batch.position_BxT, row_mask(batch.segment_BxT), feature_layers=layers
+    )
+    values = jnp.concatenate([out.features_BxSxF, out.hidden_BxSxD], -1)
+    return values.astype(transformer.head(params).dtype)
