@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ppow_jax.errors import UserError
 from ppow_jax.data.encoding import Example
+from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class EpochPlan(NamedTuple):
 
     @property
     def num_rows(self) -> int:
+        """Rows of the epoch."""
         return len(self.row_start) - 1
 
 

@@ -59,10 +59,12 @@ class Conversation:
 
     @property
     def user_turns(self) -> tuple[str, ...]:
+        """What the user said, in order."""
         return tuple(m.content for m in self.messages if m.role == "user")
 
     @property
     def system(self) -> str | None:
+        """The system message, if the conversation begins with one."""
         return self.messages[0].content if self.messages[0].role == "system" else None
 
 

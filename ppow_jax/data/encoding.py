@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from ppow_jax.errors import UserError
 from ppow_jax.data.conversations import Conversation, Message
+from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppow_jax.errors import UserError
 from ppow_jax.data import conversations
+from ppow_jax.errors import UserError
 
 
 @dataclass(frozen=True)

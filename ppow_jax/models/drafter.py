@@ -14,7 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models.config import DrafterConfig
-from ppow_jax.models.layers import KV, Keys, heads, linear, linear_bf16, query_blocks, rms_norm, rope, rotation, scores, swiglu, weighted_values
+from ppow_jax.models.layers import (
+    KV,
+    Keys,
+    heads,
+    linear,
+    linear_bf16,
+    query_blocks,
+    rms_norm,
+    rope,
+    rotation,
+    scores,
+    swiglu,
+    weighted_values,
+)
 
 Array = jax.Array
 
@@ -33,16 +46,20 @@ class Drafter:
     mixed: bool = flax.struct.field(pytree_node=False, default=False)
 
     def product(self, x: Array, name: str) -> Array:
+        """x times a matrix of the drafter."""
         return self.linear(x, self.params[name])
 
     @property
     def linear(self):
+        """The matrix product of the drafter's precision."""
         return linear_bf16 if self.mixed else linear
 
     def rotation(self, position_BxM: Array) -> tuple[Array, Array]:
+        """The rotary embedding of positions; see `layers.rotation`."""
         return rotation(position_BxM, self.config.head_dim, self.config.rope_theta)
 
     def norm(self, x: Array, name: str) -> Array:
+        """Root-mean-square norm with one of the drafter's scales."""
         return rms_norm(x, self.params[name], self.config.rms_norm_eps)
 
 
@@ -56,7 +73,9 @@ def fuse(drafter: Drafter, features_BxTxF: Array) -> Array:
 
 def inputs(drafter: Drafter, g_BxMxE: Array, embed_BxMxE: Array) -> Array:
     """What attention sees: [normed embedding, normed feature], 2E wide."""
-    return jnp.concatenate([drafter.norm(embed_BxMxE, "input_norm"), drafter.norm(g_BxMxE, "hidden_norm")], -1)
+    return jnp.concatenate(
+        [drafter.norm(embed_BxMxE, "input_norm"), drafter.norm(g_BxMxE, "hidden_norm")], -1
+    )
 
 
 def keys(drafter: Drafter, a_BxMx2E: Array, position_BxM: Array) -> tuple[Array, Array]:
@@ -113,7 +132,9 @@ def _attend_block(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence) -> 
     q = q_BxMxHxd.reshape(B, M, Kv, H // Kv, d)
     parts = [scores(q_BxMxHxd, block) for block in prefix]  # each [B, Kv, g, M, L]
     if chain:
-        own = jnp.stack([jnp.sum(q * k[:, :, :, None], -1) for k, _ in chain], -1) * d**-0.5  # [B, M, Kv, g, R]
+        own = (
+            jnp.stack([jnp.sum(q * k[:, :, :, None], -1) for k, _ in chain], -1) * d**-0.5
+        )  # [B, M, Kv, g, R]
         parts.append(own.transpose(0, 2, 3, 1, 4))
     top = functools.reduce(jnp.maximum, [part.max(-1) for part in parts])[..., None]
     parts = [jnp.exp(part - jax.lax.stop_gradient(top)) for part in parts]

@@ -28,6 +28,7 @@ class KV(NamedTuple):
 
     @classmethod
     def of(cls, k_BxLxKvxd: Array, v_BxLxKvxd: Array) -> "KV":
+        """From keys and values as projections give them."""
         return cls(k_BxLxKvxd.transpose(0, 2, 3, 1), v_BxLxKvxd.transpose(0, 2, 1, 3))
 
 

@@ -17,7 +17,8 @@ Array = jax.Array
 
 class HeadLoss(NamedTuple):
     """total: sum of weight * loss, the one differentiable part. loss_BxM: cross-entropy against p. match_BxM: whether
-    the label has the highest logit. overlap_BxM: sum_v min(p, q)."""
+    the label has the highest logit. overlap_BxM: sum_v min(p, q).
+    """
 
     total: Array
     loss_BxM: Array
@@ -26,13 +27,17 @@ class HeadLoss(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def head_loss(h_BxMxE: Array, w_WxE: Array, p_BxMxW: Array, label_BxM: Array, weight_BxM: Array, dtype) -> HeadLoss:
+def head_loss(
+    h_BxMxE: Array, w_WxE: Array, p_BxMxW: Array, label_BxM: Array, weight_BxM: Array, dtype
+) -> HeadLoss:
     """Cross-entropy -sum_v p_v log softmax(h w^T)_v of every anchor, weighted and summed.
 
     h_BxMxE: normed hidden states. w_WxE: the head. p_BxMxW: target distribution (sums to 1). label_BxM: draft id of the
     target's argmax (-1: unknown, never matches). weight_BxM: of each loss in `total`; constant. dtype: of the products.
     """
-    rows = [_row(h, w_WxE, p, label, dtype)[:3] for h, p, label in zip(h_BxMxE, p_BxMxW, label_BxM, strict=True)]
+    rows = [
+        _row(h, w_WxE, p, label, dtype)[:3] for h, p, label in zip(h_BxMxE, p_BxMxW, label_BxM, strict=True)
+    ]
     return _gather(rows, weight_BxM)
 
 
@@ -49,7 +54,9 @@ def _row(h_MxE, w_WxE, p_MxW, label_M, dtype):
 
 def _gather(rows, weight_BxM):
     loss_BxM, match_BxM, overlap_BxM = (jnp.stack(x) for x in zip(*rows, strict=True))
-    return HeadLoss(jnp.sum(jnp.where(weight_BxM > 0, weight_BxM * loss_BxM, 0.0)), loss_BxM, match_BxM, overlap_BxM)
+    return HeadLoss(
+        jnp.sum(jnp.where(weight_BxM > 0, weight_BxM * loss_BxM, 0.0)), loss_BxM, match_BxM, overlap_BxM
+    )
 
 
 def _forward(h_BxMxE, w_WxE, p_BxMxW, label_BxM, weight_BxM, dtype):

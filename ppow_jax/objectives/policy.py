@@ -1,5 +1,6 @@
 """The clipped, group-relative, target-anchored objective over windows (PPOW, 2605.14978; PPO, 1707.06347; GRPO,
-2402.03300)."""
+2402.03300).
+"""
 
 from typing import NamedTuple
 
@@ -51,4 +52,6 @@ def clipped_surrogate(
     def mean(x_N):
         return jnp.sum(jnp.where(valid_N, x_N, 0.0)) / count
 
-    return Surrogate(mean(gain_N), mean((bounded_N * advantage_N < ratio_N * advantage_N) * 1.0), mean(ratio_N))
+    return Surrogate(
+        mean(gain_N), mean((bounded_N * advantage_N < ratio_N * advantage_N) * 1.0), mean(ratio_N)
+    )

@@ -41,7 +41,8 @@ class StepScores(NamedTuple):
     """Per draft step s and anchor. total_S: sum of decay^s * the masked mean loss, differentiable. loss_SxBxM;
     match_SxBxM: the drafter's argmax is the target's; valid_SxBxM: the step's token belongs to the anchor's answer;
     known_SxBxM: the draft vocabulary holds the target's argmax; overlap_SxBxM: sum_v min(P, Q), the acceptance at
-    temperature 1."""
+    temperature 1.
+    """
 
     total: Array
     loss: Array
@@ -67,7 +68,9 @@ def anchor_mask(windows: Windows, anchor_BxM: Array) -> Array:
     return same & (jnp.arange(T) <= anchor_BxM[..., None])
 
 
-def training_time_test(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int, decay: float) -> StepScores:
+def training_time_test(
+    drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int, decay: float
+) -> StepScores:
     """Unrolls `steps` draft steps from every anchor; see `StepScores` (each field stacked over steps)."""
     M, T = windows.anchor_BxM.shape[1], windows.tokens_BxT.shape[1]
     g_BxTxE, kv = prefix(drafter, embed_VxD, windows)
@@ -98,7 +101,9 @@ def training_time_test(drafter: Drafter, embed_VxD: Array, windows: Windows, ste
             jnp.bfloat16 if drafter.mixed else drafter.params["lm_head"].dtype,
         )
         scores.append(
-            StepScores(judged.total, judged.loss_BxM, judged.match_BxM, valid_BxM, label_BxM >= 0, judged.overlap_BxM)
+            StepScores(
+                judged.total, judged.loss_BxM, judged.match_BxM, valid_BxM, label_BxM >= 0, judged.overlap_BxM
+            )
         )
     return StepScores(*(jnp.stack(x) for x in zip(*scores, strict=True)))
 
@@ -112,7 +117,8 @@ def mean_loss(scores: StepScores) -> Array:
 
 def chain_counts(scores: StepScores) -> tuple[Array, Array]:
     """(accepted_S, reached_S): of the anchors whose earlier steps all matched, how many were there and how many
-    match. Their ratios are the conditional acceptances of a greedy chain; see `simulated_length`."""
+    match. Their ratios are the conditional acceptances of a greedy chain; see `simulated_length`.
+    """
     alive_SxBxM = jnp.cumprod(scores.match & scores.valid, axis=0).astype(bool)
     before_SxBxM = jnp.concatenate([jnp.ones_like(alive_SxBxM[:1]), alive_SxBxM[:-1]]) & scores.valid
     return alive_SxBxM.sum((1, 2)), before_SxBxM.sum((1, 2))

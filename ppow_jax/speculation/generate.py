@@ -143,16 +143,24 @@ def draft_window(params, drafter: Drafter, state: State, K: int, sampling: Sampl
     g_Bx1xE = jnp.take_along_axis(g_BxK1xE, last_Bx1[..., None], 1)
     root_Bx1 = jnp.take_along_axis(following_BxK1, last_Bx1, 1)
     L = state.tokens_BxL.shape[1]
-    prefix = [Keys(state.drafter_kv, cache.visible(L, start_B, 1)), Keys(new, cache.visible(K1, state.pending_B, 1))]
-    key = jax.random.fold_in(state.key_B[0], state.length_B[0])
+    prefix = [
+        Keys(state.drafter_kv, cache.visible(L, start_B, 1)),
+        Keys(new, cache.visible(K1, state.pending_B, 1)),
+    ]
+    key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
     anchor_Bx1 = state.length_B[:, None] - 2
-    draft = propose(drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix, K, sampling, key)
+    draft = propose(drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix, K, sampling, key_B)
     start_B = cache.after(start_B, draft.token_BxMxK[:, 0, 0])
     return state.replace(drafter_kv=cache.write(state.drafter_kv, new, start_B)), draft
 
 
 def verify_window(
-    params, config: ModelConfig, drafter: Drafter | None, state: State, draft: Draft | None, sampling: Sampling
+    params,
+    config: ModelConfig,
+    drafter: Drafter | None,
+    state: State,
+    draft: Draft | None,
+    sampling: Sampling,
 ) -> State:
     """Runs the target over root and draft, accepts, and commits tokens, keys and features."""
     B, L = state.tokens_BxL.shape
@@ -172,7 +180,9 @@ def verify_window(
     )
     verdict = _accept(state, draft, transformer.logits(params, out.hidden_BxSxD), drafter, sampling)
     start_B = cache.after(root_B, verdict.token[:, 0])
-    target_kv = tuple(cache.write(old, new, start_B) for old, new in zip(state.target_kv, out.kv, strict=True))
+    target_kv = tuple(
+        cache.write(old, new, start_B) for old, new in zip(state.target_kv, out.kv, strict=True)
+    )
     counted_B = jnp.where(state.done_B, 0, 1)[:, None]
     histogram_BxK1 = state.histogram_BxK1 + counted_B * jax.nn.one_hot(verdict.accepted, K1, dtype=jnp.int32)
     before_B = state.length_B

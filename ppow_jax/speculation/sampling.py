@@ -21,6 +21,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
+        """Whether every draw is the argmax."""
         return self.temperature == 0.0
 
 

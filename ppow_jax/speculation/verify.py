@@ -12,7 +12,8 @@ Array = jax.Array
 
 class Verdict(NamedTuple):
     """accepted_...: how many of the K drafted tokens are kept. token_...xK1: the kept ones, then the target's own
-    token at index `accepted`, then padding (repeats of it)."""
+    token at index `accepted`, then padding (repeats of it).
+    """
 
     accepted: Array
     token: Array

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import files, progress
+from ppow_jax.data.conversations import Conversation
+from ppow_jax.data.encoding import Example, encode_prompt
 from ppow_jax.errors import UserError
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.data.conversations import Conversation
-from ppow_jax.data.encoding import Example, encode_prompt
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,20 @@ def regenerate(
     total = sum(map(len, chunks))
     have = [path.exists() for path in (_path(directory, c) for c in range(len(chunks)))]
     new_tokens, begin = 0, time.perf_counter()
-    with progress.bar(total, "answers", "answer", initial=sum(len(c) for c, h in zip(chunks, have, strict=True) if h)) as bar:
+    with progress.bar(
+        total, "answers", "answer", initial=sum(len(c) for c, h in zip(chunks, have, strict=True) if h)
+    ) as bar:
         for c, chunk in enumerate(chunks):
             if have[c] or stop():
                 continue
-            answers = _generate_chunk(params, config, chunk, settings, jax.random.fold_in(jax.random.key(settings.seed), c))
+            answers = _generate_chunk(
+                params, config, chunk, settings, jax.random.fold_in(jax.random.key(settings.seed), c)
+            )
             _write(_path(directory, c), answers)
             new_tokens += sum(map(len, answers))
-            bar.set_postfix(tokens_per_second=round(new_tokens / (time.perf_counter() - begin)), refresh=False)
+            bar.set_postfix(
+                tokens_per_second=round(new_tokens / (time.perf_counter() - begin)), refresh=False
+            )
             bar.update(len(chunk))
     examples = []
     for c, chunk in enumerate(chunks):
@@ -127,7 +133,9 @@ def _check_settings(directory: Path, settings: AnswerSettings) -> None:
     theirs = json.loads(path.read_text())
     different = [f"{k}={theirs.get(k)!r} (now {v!r})" for k, v in mine.items() if theirs.get(k) != v]
     if different:
-        raise UserError(f"{directory}: holds answers made with {', '.join(different)}; name another directory")
+        raise UserError(
+            f"{directory}: holds answers made with {', '.join(different)}; name another directory"
+        )
 
 
 def _chunks(jobs: Sequence[Job], size: int) -> list[list[Job]]:
@@ -149,7 +157,9 @@ def _write(path: Path, answers: list[np.ndarray]) -> None:
 def _read(path: Path, jobs: Sequence[Job]) -> list[Example]:
     answers = json.loads(path.read_text())
     if len(answers) != len(jobs):
-        raise UserError(f"{path}: holds {len(answers)} answers, but its {len(jobs)} prompts changed; name another directory")
+        raise UserError(
+            f"{path}: holds {len(answers)} answers, but its {len(jobs)} prompts changed; name another directory"
+        )
     examples = []
     for job, answer in zip(jobs, answers, strict=True):
         tokens = np.concatenate([job.prompt, np.asarray(answer, np.int32)])
@@ -157,7 +167,9 @@ def _read(path: Path, jobs: Sequence[Job]) -> list[Example]:
     return examples
 
 
-def _generate_chunk(params, config: ModelConfig, jobs: list[Job], settings: AnswerSettings, key) -> list[np.ndarray]:
+def _generate_chunk(
+    params, config: ModelConfig, jobs: list[Job], settings: AnswerSettings, key
+) -> list[np.ndarray]:
     """Decodes the jobs of a chunk in `slots` rows, refilling finished rows; answers in the order of the jobs."""
     slots = min(settings.slots, len(jobs))
     longest = _padded(max(len(job.prompt) for job in jobs))
@@ -174,7 +186,9 @@ def _generate_chunk(params, config: ModelConfig, jobs: list[Job], settings: Answ
             taken, waiting = waiting[:refill], waiting[refill:]
             rows, free = free[: len(taken)], free[len(taken) :]
             fresh = _prefill(params, config, [jobs[j] for j in taken], taken, refill, settings, L, key)
-            state = _insert(state if state is not None else _blank(fresh, slots), fresh, _rows(rows, refill, slots))
+            state = _insert(
+                state if state is not None else _blank(fresh, slots), fresh, _rows(rows, refill, slots)
+            )
             row_job[rows] = taken
         state = generate.decode(params, config, None, state, settings.segment, K=0, sampling=sampling)
         done_B, prompt_B, length_B = map(np.asarray, (state.done_B, state.prompt_B, state.length_B))

@@ -59,7 +59,9 @@ class FeatureStore:
         path, self._note = directory / "features.bin", directory / "batches_done"
         size = int(self.start[-1]) * self.width * dtype.itemsize
         if path.exists() and path.stat().st_size != size:
-            raise UserError(f"{path}: holds the features of other data; remove the directory, or name another --workdir")
+            raise UserError(
+                f"{path}: holds the features of other data; remove the directory, or name another --workdir"
+            )
         if not path.exists():
             files.write_atomic(self._note, "0")
             with open(path, "wb") as file:
@@ -113,7 +115,12 @@ class FeatureStore:
 @functools.partial(jax.jit, static_argnames=("config", "layers"))
 def _read(params: dict, batch: PackedBatch, *, config: ModelConfig, layers: tuple[int, ...]):
     out = transformer.forward(
-        params, config, batch.tokens_BxT, batch.position_BxT, row_mask(batch.segment_BxT), feature_layers=layers
+        params,
+        config,
+        batch.tokens_BxT,
+        batch.position_BxT,
+        row_mask(batch.segment_BxT),
+        feature_layers=layers,
     )
     values = jnp.concatenate([out.features_BxSxF, out.hidden_BxSxD], -1)
     return values.astype(transformer.head(params).dtype)

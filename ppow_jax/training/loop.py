@@ -35,7 +35,9 @@ class Loop:
     evaluate_every: int
 
 
-def run(loop: Loop, state: TrainState, directory: Path, metrics: MetricsWriter, stop: StopSignal) -> tuple[dict, bool]:
+def run(
+    loop: Loop, state: TrainState, directory: Path, metrics: MetricsWriter, stop: StopSignal
+) -> tuple[dict, bool]:
     """Runs a stage, or goes on with it -> (the best parameters so far, whether the stage is complete).
 
     Checkpoints lie in directory/checkpoints, the best by loop.score in directory/best. Metrics of a step are read
@@ -94,7 +96,9 @@ def _record(loop: Loop, metrics: MetricsWriter, bar, entry) -> None:
         require_finite(step, values)
     except NonFiniteError as error:
         raise NonFiniteError(f"{loop.stage}: {error}; the last good checkpoint is kept") from None
-    shown = {k: f"{float(values[k]):.3f}" for k in ("loss", "tau_sim", "reward", "accepted_length") if k in values}
+    shown = {
+        k: f"{float(values[k]):.3f}" for k in ("loss", "tau_sim", "reward", "accepted_length") if k in values
+    }
     bar.set_postfix(shown, refresh=False)
     bar.update(1)
 

@@ -77,7 +77,11 @@ def run(settings: TrainSettings) -> int:
                     _export(context, arms.get("ppow", first), "drafter")
             if "evaluate" in settings.stages:
                 if not arms:
-                    arms = {"drafter": load_drafter(find_drafter(str(workdir / "drafter"), settings.target), target)}
+                    arms = {
+                        "drafter": load_drafter(
+                            find_drafter(str(workdir / "drafter"), settings.target), target
+                        )
+                    }
                 _evaluate(context, arms, benchmarks)
         except Stopped:
             log.warning("stopped; the same command goes on from here")
@@ -107,16 +111,22 @@ class _Context:
 
 def _open_workdir(settings: TrainSettings) -> Path:
     """Creates the workdir, or checks that it holds a run of the same settings."""
-    config_lib.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
+    config_lib.require(
+        bool(settings.workdir), "--workdir: must name the directory for everything that the run writes"
+    )
     workdir = files.writable_directory(settings.workdir)
     flagfile = workdir / "flags.txt"
     if flagfile.exists():
         before = config_lib.read_flagfile(TrainSettings, flagfile)
         changed = config_lib.differences(before, settings, ignore=FREE)
         if changed:
-            raise UserError(f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory")
+            raise UserError(
+                f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory"
+            )
     elif any(workdir.iterdir()):
-        raise UserError(f"--workdir={settings.workdir}: is not empty and holds no run (no flags.txt); take another directory")
+        raise UserError(
+            f"--workdir={settings.workdir}: is not empty and holds no run (no flags.txt); take another directory"
+        )
     config_lib.write_flagfile(flagfile, settings)
     return workdir
 
@@ -125,7 +135,9 @@ def _benchmarks(settings: TrainSettings):
     if "evaluate" not in settings.stages:
         return []
     names = settings.benchmarks
-    return [load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir) for name in names]
+    return [
+        load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir) for name in names
+    ]
 
 
 # Data.
@@ -134,9 +146,13 @@ def _benchmarks(settings: TrainSettings):
 def _jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
     longest = settings.max_prompt_tokens + settings.answer_tokens
     limit = target.config.max_position_embeddings
-    config_lib.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
+    config_lib.require(
+        longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}"
+    )
     conversations = load_conversations(settings.data)
-    jobs = answers.collect_jobs(target.tokenizer, conversations, _answer_settings(settings), settings.num_answers)
+    jobs = answers.collect_jobs(
+        target.tokenizer, conversations, _answer_settings(settings), settings.num_answers
+    )
     if len(jobs) <= settings.held_out:
         raise UserError(
             f"--data={settings.data}: {len(jobs)} prompts of at most {settings.max_prompt_tokens} tokens, "
@@ -163,14 +179,23 @@ def _answer_settings(settings: TrainSettings) -> answers.AnswerSettings:
 def _data(settings, workdir: Path, target: Target, jobs, stop: StopSignal) -> tuple[Batches, Batches]:
     """The training and the held-out batches; answers that are missing are generated."""
     examples = answers.regenerate(
-        workdir / "answers", target.params, target.config, jobs, _answer_settings(settings), lambda: stop.requested
+        workdir / "answers",
+        target.params,
+        target.config,
+        jobs,
+        _answer_settings(settings),
+        lambda: stop.requested,
     )
     if stop.requested:
         raise Stopped
     held_out, train = split(examples, settings.held_out, settings.seed)
     if settings.recorded:
         train += _recorded(settings, target)
-    shape = {"batch_size": settings.batch_size, "row_length": settings.row_length, "max_anchors": settings.max_anchors}
+    shape = {
+        "batch_size": settings.batch_size,
+        "row_length": settings.row_length,
+        "max_anchors": settings.max_anchors,
+    }
     tokens = sum(int(e.answer_mask.sum()) for e in train)
     log.info("data: %d examples with %d answer tokens; %d held out", len(train), tokens, len(held_out))
     return Batches(train, seed=settings.seed, **shape), Batches(held_out, seed=settings.seed, **shape)
@@ -182,7 +207,9 @@ def split(examples: list[Example], number: int, seed: int) -> tuple[list[Example
     order = np.random.default_rng(seed).permutation(len(conversations))
     share = max(1, round(number * len(conversations) / len(examples)))
     chosen = {conversations[i] for i in order[:share]}
-    return [e for e in examples if _conversation(e) in chosen], [e for e in examples if _conversation(e) not in chosen]
+    return [e for e in examples if _conversation(e) in chosen], [
+        e for e in examples if _conversation(e) not in chosen
+    ]
 
 
 def _conversation(example: Example) -> str:
@@ -204,9 +231,11 @@ def _new_drafter(context: _Context) -> Drafter:
     ids_W = initialise.choose_vocabulary(context.train.examples, target.config.vocab_size, s.draft_vocab_size)
     batch = context.train.at(0)
     look = jax.jit(
-        lambda params, batch: score(
-            params, target.config, config.feature_layers, jnp.asarray(ids_W), batch, True
-        ).windows.features_BxTxF
+        lambda params, batch: (
+            score(
+                params, target.config, config.feature_layers, jnp.asarray(ids_W), batch, True
+            ).windows.features_BxTxF
+        )
     )
     features_NxF = np.asarray(look(target.params, batch))[batch.segment_BxT > 0]
     scale = initialise.feature_scale(features_NxF)
@@ -217,7 +246,8 @@ def _optimizer(settings: TrainSettings, peak: float, steps: int, warmup: int) ->
     warmup = min(warmup, steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, peak / 10)
     return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0),
     )
 
 
@@ -363,7 +393,10 @@ def cast(drafter: Drafter, dtype: str) -> Drafter:
 
 def _export(context: _Context, drafter: Drafter, name: str) -> None:
     export_drafter(
-        context.workdir / name, drafter.config, jax.device_get(drafter.params), np.asarray(drafter.target_ids_W),
+        context.workdir / name,
+        drafter.config,
+        jax.device_get(drafter.params),
+        np.asarray(drafter.target_ids_W),
         target_name=context.settings.target,
     )
     log.info("exported %s", context.workdir / name)

@@ -26,7 +26,8 @@ Array = jax.Array
 @dataclasses.dataclass(frozen=True)
 class PolicySettings:
     """Hashable. clip: of the window's ratio. kl_weight: beta of KL(target || drafter). passes: optimiser passes over
-    the rollouts of a step."""
+    the rollouts of a step.
+    """
 
     clip: float
     kl_weight: float
@@ -34,7 +35,9 @@ class PolicySettings:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "optimizer", "rollouts", "policy", "greedy_text"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("config", "optimizer", "rollouts", "policy", "greedy_text"),
+    donate_argnames=("state",),
 )
 def train_step(
     state: TrainState,
@@ -50,12 +53,16 @@ def train_step(
     greedy_text: bool,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's."""
-    scored = score(target_params, config, drafter.config.feature_layers, drafter.target_ids_W, batch, greedy_text)
+    scored = score(
+        target_params, config, drafter.config.feature_layers, drafter.target_ids_W, batch, greedy_text
+    )
     behaviour = drafter.replace(params=jax.lax.stop_gradient(state.params))
     windows, metrics = rollout(key, state.step, behaviour, target_params, config, scored, rollouts)
     params, opt_state = state.params, state.opt_state
     for _ in range(policy.passes):
-        objective = functools.partial(_loss, drafter, target_params, scored.windows, windows, rollouts, policy)
+        objective = functools.partial(
+            _loss, drafter, target_params, scored.windows, windows, rollouts, policy
+        )
         gradient, details = jax.grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         params = optax.apply_updates(params, updates)

@@ -98,7 +98,7 @@ def rollout(
         [Keys(kv, supervised.anchor_mask(windows, anchor_BxX))],
         K,
         Sampling(settings.rollout_temperature),
-        draft_key,
+        jax.random.split(draft_key, windows.tokens_BxT.shape[0]),
     )
     log_q = log_distribution(draft.logits_BxMxKxW, Sampling(settings.rollout_temperature))
     logp_BxXxK = jnp.take_along_axis(log_q, draft.id_BxMxK[..., None], -1)[..., 0]
@@ -172,7 +172,9 @@ def _choose(key, step, windows, v_BxM, settings: RolloutSettings):
     allowed_BxM = windows.anchor_mask_BxM & inside & (last == windows.anchor_BxM + K - 1)
     weight_BxM = window_means(v_BxM, K)
     priority = settings.adaw & (step >= settings.adaw_start)
-    index_BxA, valid_BxA = choose_windows(key, jnp.where(priority, weight_BxM, 1.0), allowed_BxM, settings.windows)
+    index_BxA, valid_BxA = choose_windows(
+        key, jnp.where(priority, weight_BxM, 1.0), allowed_BxM, settings.windows
+    )
     return index_BxA, valid_BxA, jnp.take_along_axis(weight_BxM, index_BxA, 1)
 
 
@@ -181,7 +183,9 @@ def _prefix_context(scored: Scored, anchor_BxX: Array) -> Context:
     T = scored.windows.tokens_BxT.shape[1]
     root_BxX = anchor_BxX + 1
     segment_BxX = jnp.take_along_axis(scored.windows.segment_BxT, root_BxX, 1)
-    mask = (segment_BxX[..., None] == scored.windows.segment_BxT[:, None]) & (jnp.arange(T) <= root_BxX[..., None])
+    mask = (segment_BxX[..., None] == scored.windows.segment_BxT[:, None]) & (
+        jnp.arange(T) <= root_BxX[..., None]
+    )
     return Context(scored.kv, mask)
 
 
@@ -234,7 +238,9 @@ def _reference_logp(target_params, config, scored: Scored, chosen_BxA, hidden_Bx
     B, M = windows.anchor_BxM.shape
     if not settings.greedy_reference:
         head_VxD = transformer.head(target_params)
-        token_BxM = jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 2, _last(windows)), 1)
+        token_BxM = jnp.take_along_axis(
+            windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 2, _last(windows)), 1
+        )
         hidden = scored.hidden_BxMxD.astype(head_VxD.dtype).astype(jnp.float32)
         z_BxM = jnp.sum(hidden * head_VxD[token_BxM].astype(jnp.float32), -1)
         logp_BxM = z_BxM - scored.survey.logsumexp_N.reshape(B, M)

@@ -17,7 +17,8 @@ Array = jax.Array
 
 class Scored(NamedTuple):
     """windows: see `Windows`. survey: per anchor (flattened to B*M), over the whole vocabulary. kv: the target's
-    keys of the rows, per layer. hidden_BxMxD: the final hidden state that the anchor's first step is judged by."""
+    keys of the rows, per layer. hidden_BxMxD: the final hidden state that the anchor's first step is judged by.
+    """
 
     windows: Windows
     survey: Survey

@@ -27,11 +27,16 @@ class TrainState:
 
     @classmethod
     def create(cls, params: dict, optimizer: optax.GradientTransformation) -> "TrainState":
+        """Step 0, with the parameters copied to float32."""
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
         return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer", "steps", "decay", "greedy_text"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "optimizer", "steps", "decay", "greedy_text"),
+    donate_argnames=("state",),
+)
 def train_step(
     state: TrainState,
     drafter: Drafter,
@@ -66,18 +71,28 @@ def train_step(
     metrics = {
         "loss": value,
         "loss_by_step": supervised.mean_loss(scores),
-        "accuracy_by_step": (scores.match & scores.valid).sum((1, 2)) / jnp.maximum(scores.valid.sum((1, 2)), 1),
+        "accuracy_by_step": (scores.match & scores.valid).sum((1, 2))
+        / jnp.maximum(scores.valid.sum((1, 2)), 1),
         "acceptance_by_step": accepted_S / jnp.maximum(reached_S, 1),
         "tau_sim": supervised.simulated_length(accepted_S, reached_S),
         "gradient_norm": optax.global_norm(gradient),
-        "outside_vocabulary": 1 - ((windows.label_BxM >= 0) & windows.anchor_mask_BxM).sum() / windows.anchor_mask_BxM.sum(),
+        "outside_vocabulary": 1
+        - ((windows.label_BxM >= 0) & windows.anchor_mask_BxM).sum() / windows.anchor_mask_BxM.sum(),
         "answer_tokens": windows.anchor_mask_BxM.sum(),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
 @functools.partial(jax.jit, static_argnames=("config", "K", "greedy_text"))
-def _evaluate_batch(drafter: Drafter, target_params: dict, batch: PackedBatch, *, config: ModelConfig, K: int, greedy_text: bool):
+def _evaluate_batch(
+    drafter: Drafter,
+    target_params: dict,
+    batch: PackedBatch,
+    *,
+    config: ModelConfig,
+    K: int,
+    greedy_text: bool,
+):
     layers = drafter.config.feature_layers
     windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text).windows
     scores = supervised.training_time_test(drafter, target_params["embed"], windows, K, decay=1.0)
@@ -89,11 +104,22 @@ def _evaluate_batch(drafter: Drafter, target_params: dict, batch: PackedBatch, *
 
 
 def evaluate(
-    drafter: Drafter, target_params: dict, batches: list[PackedBatch], *, config: ModelConfig, K: int, greedy_text: bool
+    drafter: Drafter,
+    target_params: dict,
+    batches: list[PackedBatch],
+    *,
+    config: ModelConfig,
+    K: int,
+    greedy_text: bool,
 ) -> dict[str, Any]:
     """Simulated greedy-chain tau of windows of K tokens on held-out batches, with its parts by step."""
-    sums = [_evaluate_batch(drafter, target_params, batch, config=config, K=K, greedy_text=greedy_text) for batch in batches]
-    accepted_S, reached_S, overlap_S, count_S, loss_S, known_S = map(sum, zip(*jax.device_get(sums), strict=True))
+    sums = [
+        _evaluate_batch(drafter, target_params, batch, config=config, K=K, greedy_text=greedy_text)
+        for batch in batches
+    ]
+    accepted_S, reached_S, overlap_S, count_S, loss_S, known_S = map(
+        sum, zip(*jax.device_get(sums), strict=True)
+    )
     return {
         "held_out_tau_sim": float(supervised.simulated_length(accepted_S, reached_S)),
         "held_out_acceptance_by_step": accepted_S / reached_S.clip(1),

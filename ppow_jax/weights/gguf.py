@@ -49,7 +49,9 @@ def _config(reader: gguf.GGUFReader, where: str) -> ModelConfig:
 
     name = get("general.architecture")
     if name not in _ARCHITECTURES:
-        raise UserError(f"{where}: GGUF architecture {name!r} is not supported (supported: {sorted(_ARCHITECTURES)})")
+        raise UserError(
+            f"{where}: GGUF architecture {name!r} is not supported (supported: {sorted(_ARCHITECTURES)})"
+        )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise UserError(f"{where}: tensor 'token_embd.weight' is missing")
@@ -124,5 +126,7 @@ def config_problems(params: dict, config: ModelConfig) -> list[str]:
         if found is None:
             problems.append(f"missing tensor {jax.tree_util.keystr(path)}")
         elif found.shape != leaf.shape:
-            problems.append(f"{jax.tree_util.keystr(path)} has shape {found.shape}, the config says {leaf.shape}")
+            problems.append(
+                f"{jax.tree_util.keystr(path)} has shape {found.shape}, the config says {leaf.shape}"
+            )
     return problems

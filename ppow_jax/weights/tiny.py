@@ -1,7 +1,7 @@
 """The tiny random target that tests and `tiny.flags` run: real code paths in seconds, no download."""
 
-from ppow_jax.models.config import ModelConfig
 from ppow_jax.data.encoding import tiny_tokenizer as tokenizer
+from ppow_jax.models.config import ModelConfig
 
 __all__ = ["CONFIG", "SCALE", "tokenizer"]
 

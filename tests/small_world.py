@@ -1,0 +1,101 @@
+"""A target small enough to compile in seconds, answers that it wrote itself, and a drafter for it.
+
+Everything is made once per session and never changed. Three layers instead of the seven of `--target=tiny`: compiling
+is what tests of training spend their time on.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax.data.batches import Batches, PackedBatch
+from ppow_jax.data.encoding import Example
+from ppow_jax.models import transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.training import initialise
+from ppow_jax.training.scoring import score
+
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+    eos_token_ids=(60,),
+)
+FEATURE_LAYERS = (0, 1, 3)
+ROW, ANCHORS, ROWS = 64, 48, 2
+ANSWER = 20
+
+
+@functools.cache
+def target_params() -> dict:
+    return jax.jit(lambda key: transformer.init(key, CONFIG, scale=0.3))(jax.random.key(0))
+
+
+@functools.cache
+def examples() -> tuple[Example, ...]:
+    """24 prompts with the target's greedy answers, of at most ANSWER tokens; two answers end early."""
+    rng = np.random.default_rng(1)
+    n, P = 24, 12
+    prompt_B = rng.integers(3, P + 1, n)
+    prompt_BxP = rng.integers(0, CONFIG.vocab_size - 1, (n, P)) * (np.arange(P) < prompt_B[:, None])
+    length_B, tokens_BxL = greedy(prompt_BxP, prompt_B, prompt_B + ANSWER)
+    return tuple(
+        Example(tokens[:length].astype(np.int32), np.arange(length) >= prompt, f"small:{i}")
+        for i, (tokens, length, prompt) in enumerate(zip(tokens_BxL, length_B, prompt_B, strict=True))
+    )
+
+
+def greedy(prompt_BxP: np.ndarray, prompt_B: np.ndarray, limit_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Plain greedy decoding: (length_B, tokens_BxL)."""
+    B, P = prompt_BxP.shape
+    keys = jax.random.split(jax.random.key(0), B)
+    arguments = (jnp.asarray(x, jnp.int32) for x in (prompt_BxP, prompt_B, limit_B))
+    L = generate.cache_length(P, ANSWER, 0)
+    state = generate.prefill(target_params(), CONFIG, None, *arguments, keys, K=0, sampling=Sampling(), L=L)
+    state = generate.decode(target_params(), CONFIG, None, state, ANSWER, K=0, sampling=Sampling())
+    return np.asarray(state.length_B), np.asarray(state.tokens_BxL)
+
+
+@functools.cache
+def batches() -> Batches:
+    return Batches(examples(), seed=0, batch_size=ROWS, row_length=ROW, max_anchors=ANCHORS)
+
+
+def batch() -> PackedBatch:
+    return batches().at(0)
+
+
+@functools.cache
+def drafter(fc_norm: bool = False) -> Drafter:
+    """As training begins; its vocabulary lacks some tokens of the answers."""
+    config = initialise.drafter_config(CONFIG, 20, FEATURE_LAYERS, fc_norm)
+    ids_W = initialise.choose_vocabulary(examples(), CONFIG.vocab_size, 20)
+    scored = scored_batch(ids_W)
+    features_NxF = np.asarray(scored.windows.features_BxTxF)[batch().segment_BxT > 0]
+    return initialise.new_drafter(
+        jax.random.key(5), config, target_params(), ids_W, initialise.feature_scale(features_NxF)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="greedy_text")
+def _score(params, ids_W, batch, greedy_text):
+    return score(params, CONFIG, FEATURE_LAYERS, ids_W, batch, greedy_text)
+
+
+def scored_batch(ids_W=None, batch_=None, greedy_text: bool = True):
+    ids_W = drafter().target_ids_W if ids_W is None else ids_W
+    return _score(target_params(), jnp.asarray(ids_W), batch_ or batch(), greedy_text)
