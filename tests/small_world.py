@@ -84,18 +84,21 @@ def drafter(fc_norm: bool = False) -> Drafter:
     """As training begins; its vocabulary lacks some tokens of the answers."""
     config = initialise.drafter_config(CONFIG, 20, FEATURE_LAYERS, fc_norm)
     ids_W = initialise.choose_vocabulary(examples(), CONFIG.vocab_size, 20)
-    scored = scored_batch(ids_W)
+    scored = scored_batch(ids_W, batch())
     features_NxF = np.asarray(scored.windows.features_BxTxF)[batch().segment_BxT > 0]
     return initialise.new_drafter(
         jax.random.key(5), config, target_params(), ids_W, initialise.feature_scale(features_NxF)
     )
 
 
-@functools.partial(jax.jit, static_argnames="greedy_text")
-def _score(params, ids_W, batch, greedy_text):
-    return score(params, CONFIG, FEATURE_LAYERS, ids_W, batch, greedy_text)
+def score_in(batch, ids_W, greedy_text: bool = True):
+    """The target's pass, inside a jitted function."""
+    return score(target_params(), CONFIG, FEATURE_LAYERS, ids_W, batch, greedy_text)
 
 
-def scored_batch(ids_W=None, batch_=None, greedy_text: bool = True):
-    ids_W = drafter().target_ids_W if ids_W is None else ids_W
-    return _score(target_params(), jnp.asarray(ids_W), batch_ or batch(), greedy_text)
+def scored_batch(ids_W, batch_: PackedBatch):
+    """The target's pass over a batch."""
+    return _score(batch_, jnp.asarray(ids_W))
+
+
+_score = jax.jit(score_in)

@@ -61,27 +61,28 @@ def new_drafter(
 ) -> Drafter:
     """A drafter that starts as the target's last layer and head, applied to the highest feature.
 
-    The fusion passes the highest feature on, divided by its typical size, plus small random parts of all three; the
-    layer's feature half, its MLP, its norms and the head are the target's (so everything stays in the basis of the
-    target's residual stream); only the embedding half is new. feature_scale: see `feature_scale`; not used with
-    fc_norm. A drafter whose sizes differ from the target's keeps random values where shapes do not fit.
+    The fusion passes the highest feature on, plus small random parts of all three (made equally small by
+    feature_scale, see there); the layer's feature half, its MLP, its norms and the head are the target's, so everything
+    stays in the basis and at the size of the target's residual stream; only the embedding half is new. With fc_norm the
+    features come normed, and what the layer adds is made as small as they are. A drafter whose sizes differ from the
+    target's keeps random values where shapes do not fit.
     """
     params = drafting.init(key, config)
     last = jax.tree.map(lambda x: np.asarray(x, np.float32), target_params["layers"][-1])
     head_VxD = transformer.head(target_params)
     E, D = config.hidden_size, config.target_hidden_size
-    scale = np.ones(3) if config.fc_norm else np.asarray(feature_scale)
+    scale = np.ones(3) if config.fc_norm else np.asarray(feature_scale) / feature_scale[2]
     params["fc"] *= (3 * D) ** -0.5 / 0.02 * 0.1 / np.repeat(scale, D).astype(np.float32)
     if E == D:
-        params["fc"] = params["fc"].at[:, 2 * D :].add(np.eye(D, dtype=np.float32) / scale[2])
-        out_scale = np.float32(1.0 / feature_scale[2])  # what the layer adds is as small as g
+        params["fc"] = params["fc"].at[:, 2 * D :].add(np.eye(D, dtype=np.float32))
+        added = np.float32(1.0 / feature_scale[2] if config.fc_norm else 1.0)
         start = {
             "hidden_norm": last["input_norm"],
-            "o_proj": last["o_proj"] * out_scale,
+            "o_proj": last["o_proj"] * added,
             "post_norm": last["post_norm"],
             "gate_proj": last["gate_proj"],
             "up_proj": last["up_proj"],
-            "down_proj": last["down_proj"] * out_scale,
+            "down_proj": last["down_proj"] * added,
             "norm": np.asarray(target_params["norm"], np.float32),
             "lm_head": np.asarray(head_VxD[target_ids_W], np.float32),
         }
@@ -99,3 +100,11 @@ def feature_scale(features_NxF: np.ndarray) -> np.ndarray:
     """
     three = np.asarray(features_NxF, np.float32).reshape(len(features_NxF), 3, -1)
     return np.median(np.sqrt(np.mean(three**2, axis=-1)), axis=0)
+
+
+def channel_scale(features_NxF: np.ndarray) -> np.ndarray:
+    """Root mean square of each feature channel, [F], over ordinary tokens (see `feature_scale`)."""
+    three = np.asarray(features_NxF, np.float32).reshape(len(features_NxF), 3, -1)
+    size_Nx3 = np.sqrt(np.mean(three**2, axis=-1))
+    ordinary_N = (size_Nx3 < 4 * np.median(size_Nx3, axis=0)).all(-1)
+    return np.sqrt(np.mean(three[ordinary_N] ** 2, axis=0)).reshape(-1) + 1e-6

@@ -22,13 +22,14 @@ from ppow_jax.evaluation.benchmarks import load_benchmark
 from ppow_jax.evaluation.loading import find_drafter, load_drafter
 from ppow_jax.evaluation.measure import environment, evaluate, measure_costs
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.transformer import forward
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.training import answers, initialise, loop, ppow, supervised
 from ppow_jax.training.features import FeatureStore
 from ppow_jax.training.metrics import MetricsWriter, read_metrics
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.rollout import RolloutSettings
-from ppow_jax.training.scoring import score
+from ppow_jax.training.scoring import row_mask
 from ppow_jax.training.settings import FREE, TrainSettings
 from ppow_jax.weights import targets
 from ppow_jax.weights.card import write_card
@@ -225,30 +226,44 @@ def _recorded(settings: TrainSettings, target: Target) -> list[Example]:
 # Stages 1 and 2.
 
 
+def _features_seen(context: _Context, layers: tuple[int, ...]) -> np.ndarray:
+    """The target's features [N, F] of the first batch's tokens: what their sizes are measured on."""
+    target, batch = context.target, context.train.at(0)
+
+    @jax.jit
+    def look(params, batch):
+        mask = row_mask(batch.segment_BxT)
+        out = forward(params, target.config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=layers)
+        return out.features_BxSxF
+
+    return np.asarray(look(target.params, batch))[batch.segment_BxT > 0]
+
+
 def _new_drafter(context: _Context) -> Drafter:
     s, target = context.settings, context.target
     config = initialise.drafter_config(target.config, s.draft_vocab_size, s.feature_layers, s.fc_norm)
     ids_W = initialise.choose_vocabulary(context.train.examples, target.config.vocab_size, s.draft_vocab_size)
-    batch = context.train.at(0)
-    look = jax.jit(
-        lambda params, batch: (
-            score(
-                params, target.config, config.feature_layers, jnp.asarray(ids_W), batch, True
-            ).windows.features_BxTxF
-        )
-    )
-    features_NxF = np.asarray(look(target.params, batch))[batch.segment_BxT > 0]
-    scale = initialise.feature_scale(features_NxF)
+    scale = initialise.feature_scale(_features_seen(context, config.feature_layers))
     return initialise.new_drafter(jax.random.key(s.seed), config, target.params, ids_W, scale)
 
 
-def _optimizer(settings: TrainSettings, peak: float, steps: int, warmup: int) -> optax.GradientTransformation:
+def _optimizer(context: _Context, drafter: Drafter, peak: float, steps: int, warmup: int):
+    """AdamW with warm-up and a cosine to a tenth.
+
+    The fusion sees raw features, whose channels differ in size by a factor of a thousand: its step is divided by the
+    size of the channel, which is Adam on features of unit size without changing the drafter's format.
+    """
     warmup = min(warmup, steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, peak / 10)
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
+    parts = [
+        optax.clip_by_global_norm(context.settings.clip_norm),
         optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0),
-    )
+    ]
+    if not drafter.config.fc_norm:
+        features_NxF = _features_seen(context, drafter.config.feature_layers)
+        inverse_F = jnp.asarray(1.0 / initialise.channel_scale(features_NxF), jnp.float32)
+        parts.append(optax.stateless(lambda updates, _: updates | {"fc": updates["fc"] * inverse_F}))
+    return optax.chain(*parts)
 
 
 def _measure(context: _Context, drafter: Drafter):
@@ -295,7 +310,7 @@ def _supervised(context: _Context, drafter: Drafter, stage: str) -> Drafter:
     total, rate, warmup = s.supervised_steps, s.learning_rate, s.warmup_steps
     if stage == "cst":
         total, rate, warmup = s.ppow_steps, s.ppow_learning_rate, 0
-    optimizer = _optimizer(s, rate, total, warmup)
+    optimizer = _optimizer(context, drafter, rate, total, warmup)
     step = functools.partial(
         supervised.train_step,
         config=context.target.config,
@@ -334,7 +349,7 @@ def _features(context: _Context, drafter: Drafter) -> FeatureStore:
 
 def _ppow(context: _Context, drafter: Drafter) -> Drafter:
     s = context.settings
-    optimizer = _optimizer(s, s.ppow_learning_rate, s.ppow_steps * s.passes, 0)
+    optimizer = _optimizer(context, drafter, s.ppow_learning_rate, s.ppow_steps * s.passes, 0)
     rollouts = RolloutSettings(
         window=s.window,
         group=s.group,
@@ -422,7 +437,8 @@ def _evaluate(context: _Context, arms: dict[str, Drafter], benchmarks) -> None:
         result["arms"].append(report.arm(name, rows))
         report.write_json(workdir / "report.json", result)
     report.plot_results(workdir / "results.png", result)
-    report.plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"))
+    curves = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
+    report.plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), curves)
     report.write_markdown(workdir / "report.md", result, ["results.png", "curves.png"])
     if (workdir / "drafter").exists():
         write_card(

@@ -66,7 +66,7 @@ def train_step(
         gradient, details = jax.grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         params = optax.apply_updates(params, updates)
-    metrics |= details | {"gradient_norm": optax.global_norm(gradient)}
+    metrics |= details | {"gradient_norm": optax.tree.norm(gradient)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
 

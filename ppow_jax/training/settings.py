@@ -68,7 +68,7 @@ class TrainSettings:
     ttt_decay: float = field(
         0.8, "Weight of a step relative to the one before.", low=0, group="Stage 1, supervised"
     )
-    learning_rate: float = field(1e-3, "Peak learning rate.", low=0, group="Stage 1, supervised")
+    learning_rate: float = field(1.5e-3, "Peak learning rate.", low=0, group="Stage 1, supervised")
     warmup_steps: int = field(
         50, "Steps of linear warm-up; a cosine to a tenth follows.", low=0, group="Stage 1, supervised"
     )

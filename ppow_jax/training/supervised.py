@@ -75,9 +75,10 @@ def train_step(
         / jnp.maximum(scores.valid.sum((1, 2)), 1),
         "acceptance_by_step": accepted_S / jnp.maximum(reached_S, 1),
         "tau_sim": supervised.simulated_length(accepted_S, reached_S),
-        "gradient_norm": optax.global_norm(gradient),
+        "gradient_norm": optax.tree.norm(gradient),
         "outside_vocabulary": 1
-        - ((windows.label_BxM >= 0) & windows.anchor_mask_BxM).sum() / windows.anchor_mask_BxM.sum(),
+        - ((windows.label_BxM >= 0) & windows.anchor_mask_BxM).sum()
+        / jnp.maximum(windows.anchor_mask_BxM.sum(), 1),
         "answer_tokens": windows.anchor_mask_BxM.sum(),
     }
     return TrainState(state.step + 1, params, opt_state), metrics

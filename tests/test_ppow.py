@@ -1,0 +1,359 @@
+"""Stage 2: rollouts against brute force (every window run through the target from scratch), and the training step."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_world as world
+
+from ppow_jax.data.batches import empty_batch
+from ppow_jax.models import transformer
+from ppow_jax.objectives.rewards import CostModel, speedup_reward
+from ppow_jax.training import ppow, supervised
+from ppow_jax.training import rollout as rollout_module
+from ppow_jax.training.rollout import RolloutSettings
+from ppow_jax.training.supervised import TrainState
+
+K, G, A = 3, 4, 3
+SETTINGS = RolloutSettings(
+    window=K,
+    group=G,
+    windows=A,
+    rollout_temperature=1.0,
+    verify_temperature=0.0,
+    eta=0.2,
+    eps=4.0,
+    adaw=True,
+    adaw_start=2,
+    greedy_reference=False,
+    costs=CostModel(0.12),
+)
+
+
+@functools.cache
+def drafter():
+    """After 90 supervised steps: some of its windows are accepted, many are not."""
+    start, optimizer = world.drafter(), optax.adamw(3e-3)
+    state, shell = TrainState.create(start.params, optimizer), start.replace(params={})
+    for index in range(90):
+        state, _ = supervised.train_step(
+            state, shell, world.target_params(), world.batches().at(index),
+            config=world.CONFIG, optimizer=optimizer, steps=K, decay=0.8, greedy_text=True,
+        )  # fmt: skip
+    return start.replace(params=state.params)
+
+
+# Rollouts.
+
+
+@functools.cache
+def roller(settings, greedy_text: bool = True):
+    """A jitted (key, step, batch) -> (Rollout, metrics, logits of redrafting the windows)."""
+
+    @jax.jit
+    def roll(key, step, batch, drafter):
+        scored = world.score_in(batch, drafter.target_ids_W, greedy_text)
+        windows, metrics = rollout_module.rollout(
+            key, step, drafter, world.target_params(), world.CONFIG, scored, settings
+        )
+        return windows, metrics, ppow.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
+
+    return lambda key, step, batch: jax.device_get(roll(key, step, batch, drafter()))
+
+
+@functools.cache
+def rolled():
+    return roller(SETTINGS)(jax.random.key(3), 0, world.batch())
+
+
+def prefixes(batch, windows):
+    """The text up to each window's root, from its own segment alone: {(row, beam): tokens}."""
+    found = {}
+    for b, x in zip(*np.nonzero(windows.valid_BxX), strict=True):
+        i = windows.anchor_BxX[b, x]
+        start = i - batch.position_BxT[b, i]
+        assert (batch.segment_BxT[b, start : i + 2] == batch.segment_BxT[b, i]).all()
+        found[b, x] = batch.tokens_BxT[b, start : i + 2]
+    return found
+
+
+@jax.jit
+def forward_logits(tokens_NxL):
+    N, L = tokens_NxL.shape
+    position_NxL = jnp.broadcast_to(jnp.arange(L), (N, L))
+    out = transformer.forward(
+        world.target_params(), world.CONFIG, tokens_NxL, position_NxL, transformer.causal_mask(N, L)
+    )
+    return out.hidden_BxSxD @ world.target_params()["lm_head"].T
+
+
+def from_scratch(texts, K):
+    """Target logits [N, K, V] for the last K tokens of each text, computed from the whole text."""
+    padded = np.zeros((64, 48), np.int32)
+    for row, text in zip(padded, texts, strict=False):
+        row[: len(text)] = text
+    logits = np.asarray(forward_logits(padded))
+    return np.stack([logits[n, len(t) - K - 1 : len(t) - 1] for n, t in enumerate(texts)]).astype(np.float64)
+
+
+def log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def brute_force(batch, windows):
+    """(beams, logits [N, K, V] that judge each drafted token, drafts [N, K])."""
+    before = prefixes(batch, windows)
+    beams = list(before)
+    drafts = np.stack([windows.token_BxXxK[beam] for beam in beams])
+    logits = from_scratch([np.r_[before[beam], d] for beam, d in zip(beams, drafts, strict=True)], drafts.shape[1])
+    return beams, logits, drafts
+
+
+def test_windows_lie_inside_answers_and_beams_share_their_prefix():
+    batch, (windows, metrics, _) = world.batch(), rolled()
+    assert windows.valid_BxX.all()  # this batch has enough room
+    for b in range(world.ROWS):
+        anchors = windows.anchor_BxX[b].reshape(A, G)
+        assert (anchors == anchors[:, :1]).all() and len(set(anchors[:, 0])) == A
+        for i in anchors[:, 0]:
+            m = int(np.flatnonzero(batch.anchor_mask_BxM[b] & (batch.anchor_BxM[b] == i))[0])
+            here = batch.anchor_BxM[b, m : m + K]
+            assert (here == i + np.arange(K)).all() and batch.anchor_mask_BxM[b, m : m + K].all()
+            assert len(set(batch.segment_BxT[b, i : i + K + 2])) == 1
+    assert (windows.root_BxX == np.take_along_axis(batch.tokens_BxT, windows.anchor_BxX + 1, 1)).all()
+    assert metrics["windows"] == windows.valid_BxX.size
+    ids_W = np.asarray(drafter().target_ids_W)
+    np.testing.assert_array_equal(ids_W[windows.id_BxXxK], windows.token_BxXxK)
+
+
+def test_accepted_lengths_are_those_of_the_target_from_scratch():
+    windows, metrics, _ = rolled()
+    beams, logits, drafts = brute_force(world.batch(), windows)
+    accepted = np.cumprod(logits.argmax(-1) == drafts, axis=1).sum(1)
+    np.testing.assert_array_equal([windows.accepted_BxX[beam] for beam in beams], accepted)
+    assert set(accepted) >= {0, 1, 2}  # a fair sample
+    np.testing.assert_allclose(metrics["accepted_length"], accepted.mean(), rtol=1e-6)
+    np.testing.assert_array_equal(metrics["accepted_histogram"], np.bincount(accepted, minlength=K + 1))
+    # the anchor of the KL: the target's distribution over the draft vocabulary at every drafted token
+    restricted = np.exp(log_softmax(logits[..., np.asarray(drafter().target_ids_W)]))
+    ours = np.stack([windows.p_BxXxKxW[beam] for beam in beams])
+    np.testing.assert_allclose(ours, restricted, atol=1e-5)
+
+
+def test_redrafting_gives_the_same_log_probabilities():
+    windows, _, logits = rolled()
+    logq = log_softmax(logits.astype(np.float64))
+    again = np.take_along_axis(logq, windows.id_BxXxK[..., None], -1)[..., 0]
+    np.testing.assert_allclose(again, windows.logp_BxXxK, atol=1e-5)
+    assert len({tuple(w) for w in windows.token_BxXxK.reshape(-1, K)}) > 12  # sampled, not repeated
+
+
+@functools.cache
+def deltas(greedy_reference: bool):
+    """Delta of every window, as `rollout` hands it to the reward: R_dist is replaced by Delta itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout_module, "proximity_reward", lambda k, reference, draft, eta, eps: reference - draft)
+        settings = dataclasses.replace(SETTINGS, greedy_reference=greedy_reference)
+        windows, *_ = roller(settings, greedy_text=not greedy_reference)(jax.random.key(3), 0, world.batch())
+    np.testing.assert_array_equal(windows.token_BxXxK, rolled()[0].token_BxXxK)
+    roller.cache_clear()
+    return windows.reward_BxX - np.asarray(speedup_reward(jnp.asarray(windows.accepted_BxX), K, SETTINGS.costs))
+
+
+@pytest.mark.parametrize("greedy_reference", [False, True])
+def test_delta_is_that_of_brute_force(greedy_reference):
+    """Both with the reference from the text and decoded: on answers that the target wrote greedily they agree."""
+    windows, *_ = rolled()
+    beams, logits, drafts = brute_force(world.batch(), windows)
+    draft_logp = np.take_along_axis(log_softmax(logits), drafts[..., None], -1)[..., 0].sum(1)
+    texts = list(prefixes(world.batch(), windows).values())
+    reference_logp = np.zeros(len(texts))
+    for _ in range(K):  # decode greedily, each time from scratch
+        logp = log_softmax(from_scratch([np.r_[t, 0] for t in texts], 1)[:, 0])
+        reference_logp += logp.max(-1)
+        texts = [np.r_[t, z.argmax()] for t, z in zip(texts, logp, strict=True)]
+    ours = np.array([deltas(greedy_reference)[beam] for beam in beams])
+    np.testing.assert_allclose(ours, reference_logp - draft_logp, atol=2e-4)
+
+
+def test_rewards_and_advantages():
+    windows, metrics, _ = rolled()
+    delta, accepted = deltas(False), windows.accepted_BxX
+    assert np.abs(delta - SETTINGS.eps).min() > 1e-3
+    near = (accepted == 0) & (delta < SETTINGS.eps)
+    assert near.any() and (~near & (accepted == 0)).any()  # both sides of the threshold occur
+    speedup = accepted / (0.12 * accepted + 1)
+    np.testing.assert_allclose(windows.reward_BxX, speedup + 0.2 * near, rtol=1e-5)
+    reward = windows.reward_BxX.reshape(-1, G)
+    expected = (reward - reward.mean(1, keepdims=True)) / (reward.std(1, keepdims=True) + 1e-4)
+    np.testing.assert_allclose(windows.advantage_BxX.reshape(-1, G), expected, atol=1e-4)
+    for name, value in (
+        ("reward", windows.reward_BxX.mean()),
+        ("reward_std", windows.reward_BxX.std()),
+        ("reward_speedup", speedup.mean()),
+        ("reward_proximity", 0.2 * near.mean()),
+        ("flat_groups", (reward.max(1) == reward.min(1)).mean()),
+    ):
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_adaw_prefers_critical_windows_from_its_step_on():
+    """The same jitted function, before and after the step: uniform first, then drawn by criticality."""
+    roll = roller(SETTINGS)
+    mean = {}
+    for step in (0, 1, 2, 9):
+        drawn = [roll(jax.random.key(i), step, world.batch())[1] for i in range(40)]
+        mean[step] = np.mean([m["criticality"] for m in drawn])
+        # what the anchors hold on average does not depend on what is chosen
+        np.testing.assert_allclose([m["criticality_all"] for m in drawn], drawn[0]["criticality_all"], rtol=1e-5)
+    assert mean[0] == mean[1] and mean[2] == mean[9]  # the same keys
+    assert mean[2] > 1.1 * mean[0]
+
+
+def test_rows_without_room_give_no_windows_and_no_rewards():
+    """A batch of padding, and one whose answers are shorter than the window."""
+    empty = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
+    windows, metrics, _ = roller(SETTINGS)(jax.random.key(0), 0, empty)
+    assert not windows.valid_BxX.any() and metrics["windows"] == 0 and metrics["reward"] == 0
+    assert not metrics["accepted_histogram"].any()
+    assert all(np.isfinite(x).all() for x in (*windows, *metrics.values()))
+    batch = world.batch()
+    two = np.arange(world.ANCHORS) < 2
+    windows, metrics, _ = roller(SETTINGS)(
+        jax.random.key(0), 0, batch._replace(anchor_mask_BxM=batch.anchor_mask_BxM & two)
+    )
+    assert not windows.valid_BxX.any()
+
+
+def test_sampled_acceptance_accepts_with_p_over_q():
+    """Over 40 rollouts: the accepted lengths less their expectation given the drafts, sum_j prod_{i<=j} min(1, p_i/q_i).
+
+    The differences have mean zero; a rule that forgot q, or the temperature, is many standard errors off.
+    """
+    T = 0.7
+    settings = dataclasses.replace(SETTINGS, verify_temperature=T, rollout_temperature=1.3)
+    roll = roller(settings)
+    differences, wrong = [], []
+    for i in range(40):
+        windows, *_ = roll(jax.random.key(i), 0, world.batch())
+        beams, logits, drafts = brute_force(world.batch(), windows)
+        accepted = np.array([windows.accepted_BxX[beam] for beam in beams])
+        q = np.exp(np.stack([windows.logp_BxXxK[beam] for beam in beams]))
+
+        def expected(temperature, q, logits=logits, drafts=drafts):
+            p = np.exp(np.take_along_axis(log_softmax(logits / temperature), drafts[..., None], -1)[..., 0])
+            return np.cumprod(np.minimum(1, p / q), axis=1).sum(1)
+
+        differences.append(accepted - expected(T, q))
+        wrong.append([accepted - expected(1.0, q), accepted - expected(T, 1.0)])
+    error = np.std(differences) / math.sqrt(np.size(differences))
+    assert abs(np.mean(differences)) < 4 * error
+    assert (np.abs(np.mean(wrong, axis=(0, 2))) > 6 * error).all()
+
+
+# The step.
+
+SGD = optax.adamw(2e-3, b2=0.95)
+
+
+def train(rollouts, policy, steps, batch_of, start=None, optimizer=SGD):
+    """Runs train_step; (final parameters, metrics of each step, compilations)."""
+    begin = start or drafter()
+    state, shell = TrainState.create(begin.params, optimizer), begin.replace(params={})
+    history, before = [], ppow.train_step._cache_size()
+    for index in range(steps):
+        key = jax.random.fold_in(jax.random.key(7), index)
+        state, metrics = ppow.train_step(
+            state, shell, world.target_params(), batch_of(index), key, config=world.CONFIG, optimizer=optimizer,
+            rollouts=rollouts, policy=policy, greedy_text=not rollouts.greedy_reference,
+        )  # fmt: skip
+        history.append(jax.device_get(metrics))
+    assert int(state.step) == steps
+    return state.params, history, ppow.train_step._cache_size() - before
+
+
+def fixed(index):
+    return world.batch()
+
+
+def mean(history, name):
+    return np.mean([m[name] for m in history])
+
+
+def test_a_run_on_ragged_data_compiles_once():
+    """Different texts, numbers of segments and anchors; ADAW begins in mid-run; the last batch is padding."""
+    rollouts = dataclasses.replace(SETTINGS, adaw_start=3)
+    empty = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
+    steps = world.batches().steps_of_epochs(2)
+    start = drafter().params
+    params, history, compilations = train(
+        rollouts, ppow.PolicySettings(0.2, 0.5, 1), steps + 1, lambda i: world.batches().at(i) if i < steps else empty
+    )
+    assert compilations == 1
+    assert len({m["windows"].item() for m in history}) > 1
+    for m in history:
+        assert all(np.isfinite(x).all() for x in m.values())
+        np.testing.assert_allclose(m["ratio"], 1.0 if m["windows"] else 0.0, atol=1e-5)
+        assert m["ratio_clipped"] == 0
+        np.testing.assert_allclose(m["loss"], 0.5 * m["kl"] - m["surrogate"], atol=1e-5)
+        np.testing.assert_allclose(m["reward"], m["reward_speedup"] + m["reward_proximity"], atol=1e-6)
+        assert m["accepted_histogram"].sum() == m["windows"]
+    assert history[-1]["gradient_norm"] == 0
+    assert history[0]["gradient_norm"] > 0
+    assert all(np.isfinite(x).all() and not np.allclose(x, start[n], atol=1e-6) for n, x in params.items())
+
+
+def test_the_policy_objective_alone_raises_the_reward():
+    """No KL, so nothing but sampled rewards teaches: on one batch, over and over, windows get longer."""
+    rollouts = dataclasses.replace(SETTINGS, group=8, windows=6, adaw=False, eta=0.0)
+    _, history, _ = train(rollouts, ppow.PolicySettings(0.2, 0.0, 1), 60, fixed)
+    before, after = history[:8], history[-8:]
+    print(mean(before, "accepted_length"), mean(after, "accepted_length"), mean(before, "reward"), mean(after, "reward"))
+    assert mean(after, "accepted_length") > mean(before, "accepted_length") + 0.5
+    assert mean(after, "reward") > mean(before, "reward") + 0.4
+
+
+def test_the_kl_alone_falls():
+    """Drafting that costs everything makes every reward the same: what is left is KL(target || drafter)."""
+    rollouts = dataclasses.replace(SETTINGS, costs=CostModel(1e9), eta=0.0, adaw=False)
+    _, history, _ = train(rollouts, ppow.PolicySettings(0.2, 1.0, 1), 40, fixed)
+    assert mean(history, "flat_groups") == 1.0
+    print(mean(history[:6], "kl"), mean(history[-6:], "kl"))
+    assert mean(history[-6:], "kl") < 0.8 * mean(history[:6], "kl")
+
+
+def test_several_passes_move_the_ratio_and_meet_the_clip():
+    rollouts = dataclasses.replace(SETTINGS, rollout_temperature=0.8)
+    _, history, compilations = train(rollouts, ppow.PolicySettings(0.05, 0.1, 2), 6, fixed)
+    assert compilations == 1
+    assert all(abs(m["ratio"] - 1) > 1e-6 for m in history[1:])  # of the last pass
+    assert any(m["ratio_clipped"] > 0 for m in history)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"eta": 0.0, "adaw": False},
+        {"verify_temperature": 0.7, "costs": CostModel(0.1, general=True, verify=1.1, rollback=0.05, bonus=1.0)},
+        {"greedy_reference": True, "window": 1, "adaw_start": 0},
+    ],
+    ids=["without R_dist and ADAW", "sampled acceptance, general cost", "decoded reference, window of one"],
+)
+def test_every_part_can_be_switched(switches):
+    rollouts = dataclasses.replace(SETTINGS, **switches)
+    _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.5, 1), 2, world.batches().at)
+    assert compilations == 1
+    for m in history:
+        assert all(np.isfinite(x).all() for x in m.values())
+        assert m["windows"] > 0 and m["gradient_norm"] > 0
+        np.testing.assert_allclose(m["ratio"], 1.0, atol=1e-5)
+        if "eta" in switches:
+            assert m["reward_proximity"] == 0
+        if "costs" in switches:
+            assert m["reward"] > 0  # the target's own token counts

@@ -1,0 +1,422 @@
+"""Stage 1: the fused head, the training-time test against a dense reference, and its agreement with decoding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_world as world
+
+from ppow_jax.data.batches import empty_batch, find_anchors
+from ppow_jax.models import transformer
+from ppow_jax.objectives import supervised as objective
+from ppow_jax.objectives.head_loss import head_loss
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.training import supervised
+from ppow_jax.training.supervised import TrainState
+
+STEPS, DECAY = 3, 0.7
+
+# The head.
+
+
+def head_case(seed=0, B=2, M=6, E=8, W=11):
+    rng = np.random.default_rng(seed)
+    p = jax.nn.softmax(jnp.asarray(rng.normal(size=(B, M, W)) * 2, jnp.float32))
+    label = np.array(p.argmax(-1), np.int32)
+    label[0, :2] = -1
+    weight = rng.random((B, M)).astype(np.float32) * (rng.random((B, M)) < 0.7)
+    h, w = rng.normal(size=(B, M, E)).astype(np.float32), rng.normal(size=(W, E)).astype(np.float32)
+    return h, w, p, jnp.asarray(label), jnp.asarray(weight)
+
+
+def plain_head_loss(h, w, p, label, weight):
+    log_q = jax.nn.log_softmax(jnp.einsum("bme,we->bmw", h, w, precision="highest"), axis=-1)
+    loss = -(p * log_q).sum(-1)
+    match = (log_q.argmax(-1) == label) & (label >= 0)
+    return (weight * loss).sum(), (loss, match, jnp.minimum(p, jnp.exp(log_q)).sum(-1))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])
+def test_head_loss_is_the_plain_soft_cross_entropy(dtype, tolerance):
+    h, w, p, label, weight = head_case()
+
+    @jax.jit
+    def ours(h, w):
+        judged = head_loss(h, w, p, label, weight, dtype)
+        return 3.0 * judged.total, judged
+
+    @jax.jit
+    def plain(h, w):
+        total, parts = plain_head_loss(h, w, p, label, weight)
+        return 3.0 * total, (total, *parts)
+
+    (_, judged), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(h, w)
+    (_, expected), expected_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(h, w)
+    for a, b in zip((judged.total, judged.loss_BxM, judged.overlap_BxM), (*expected[:2], expected[3]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+    if dtype == jnp.float32:
+        np.testing.assert_array_equal(judged.match_BxM, expected[2])
+    assert not judged.match_BxM[0, :2].any()  # an unknown label never matches
+    # without a derivative the same numbers come out
+    for a, b in zip(ours(h, w)[1], judged, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_head_loss_without_any_weight():
+    h, w, p, label, _ = head_case(1)
+    h[0, 3] = 1e30  # what lies past the mask may be anything finite
+    zero = jnp.zeros(label.shape)
+    value, gradients = jax.value_and_grad(lambda h, w: head_loss(h, w, p, label, zero, jnp.float32).total, (0, 1))(h, w)
+    assert value == 0 and not any(g.any() for g in gradients)
+
+
+# The training-time test.
+
+
+@functools.partial(jax.jit, static_argnames="mixed")
+def judged(params, batch, shell, mixed=False):
+    """(total, scores), gradient of the drafter's parameters."""
+    windows = world.score_in(batch, shell.target_ids_W).windows
+
+    def loss(params):
+        drafter = shell.replace(params=params, mixed=mixed)
+        scores = objective.training_time_test(drafter, world.target_params()["embed"], windows, STEPS, DECAY)
+        return scores.total.sum(), scores
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def run(drafter, batch, params=None, mixed=False):
+    shell = drafter.replace(params={})
+    return jax.device_get(judged(drafter.params if params is None else params, batch, shell, mixed))
+
+
+def rms(x, scale):
+    return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + world.CONFIG.rms_norm_eps) * scale
+
+
+def rotate(x_TxHxd, position_T):
+    """RoPE as complex numbers (x_j, x_{j + d/2})."""
+    half = x_TxHxd.shape[-1] // 2
+    angle = position_T[:, None] * world.CONFIG.rope_theta ** (-jnp.arange(half) / half)
+    z = (x_TxHxd[..., :half] + 1j * x_TxHxd[..., half:]) * jnp.exp(1j * angle)[:, None]
+    return jnp.concatenate([z.real, z.imag], -1)
+
+
+def reference(config, params, target_ids_W, tokens_T, answer_T):
+    """EAGLE-3's training-time test on one text alone: all its indices at once, step by step, one dense mask.
+
+    The drafter's layer is written out here once more, from the method's description. Returns per step the loss, and
+    whether the argmax is the target's, of every index [S, T], with the mask of indices that count [S, T].
+    """
+    T, d = len(tokens_T), config.head_dim
+    target = world.target_params()
+    out = transformer.forward(
+        target, world.CONFIG, tokens_T[None], jnp.arange(T)[None], transformer.causal_mask(1, T),
+        feature_layers=config.feature_layers,
+    )  # fmt: skip
+    target_logits = out.hidden_BxSxD[0] @ target["lm_head"].T
+    p_TxW = jax.nn.softmax(target_logits[:, target_ids_W], -1)
+    best_T = target_logits.argmax(-1)
+    features_TxF = out.features_BxSxF[0]
+    if config.fc_norm:
+        three = features_TxF.reshape(T, 3, -1)
+        features_TxF = rms(three, params["fc_norm"]).reshape(T, -1)
+    g = features_TxF @ params["fc"].T
+    index = jnp.arange(T)
+    ks, vs, masks, results = [], [], [], []
+    for s in range(STEPS):
+        ahead = jnp.minimum(index + s + 1, T - 1)
+        a = jnp.concatenate([rms(target["embed"][tokens_T[ahead]], params["input_norm"]), rms(g, params["hidden_norm"])], -1)
+        q = rotate((a @ params["q_proj"].T).reshape(T, -1, d), index + s)
+        k = rotate((a @ params["k_proj"].T).reshape(T, -1, d), index + s)
+        groups = q.shape[1] // k.shape[1]
+        ks.append(jnp.repeat(k, groups, 1)), vs.append(jnp.repeat((a @ params["v_proj"].T).reshape(T, -1, d), groups, 1))
+        masks.append(index[None] <= index[:, None] if s == 0 else index[None] == index[:, None])
+        weights = jnp.einsum("qhd,khd->hqk", q, jnp.concatenate(ks)) / jnp.sqrt(d)
+        weights = jax.nn.softmax(jnp.where(jnp.concatenate(masks, 1), weights, -jnp.inf), -1)
+        y = g + jnp.einsum("hqk,khd->qhd", weights, jnp.concatenate(vs)).reshape(T, -1) @ params["o_proj"].T
+        x = rms(y, params["post_norm"])
+        y += (jax.nn.silu(x @ params["gate_proj"].T) * (x @ params["up_proj"].T)) @ params["down_proj"].T
+        normed = rms(y, params["norm"])
+        log_q = jax.nn.log_softmax(normed @ params["lm_head"].T, -1)
+        g = normed if config.fc_norm else y
+        loss_T = -(p_TxW[ahead] * log_q).sum(-1)
+        match_T = target_ids_W[log_q.argmax(-1)] == best_T[ahead]
+        # tokens i+1 .. i+s+2 are the answer's, and the draft vocabulary holds the target's choice
+        inside_T = jnp.stack([jnp.roll(answer_T, -j) & (index + j < T) for j in range(1, s + 3)]).all(0)
+        results.append((loss_T, match_T, inside_T, (target_ids_W == best_T[ahead][:, None]).any(-1)))
+    return [jnp.stack(x) for x in zip(*results, strict=True)]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def reference_total(params, config, target_ids_W, tokens_NxT, answer_NxT):
+    """(sum over steps of decay^s times the masked mean loss, the parts [N, S, T])."""
+    parts = jax.vmap(lambda t, a: jnp.stack([*map(jnp.float32, reference(config, params, target_ids_W, t, a))]))(
+        tokens_NxT, answer_NxT
+    )
+    loss, match, inside, known = parts.transpose(1, 0, 2, 3)
+    counted = inside * known
+    mean_S = (loss * counted).sum((0, 2)) / counted.sum((0, 2))
+    return (mean_S * DECAY ** jnp.arange(STEPS)).sum(), (loss, match, inside, known)
+
+
+def texts(members):
+    """The examples of a batch, one a row, padded on the right (attention is causal)."""
+    chosen = [world.batches().examples[i] for row in members for i in row]
+    T = max(len(e.tokens) for e in world.examples())
+    tokens, answer = np.zeros((len(chosen), T), np.int32), np.zeros((len(chosen), T), bool)
+    for n, e in enumerate(chosen):
+        tokens[n, : len(e.tokens)], answer[n, : len(e.tokens)] = e.tokens, e.answer_mask
+    return tokens, answer
+
+
+@functools.cache
+def noisy(fc_norm: bool):
+    """A drafter none of whose parts is what it starts as."""
+    drafter = world.drafter(fc_norm)
+    rng = np.random.default_rng(3)
+    add = {name: rng.normal(size=x.shape).astype(np.float32) * 0.1 for name, x in drafter.params.items()}
+    return drafter.replace(params=jax.tree.map(lambda x, y: x + y, drafter.params, add))
+
+
+def places(batch, members):
+    """(row, anchor number, text number, index in the text) of every anchor in use."""
+    starts, n = {}, 0
+    for b, row in enumerate(members):
+        for segment in range(1, len(row) + 1):
+            starts[b, segment] = n, int(np.flatnonzero(batch.segment_BxT[b] == segment)[0])
+            n += 1
+    for b, m in zip(*np.nonzero(batch.anchor_mask_BxM), strict=True):
+        i = int(batch.anchor_BxM[b, m])
+        text, start = starts[b, int(batch.segment_BxT[b, i])]
+        yield b, m, text, i - start
+
+
+@pytest.mark.parametrize("fc_norm", [False, True])
+def test_the_training_time_test_is_the_dense_reference(fc_norm):
+    """Losses, matches, masks of every anchor and step, the total, and the gradient of every parameter; so rows that
+    hold several examples are as good as each example alone."""
+    drafter, batch = noisy(fc_norm), world.batch()
+    members = world.batches().members(0)
+    assert max(map(len, members)) >= 2
+    (total, scores), gradient = run(drafter, batch)
+    (expected, (loss, match, inside, known)), expected_gradient = jax.device_get(
+        jax.value_and_grad(reference_total, has_aux=True)(
+            drafter.params, drafter.config, drafter.target_ids_W, *texts(members)
+        )
+    )
+    seen = np.zeros(inside.shape)
+    for b, m, n, i in places(batch, members):
+        for s in range(STEPS):
+            assert scores.valid[s, b, m] == inside[n, s, i]
+            if inside[n, s, i]:
+                seen[n, s, i] = 1
+                assert scores.known[s, b, m] == known[n, s, i]
+                np.testing.assert_allclose(scores.loss[s, b, m], loss[n, s, i], rtol=1e-4, atol=1e-5)
+                assert scores.match[s, b, m] == (match[n, s, i] and known[n, s, i])
+    np.testing.assert_array_equal(seen, inside)  # no index of an answer was forgotten
+    assert 0 < scores.valid.sum() - (scores.valid & scores.known).sum()  # some tokens lie outside the vocabulary
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    for name, g in gradient.items():
+        largest = np.abs(expected_gradient[name]).max()
+        assert largest > 0, name
+        np.testing.assert_allclose(g, expected_gradient[name], rtol=1e-3, atol=2e-5 * largest, err_msg=name)
+
+
+def test_bfloat16_products_stay_near():
+    drafter, batch = noisy(False), world.batch()
+    (total, _), gradient = run(drafter, batch)
+    (mixed_total, _), mixed_gradient = run(drafter, batch, mixed=True)
+    np.testing.assert_allclose(mixed_total, total, rtol=0.02)
+    for name, g in gradient.items():
+        assert mixed_gradient[name].dtype == np.float32
+        distance = np.linalg.norm(mixed_gradient[name] - g) / np.linalg.norm(g)
+        assert distance < 0.1, (name, distance)
+
+
+def test_what_lies_past_the_masks_changes_nothing():
+    """Padding tokens and unused anchors: no loss, no gradient, no metric. Other segments: no loss of an anchor."""
+    drafter, batch = noisy(False), world.batch()
+    (total, scores), gradient = run(drafter, batch)
+    rng = np.random.default_rng(0)
+    padding, unused = batch.segment_BxT == 0, ~batch.anchor_mask_BxM
+    assert padding.any() and unused.any()
+    noise = rng.integers(0, world.CONFIG.vocab_size, batch.tokens_BxT.shape)
+    changed = batch._replace(
+        tokens_BxT=np.where(padding, noise, batch.tokens_BxT).astype(np.int32),
+        position_BxT=np.where(padding, noise, batch.position_BxT).astype(np.int32),
+        anchor_BxM=np.where(unused, rng.integers(0, world.ROW, unused.shape), batch.anchor_BxM).astype(np.int32),
+    )
+    (total_2, scores_2), gradient_2 = run(drafter, changed)
+    np.testing.assert_allclose(total_2, total, rtol=1e-6)
+    np.testing.assert_array_equal(scores_2.valid, scores.valid)
+    for name in ("loss", "match", "overlap"):
+        ours, theirs = (np.where(scores.valid, getattr(x, name), 0) for x in (scores, scores_2))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name, g in gradient.items():
+        np.testing.assert_allclose(gradient_2[name], g, rtol=1e-4, atol=1e-6 * np.abs(g).max(), err_msg=name)
+    for ours, theirs in zip(objective.chain_counts(scores), objective.chain_counts(scores_2), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+    first = batch.segment_BxT == 1
+    changed = batch._replace(tokens_BxT=np.where(first, batch.tokens_BxT, noise).astype(np.int32))
+    (_, scores_3), _ = run(drafter, changed)
+    mine = np.take_along_axis(first, batch.anchor_BxM, 1) & scores.valid
+    others = scores.valid & ~mine
+    np.testing.assert_allclose(scores_3.loss[mine], scores.loss[mine], rtol=1e-5)
+    assert not np.allclose(scores_3.loss[others], scores.loss[others], rtol=0.1)
+
+
+def test_an_example_alone_scores_as_in_company():
+    batch, members = world.batch(), world.batches().members(0)
+    drafter = noisy(False)
+    (_, together), _ = run(drafter, batch)
+    example = world.batches().examples[members[0][-1]]  # the last of its row
+    here = np.flatnonzero(batch.segment_BxT[0] == len(members[0]))
+    of_it = batch.anchor_mask_BxM[0] & np.isin(batch.anchor_BxM[0], here)
+    alone = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
+    n, anchors = len(example.tokens), find_anchors(example.answer_mask)
+    alone.tokens_BxT[1, :n], alone.segment_BxT[1, :n], alone.position_BxT[1, :n] = example.tokens, 1, np.arange(n)
+    alone.anchor_BxM[1, : len(anchors)], alone.anchor_mask_BxM[1, : len(anchors)] = anchors, True
+    (_, single), _ = run(drafter, alone)
+    valid = single.valid[:, 1, : len(anchors)]
+    np.testing.assert_array_equal(valid, together.valid[:, 0, of_it])
+    for name in ("loss", "match", "known", "overlap"):
+        a, b = getattr(single, name)[:, 1, : len(anchors)][valid], getattr(together, name)[:, 0, of_it][valid]
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert here[0] > 0 and not single.valid[:, 0].any()
+
+
+def test_a_batch_of_padding_is_harmless():
+    (total, scores), gradient = run(noisy(False), empty_batch(world.ROWS, world.ROW, world.ANCHORS))
+    assert total == 0 and not scores.valid.any()
+    assert not any(g.any() for g in gradient.values())
+    assert objective.simulated_length(*objective.chain_counts(scores)) == 1.0
+
+
+# The simulated length.
+
+
+def test_simulated_length_by_hand():
+    """Three anchors: two matches then a miss; a miss at once; a match, then the answer ends."""
+    match = np.array([[1, 0, 1], [1, 1, 0], [0, 1, 1]], bool)[:, None]
+    valid = np.array([[1, 1, 1], [1, 1, 0], [1, 1, 0]], bool)[:, None]
+    scores = objective.StepScores(0, 0, jnp.asarray(match), jnp.asarray(valid), 0, 0)
+    accepted, reached = objective.chain_counts(scores)
+    np.testing.assert_array_equal(accepted, [2, 1, 0])
+    np.testing.assert_array_equal(reached, [3, 1, 1])
+    assert objective.simulated_length(accepted, reached) == pytest.approx(1 + 2 / 3 + 2 / 3 * 1)
+
+
+def test_simulated_length_is_what_greedy_decoding_counts():
+    """Training and decoding meet here.
+
+    The answers are the target's own greedy text, so decoding from any prefix of one drafts along that very text, and
+    what a window accepts from the prefix that ends at an anchor must be the leading matches of that anchor in the
+    training-time test. Windows that reach past the end of the answer (cut at its length, or at EOS) are judged there
+    only by the steps that the recorded text still has, so real counts are cut to these; after that the two are equal
+    window by window, and so are the acceptances and the simulated length.
+    """
+    drafter, batch, K = trained(), world.batch(), STEPS
+    (_, scores), _ = run(drafter, batch)
+    prefixes = [
+        (b, m, batch.tokens_BxT[b, i - batch.position_BxT[b, i] : i + 1])
+        for b, m in zip(*np.nonzero(batch.anchor_mask_BxM), strict=True)
+        for i in [batch.anchor_BxM[b, m]]
+    ]
+    accepted = decoded_acceptance(drafter, [tokens for *_, tokens in prefixes], K)
+    steps_left = np.array([scores.valid[:, b, m].sum() for b, m, _ in prefixes])
+    leading = np.array([np.cumprod(scores.match[:, b, m] & scores.valid[:, b, m]).sum() for b, m, _ in prefixes])
+    np.testing.assert_array_equal(np.minimum(accepted, steps_left), leading)
+
+    reached_S = [((accepted >= s) & (steps_left > s)).sum() for s in range(K)]
+    accepted_S = [((accepted > s) & (steps_left > s)).sum() for s in range(K)]
+    tau = objective.simulated_length(np.array(accepted_S), np.array(reached_S))
+    assert tau == objective.simulated_length(*objective.chain_counts(scores))
+    whole = steps_left == K
+    assert whole.sum() > 40 and accepted[whole].max() == K and accepted[whole].min() == 0  # a fair sample
+
+    measured = supervised.evaluate(
+        drafter, world.target_params(), [batch], config=world.CONFIG, K=K, greedy_text=True
+    )
+    assert measured["held_out_tau_sim"] == pytest.approx(float(tau), rel=1e-6)
+
+
+def decoded_acceptance(drafter, prefixes, K):
+    """Accepted tokens of the first window after each prefix, by the decoder."""
+    length = np.array([len(p) for p in prefixes])
+    prompt = np.zeros((len(prefixes), 40), np.int32)
+    for row, tokens in zip(prompt, prefixes, strict=True):
+        row[: len(tokens)] = tokens
+    state = generate.prefill(
+        world.target_params(), world.CONFIG, drafter, jnp.asarray(prompt), jnp.asarray(length, jnp.int32),
+        jnp.asarray(length + 30, jnp.int32), jax.random.split(jax.random.key(0), len(prefixes)),
+        K=K, sampling=Sampling(), L=generate.cache_length(40, 30, K),
+    )  # fmt: skip
+    state = generate.decode(world.target_params(), world.CONFIG, drafter, state, 1, K=K, sampling=Sampling())
+    histogram = np.asarray(state.histogram_BxK1)
+    assert (histogram.sum(1) == 1).all()
+    return histogram.argmax(1)
+
+
+# The step.
+
+OPTIMIZER = optax.adamw(3e-3)
+step = functools.partial(
+    supervised.train_step, config=world.CONFIG, optimizer=OPTIMIZER, steps=STEPS, decay=0.8, greedy_text=True
+)
+
+
+@functools.cache
+def training():
+    """60 steps from the start: (drafter, metrics of each step, compilations)."""
+    start = world.drafter()
+    shell, state, history = start.replace(params={}), TrainState.create(start.params, OPTIMIZER), []
+    before = supervised.train_step._cache_size()
+    for index in range(60):
+        state, metrics = step(state, shell, world.target_params(), world.batches().at(index))
+        history.append(jax.device_get(metrics))
+    assert state.step == 60
+    return start.replace(params=state.params), history, supervised.train_step._cache_size() - before
+
+
+def trained():
+    return training()[0]
+
+
+def test_the_loss_falls_and_acceptance_rises_in_one_compilation():
+    drafter, history, compilations = training()
+    assert compilations == 1
+    loss = [m["loss"] for m in history]
+    tau = [m["tau_sim"] for m in history]
+    assert np.mean(loss[-6:]) < 0.75 * np.mean(loss[:2])
+    assert np.mean(tau[-6:]) > np.mean(tau[:2]) + 0.2
+    for m in history:
+        assert all(np.isfinite(x).all() for x in m.values())
+        assert m["loss"] == pytest.approx((m["loss_by_step"] * 0.8 ** np.arange(STEPS)).sum(), rel=1e-5)
+        assert 0 < m["outside_vocabulary"] < 0.6 and m["answer_tokens"] > 0
+        # a token outside the vocabulary can not be accepted
+        assert m["accuracy_by_step"][0] <= 1 - m["outside_vocabulary"] + 1e-6
+    kept = world.drafter().params
+    assert not np.allclose(drafter.params["fc"], kept["fc"])
+
+
+def test_evaluation_does_not_depend_on_how_examples_are_batched():
+    """Sums and denominators are added up: one batch of everything is the same as several."""
+    many = [world.batches().at(i) for i in range(world.batches().steps_of_epochs(1))]
+    empty = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
+    evaluate = functools.partial(
+        supervised.evaluate, trained(), world.target_params(), config=world.CONFIG, K=STEPS, greedy_text=True
+    )
+    whole, with_empty = evaluate(many), evaluate([empty, *many[::-1]])
+    for name, value in whole.items():
+        np.testing.assert_allclose(with_empty[name], value, rtol=1e-6, err_msg=name)
+    assert 1 < whole["held_out_tau_sim"] < 1 + STEPS
