@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.data.encoding import Example
@@ -17,8 +18,9 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.training import initialise
+from ppow_jax.training import initialise, supervised
 from ppow_jax.training.scoring import score
+from ppow_jax.training.supervised import TrainState
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -102,3 +104,29 @@ def scored_batch(ids_W, batch_: PackedBatch):
 
 
 _score = jax.jit(score_in)
+
+
+# Supervised training, shared by the tests so that it is compiled once.
+
+STEPS, OPTIMIZER = 3, optax.adamw(3e-3)
+train_step = functools.partial(
+    supervised.train_step, config=CONFIG, optimizer=OPTIMIZER, steps=STEPS, decay=0.8, greedy_text=True
+)
+
+
+@functools.cache
+def training() -> tuple[Drafter, list[dict], int]:
+    """90 steps from the start: (drafter, metrics of each step, compilations)."""
+    start = drafter()
+    shell, state, history = start.replace(params={}), TrainState.create(start.params, OPTIMIZER), []
+    before = supervised.train_step._cache_size()
+    for index in range(90):
+        state, metrics = train_step(state, shell, target_params(), batches().at(index))
+        history.append(jax.device_get(metrics))
+    assert state.step == 90
+    return start.replace(params=state.params), history, supervised.train_step._cache_size() - before
+
+
+def trained() -> Drafter:
+    """Some of its windows are accepted, many are not."""
+    return training()[0]

@@ -14,7 +14,7 @@ import small_world as world
 from ppow_jax.data.batches import empty_batch
 from ppow_jax.models import transformer
 from ppow_jax.objectives.rewards import CostModel, speedup_reward
-from ppow_jax.training import ppow, supervised
+from ppow_jax.training import ppow
 from ppow_jax.training import rollout as rollout_module
 from ppow_jax.training.rollout import RolloutSettings
 from ppow_jax.training.supervised import TrainState
@@ -35,19 +35,6 @@ SETTINGS = RolloutSettings(
 )
 
 
-@functools.cache
-def drafter():
-    """After 90 supervised steps: some of its windows are accepted, many are not."""
-    start, optimizer = world.drafter(), optax.adamw(3e-3)
-    state, shell = TrainState.create(start.params, optimizer), start.replace(params={})
-    for index in range(90):
-        state, _ = supervised.train_step(
-            state, shell, world.target_params(), world.batches().at(index),
-            config=world.CONFIG, optimizer=optimizer, steps=K, decay=0.8, greedy_text=True,
-        )  # fmt: skip
-    return start.replace(params=state.params)
-
-
 # Rollouts.
 
 
@@ -63,7 +50,7 @@ def roller(settings, greedy_text: bool = True):
         )
         return windows, metrics, ppow.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
 
-    return lambda key, step, batch: jax.device_get(roll(key, step, batch, drafter()))
+    return lambda key, step, batch: jax.device_get(roll(key, step, batch, world.trained()))
 
 
 @functools.cache
@@ -128,7 +115,7 @@ def test_windows_lie_inside_answers_and_beams_share_their_prefix():
             assert len(set(batch.segment_BxT[b, i : i + K + 2])) == 1
     assert (windows.root_BxX == np.take_along_axis(batch.tokens_BxT, windows.anchor_BxX + 1, 1)).all()
     assert metrics["windows"] == windows.valid_BxX.size
-    ids_W = np.asarray(drafter().target_ids_W)
+    ids_W = np.asarray(world.trained().target_ids_W)
     np.testing.assert_array_equal(ids_W[windows.id_BxXxK], windows.token_BxXxK)
 
 
@@ -141,7 +128,7 @@ def test_accepted_lengths_are_those_of_the_target_from_scratch():
     np.testing.assert_allclose(metrics["accepted_length"], accepted.mean(), rtol=1e-6)
     np.testing.assert_array_equal(metrics["accepted_histogram"], np.bincount(accepted, minlength=K + 1))
     # the anchor of the KL: the target's distribution over the draft vocabulary at every drafted token
-    restricted = np.exp(log_softmax(logits[..., np.asarray(drafter().target_ids_W)]))
+    restricted = np.exp(log_softmax(logits[..., np.asarray(world.trained().target_ids_W)]))
     ours = np.stack([windows.p_BxXxKxW[beam] for beam in beams])
     np.testing.assert_allclose(ours, restricted, atol=1e-5)
 
@@ -232,7 +219,7 @@ def test_rows_without_room_give_no_windows_and_no_rewards():
 
 
 def test_sampled_acceptance_accepts_with_p_over_q():
-    """Over 40 rollouts: the accepted lengths less their expectation given the drafts, sum_j prod_{i<=j} min(1, p_i/q_i).
+    """Over 40 rollouts: accepted lengths less their expectation given the drafts, sum_j prod_{i<=j} min(1, p_i / q_i).
 
     The differences have mean zero; a rule that forgot q, or the temperature, is many standard errors off.
     """
@@ -264,7 +251,7 @@ SGD = optax.adamw(2e-3, b2=0.95)
 
 def train(rollouts, policy, steps, batch_of, start=None, optimizer=SGD):
     """Runs train_step; (final parameters, metrics of each step, compilations)."""
-    begin = start or drafter()
+    begin = start or world.trained()
     state, shell = TrainState.create(begin.params, optimizer), begin.replace(params={})
     history, before = [], ppow.train_step._cache_size()
     for index in range(steps):
@@ -291,7 +278,7 @@ def test_a_run_on_ragged_data_compiles_once():
     rollouts = dataclasses.replace(SETTINGS, adaw_start=3)
     empty = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
     steps = world.batches().steps_of_epochs(2)
-    start = drafter().params
+    start = world.trained().params
     params, history, compilations = train(
         rollouts, ppow.PolicySettings(0.2, 0.5, 1), steps + 1, lambda i: world.batches().at(i) if i < steps else empty
     )
@@ -314,7 +301,7 @@ def test_the_policy_objective_alone_raises_the_reward():
     rollouts = dataclasses.replace(SETTINGS, group=8, windows=6, adaw=False, eta=0.0)
     _, history, _ = train(rollouts, ppow.PolicySettings(0.2, 0.0, 1), 60, fixed)
     before, after = history[:8], history[-8:]
-    print(mean(before, "accepted_length"), mean(after, "accepted_length"), mean(before, "reward"), mean(after, "reward"))
+    print([mean(h, name) for name in ("accepted_length", "reward") for h in (before, after)])
     assert mean(after, "accepted_length") > mean(before, "accepted_length") + 0.5
     assert mean(after, "reward") > mean(before, "reward") + 0.4
 

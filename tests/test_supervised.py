@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import small_world as world
 
@@ -16,9 +15,8 @@ from ppow_jax.objectives.head_loss import head_loss
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.training import supervised
-from ppow_jax.training.supervised import TrainState
 
-STEPS, DECAY = 3, 0.7
+STEPS, DECAY = world.STEPS, 0.7
 
 # The head.
 
@@ -134,11 +132,13 @@ def reference(config, params, target_ids_W, tokens_T, answer_T):
     ks, vs, masks, results = [], [], [], []
     for s in range(STEPS):
         ahead = jnp.minimum(index + s + 1, T - 1)
-        a = jnp.concatenate([rms(target["embed"][tokens_T[ahead]], params["input_norm"]), rms(g, params["hidden_norm"])], -1)
+        embed = target["embed"][tokens_T[ahead]]
+        a = jnp.concatenate([rms(embed, params["input_norm"]), rms(g, params["hidden_norm"])], -1)
         q = rotate((a @ params["q_proj"].T).reshape(T, -1, d), index + s)
         k = rotate((a @ params["k_proj"].T).reshape(T, -1, d), index + s)
+        v = (a @ params["v_proj"].T).reshape(T, -1, d)
         groups = q.shape[1] // k.shape[1]
-        ks.append(jnp.repeat(k, groups, 1)), vs.append(jnp.repeat((a @ params["v_proj"].T).reshape(T, -1, d), groups, 1))
+        ks.append(jnp.repeat(k, groups, 1)), vs.append(jnp.repeat(v, groups, 1))
         masks.append(index[None] <= index[:, None] if s == 0 else index[None] == index[:, None])
         weights = jnp.einsum("qhd,khd->hqk", q, jnp.concatenate(ks)) / jnp.sqrt(d)
         weights = jax.nn.softmax(jnp.where(jnp.concatenate(masks, 1), weights, -jnp.inf), -1)
@@ -202,8 +202,10 @@ def places(batch, members):
 
 @pytest.mark.parametrize("fc_norm", [False, True])
 def test_the_training_time_test_is_the_dense_reference(fc_norm):
-    """Losses, matches, masks of every anchor and step, the total, and the gradient of every parameter; so rows that
-    hold several examples are as good as each example alone."""
+    """Losses, matches, masks of every anchor and step, the total, and the gradient of every parameter.
+
+    The reference reads each example alone, so rows that hold several are as good as that.
+    """
     drafter, batch = noisy(fc_norm), world.batch()
     members = world.batches().members(0)
     assert max(map(len, members)) >= 2
@@ -325,7 +327,7 @@ def test_simulated_length_is_what_greedy_decoding_counts():
     only by the steps that the recorded text still has, so real counts are cut to these; after that the two are equal
     window by window, and so are the acceptances and the simulated length.
     """
-    drafter, batch, K = trained(), world.batch(), STEPS
+    drafter, batch, K = world.trained(), world.batch(), STEPS
     (_, scores), _ = run(drafter, batch)
     prefixes = [
         (b, m, batch.tokens_BxT[b, i - batch.position_BxT[b, i] : i + 1])
@@ -369,32 +371,10 @@ def decoded_acceptance(drafter, prefixes, K):
 
 # The step.
 
-OPTIMIZER = optax.adamw(3e-3)
-step = functools.partial(
-    supervised.train_step, config=world.CONFIG, optimizer=OPTIMIZER, steps=STEPS, decay=0.8, greedy_text=True
-)
-
-
-@functools.cache
-def training():
-    """60 steps from the start: (drafter, metrics of each step, compilations)."""
-    start = world.drafter()
-    shell, state, history = start.replace(params={}), TrainState.create(start.params, OPTIMIZER), []
-    before = supervised.train_step._cache_size()
-    for index in range(60):
-        state, metrics = step(state, shell, world.target_params(), world.batches().at(index))
-        history.append(jax.device_get(metrics))
-    assert state.step == 60
-    return start.replace(params=state.params), history, supervised.train_step._cache_size() - before
-
-
-def trained():
-    return training()[0]
-
 
 def test_the_loss_falls_and_acceptance_rises_in_one_compilation():
-    drafter, history, compilations = training()
-    assert compilations == 1
+    drafter, history, compilations = world.training()
+    assert compilations <= 1  # none where another test came first
     loss = [m["loss"] for m in history]
     tau = [m["tau_sim"] for m in history]
     assert np.mean(loss[-6:]) < 0.75 * np.mean(loss[:2])
@@ -414,7 +394,7 @@ def test_evaluation_does_not_depend_on_how_examples_are_batched():
     many = [world.batches().at(i) for i in range(world.batches().steps_of_epochs(1))]
     empty = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
     evaluate = functools.partial(
-        supervised.evaluate, trained(), world.target_params(), config=world.CONFIG, K=STEPS, greedy_text=True
+        supervised.evaluate, world.trained(), world.target_params(), config=world.CONFIG, K=STEPS, greedy_text=True
     )
     whole, with_empty = evaluate(many), evaluate([empty, *many[::-1]])
     for name, value in whole.items():

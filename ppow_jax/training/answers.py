@@ -10,6 +10,7 @@ import functools
 import json
 import logging
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -94,34 +95,30 @@ def regenerate(
     """Generates, or reads back, the answers to `jobs`; one Example each (the answer's tokens masked).
 
     directory: the cache. stop: asked between chunks; True ends early with what there is.
-    Raises UserError when the cache was made with other settings.
+    Raises UserError when the cache was made with other settings or for other prompts. A broken file is made again.
     """
     directory = files.writable_directory(directory)
-    _check_settings(directory, settings)
     chunks = _chunks(jobs, settings.chunk)
-    total = sum(map(len, chunks))
-    have = [path.exists() for path in (_path(directory, c) for c in range(len(chunks)))]
+    _check_settings(directory, settings)
+    _check_prompts(directory, chunks)
+    answers = [_read(_path(directory, c), len(chunk)) for c, chunk in enumerate(chunks)]
+    have = sum(len(found) for found in answers if found is not None)
     new_tokens, begin = 0, time.perf_counter()
-    with progress.bar(
-        total, "answers", "answer", initial=sum(len(c) for c, h in zip(chunks, have, strict=True) if h)
-    ) as bar:
+    with progress.bar(len(jobs), "answers", "answer", initial=have) as bar:
         for c, chunk in enumerate(chunks):
-            if have[c] or stop():
+            if answers[c] is not None or stop():
                 continue
-            answers = _generate_chunk(
-                params, config, chunk, settings, jax.random.fold_in(jax.random.key(settings.seed), c)
-            )
-            _write(_path(directory, c), answers)
-            new_tokens += sum(map(len, answers))
-            bar.set_postfix(
-                tokens_per_second=round(new_tokens / (time.perf_counter() - begin)), refresh=False
-            )
+            key = jax.random.fold_in(jax.random.key(settings.seed), c)
+            answers[c] = _generate_chunk(params, config, chunk, settings, key)
+            _write(_path(directory, c), answers[c])
+            new_tokens += sum(map(len, answers[c]))
+            bar.set_postfix(tokens_per_second=round(new_tokens / (time.perf_counter() - begin)), refresh=False)
             bar.update(len(chunk))
-    examples = []
-    for c, chunk in enumerate(chunks):
-        if _path(directory, c).exists():
-            examples += _read(_path(directory, c), chunk)
-    return examples
+    return [
+        _example(job, answer)
+        for chunk, found in zip(chunks, answers, strict=True)
+        for job, answer in zip(chunk, found or (), strict=found is not None)
+    ]
 
 
 def _check_settings(directory: Path, settings: AnswerSettings) -> None:
@@ -130,12 +127,26 @@ def _check_settings(directory: Path, settings: AnswerSettings) -> None:
     if not path.exists():
         files.write_atomic(path, json.dumps(mine, indent=1))
         return
-    theirs = json.loads(path.read_text())
+    try:
+        theirs = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); name another directory") from None
     different = [f"{k}={theirs.get(k)!r} (now {v!r})" for k, v in mine.items() if theirs.get(k) != v]
     if different:
         raise UserError(
             f"{directory}: holds answers made with {', '.join(different)}; name another directory"
         )
+
+
+def _check_prompts(directory: Path, chunks: list[list[Job]]) -> None:
+    """A chunk's answers lie by position: those whose prompts changed since (other data, other number) are refused."""
+    path = directory / "prompts.json"
+    mine = [zlib.crc32(b"".join(job.prompt.tobytes() + b"|" for job in chunk)) for chunk in chunks]
+    theirs = json.loads(path.read_text()) if path.exists() else mine
+    for c, (a, b) in enumerate(zip(mine, theirs, strict=False)):
+        if a != b and _path(directory, c).exists():
+            raise UserError(f"{_path(directory, c)}: the prompts that it answers have changed; name another directory")
+    files.write_atomic(path, json.dumps(mine + theirs[len(mine) :]))
 
 
 def _chunks(jobs: Sequence[Job], size: int) -> list[list[Job]]:
@@ -154,17 +165,23 @@ def _write(path: Path, answers: list[np.ndarray]) -> None:
     files.write_atomic(path, json.dumps([answer.tolist() for answer in answers], separators=(",", ":")))
 
 
-def _read(path: Path, jobs: Sequence[Job]) -> list[Example]:
-    answers = json.loads(path.read_text())
-    if len(answers) != len(jobs):
-        raise UserError(
-            f"{path}: holds {len(answers)} answers, but its {len(jobs)} prompts changed; name another directory"
-        )
-    examples = []
-    for job, answer in zip(jobs, answers, strict=True):
-        tokens = np.concatenate([job.prompt, np.asarray(answer, np.int32)])
-        examples.append(Example(tokens, np.arange(len(tokens)) >= len(job.prompt), job.source))
-    return examples
+def _read(path: Path, number: int) -> list[np.ndarray] | None:
+    """The answers in a file; None where it is missing, or broken (and so made again)."""
+    if not path.exists():
+        return None
+    try:
+        answers = [np.array(answer, np.int32).reshape(len(answer)) for answer in json.loads(path.read_text())]
+    except (ValueError, TypeError, OverflowError) as error:
+        log.warning("%s: cannot be read (%s); its answers are made again", path, error)
+        return None
+    if len(answers) != number:
+        raise UserError(f"{path}: holds {len(answers)} answers to {number} prompts; name another directory")
+    return answers
+
+
+def _example(job: Job, answer: np.ndarray) -> Example:
+    tokens = np.concatenate([job.prompt, answer])
+    return Example(tokens, np.arange(len(tokens)) >= len(job.prompt), job.source)
 
 
 def _generate_chunk(

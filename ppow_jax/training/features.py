@@ -7,6 +7,8 @@ target's matrices, which is what the products that read them round to anyway.
 
 import functools
 import logging
+import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,20 +60,20 @@ class FeatureStore:
         dtype = np.dtype(transformer.head(params).dtype)
         path, self._note = directory / "features.bin", directory / "batches_done"
         size = int(self.start[-1]) * self.width * dtype.itemsize
-        if path.exists() and path.stat().st_size != size:
-            raise UserError(
-                f"{path}: holds the features of other data; remove the directory, or name another --workdir"
-            )
+        self._data = str(_checksum(batches, layers))
         if not path.exists():
-            files.write_atomic(self._note, "0")
-            with open(path, "wb") as file:
+            self._note.unlink(missing_ok=True)
+            with open(path.with_suffix(".new"), "wb") as file:
                 file.truncate(size)
+            os.replace(file.name, path)  # so it is there in full length or not at all
+        done, *data = self._note.read_text().split() if self._note.exists() else ("0",)
+        if path.stat().st_size != size or data not in ([], [self._data]):
+            raise UserError(f"{path}: holds features of other data; remove the directory, or name another --workdir")
         self._values = np.memmap(path, dtype, "r+", shape=(int(self.start[-1]), self.width))
-        self.complete = self._fill(params, config, layers, stop)
+        self.complete = self._fill(int(done), params, config, layers, stop)
 
-    def _fill(self, params, config: ModelConfig, layers, stop) -> bool:
+    def _fill(self, first: int, params, config: ModelConfig, layers, stop) -> bool:
         total = self.batches.steps_of_epochs(1)  # epoch 0 holds every example once
-        first = int(self._note.read_text())
         if first == total:
             return True
         with progress.bar(total, "features", "batch", initial=first) as bar:
@@ -90,7 +92,7 @@ class FeatureStore:
 
     def _save(self, done: int) -> None:
         self._values.flush()
-        files.write_atomic(self._note, str(done))
+        files.write_atomic(self._note, f"{done} {self._data}")
 
     def _places(self, step: int):
         """(row, first token in the row, example, its length) of every example of a batch."""
@@ -110,6 +112,14 @@ class FeatureStore:
         judge_BxM = np.minimum(batch.anchor_BxM + 1, T - 1)
         hidden_BxMxD = np.take_along_axis(values_BxTxX[..., self.feature_width :], judge_BxM[..., None], 1)
         return Cached(values_BxTxX[..., : self.feature_width], hidden_BxMxD)
+
+
+def _checksum(batches: Batches, layers: tuple[int, ...]) -> int:
+    """Of what the features were made of: the texts in their order, and the layers."""
+    checksum = zlib.crc32(repr(layers).encode())
+    for example in batches.examples:
+        checksum = zlib.crc32(example.tokens.tobytes(), zlib.crc32(b"|", checksum))
+    return checksum
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layers"))

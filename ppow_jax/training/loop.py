@@ -51,7 +51,7 @@ def run(loop: Loop, state: TrainState, directory: Path, metrics: MetricsWriter, 
             if done < loop.total:
                 log.info("%s: going on after step %d of %d", loop.stage, done, loop.total)
         metrics.resume(loop.stage, done)
-        metrics.resume(f"{loop.stage}_held_out", done)
+        metrics.resume(f"{loop.stage}_held_out", done or -1)  # step 0 is measured again
         if done == 0:
             _offer(loop, best, metrics, 0, state)
         with progress.bar(loop.total, loop.stage, initial=done) as bar:

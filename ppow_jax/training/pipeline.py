@@ -57,6 +57,7 @@ def run(settings: TrainSettings) -> int:
     else:
         initialise.drafter_config(target.config, settings.draft_vocab_size, settings.feature_layers)
     jobs = _jobs(settings, target)
+    config_lib.write_flagfile(workdir / "flags.txt", settings)  # only now: settings that fail bind no workdir
     with StopSignal() as stop, MetricsWriter(workdir) as metrics:
         try:
             train, held_out = _data(settings, workdir, target, jobs, stop)
@@ -64,7 +65,7 @@ def run(settings: TrainSettings) -> int:
             arms: dict[str, Drafter] = {}
             if {"supervised", "ppow"} & set(settings.stages):
                 first = started or _new_drafter(context)
-                if "supervised" in settings.stages:
+                if "supervised" in settings.stages or (workdir / "supervised").exists():  # then it is read back
                     first = arms["supervised"] = _supervised(context, first, "supervised")
                     _export(context, first, "drafter_supervised")
                 if "ppow" in settings.stages:
@@ -128,7 +129,6 @@ def _open_workdir(settings: TrainSettings) -> Path:
         raise UserError(
             f"--workdir={settings.workdir}: is not empty and holds no run (no flags.txt); take another directory"
         )
-    config_lib.write_flagfile(flagfile, settings)
     return workdir
 
 
@@ -373,7 +373,7 @@ def _ppow(context: _Context, drafter: Drafter) -> Drafter:
     )
     shell = drafter.replace(params={}, mixed=context.mixed)
     key = jax.random.fold_in(jax.random.key(s.seed), 2)
-    offset = s.supervised_steps if "supervised" in s.stages else 0  # go on where stage 1 left the data
+    offset = s.supervised_steps if (context.workdir / "supervised").exists() else 0  # go on in the data
 
     def one(state, index):
         batch = context.train.at(offset + index)
@@ -425,6 +425,8 @@ def _evaluate(context: _Context, arms: dict[str, Drafter], benchmarks) -> None:
         "arms": [],
     }
     for name, drafter in arms.items():
+        if context.stop.requested:
+            raise Stopped
         log.info("measuring %s", name)
         rows = evaluate(
             context.target,

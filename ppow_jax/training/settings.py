@@ -156,8 +156,15 @@ class TrainSettings:
         require(self.max_anchors <= self.row_length, f"--max_anchors={self.max_anchors}: {rule}")
         rule = f"must be at most --max_anchors={self.max_anchors}"
         require(self.windows <= self.max_anchors, f"--windows={self.windows}: {rule}")
+        for name in ("answer_tokens", "max_anchors"):  # else no answer has room for a window
+            limit = getattr(self, name)
+            require(self.window < limit, f"--window={self.window}: must be less than --{name}={limit}")
+        rule = "must be above 0 where --gamma=0 (else the general cost of a window is 0)"
+        free = self.general_cost and self.gamma == 0 and self.verify_cost == 0
+        require(not free, f"--verify_cost={self.verify_cost}: {rule}")
         rule = "three ids, or none for the default"
-        require(len(self.feature_layers) in (0, 3), f"--feature_layers={self.feature_layers}: {rule}")
+        layers = ",".join(map(str, self.feature_layers))
+        require(len(self.feature_layers) in (0, 3), f"--feature_layers={layers}: {rule}")
         rule = f"must be less than --num_answers={self.num_answers}"
         require(self.held_out < self.num_answers, f"--held_out={self.held_out}: {rule}")
         order = [STAGES.index(stage) for stage in self.stages]
