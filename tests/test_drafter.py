@@ -31,7 +31,12 @@ def inputs() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(values["features_BxTxF"]), jnp.asarray(values["embed_SxBxTxE"])
 
 
-def roll(drafter: Drafter, features_BxTxF, embed_SxBxTxE, anchors=None, mask_BxMxT=None, split=None):
+def roll(drafter: Drafter, features_BxTxF, embed_SxBxTxE, **how):
+    """`windows`, compiled."""
+    return jax.jit(lambda *x: windows(*x, **how))(drafter, features_BxTxF, embed_SxBxTxE)
+
+
+def windows(drafter: Drafter, features_BxTxF, embed_SxBxTxE, anchors=None, mask_BxMxT=None, split=None):
     """Outputs [S, B, M, E] of windows at the anchors (all indices by default), the prefix in one or two blocks."""
     B, T = features_BxTxF.shape[:2]
     anchors = np.arange(T) if anchors is None else np.asarray(anchors)
@@ -84,7 +89,7 @@ def test_masked_indices_change_nothing():
     anchors = np.array([3, 5])
     changed = features.at[:, 4].set(100.0), embed.at[0, :, 4].set(-100.0)  # index 4 is nobody's to see
     mask = (np.arange(7) <= anchors[:, None]) & (np.arange(7) != 4)
-    outs = [roll(drafter, *x, anchors, mask) for x in ((features, embed), changed)]
+    outs = [roll(drafter, *x, anchors=anchors, mask_BxMxT=mask) for x in ((features, embed), changed)]
     np.testing.assert_array_equal(*outs)
 
 
@@ -92,10 +97,11 @@ def test_a_window_depends_on_its_past_and_its_own_steps_alone():
     drafter, (features, embed) = make("00"), inputs()
 
     def output(features, embed, s):
-        return jnp.sum(roll(drafter, features, embed, [3])[s, 0, 0] ** 3)
+        return jnp.sum(windows(drafter, features, embed, [3])[s, 0, 0] ** 3)
 
+    gradient = jax.jit(jax.grad(output, (0, 1)))
     for s in range(models.DRAFT_STEPS):
-        by_feature, by_embed = jax.grad(output, (0, 1))(features, embed, s)
+        by_feature, by_embed = map(np.asarray, gradient(features, embed, s))
         feature_T, embed_SxT = np.abs(by_feature[0]).max(-1), np.abs(by_embed[:, 0]).max(-1)
         assert (feature_T[:4] > 0).all() and (feature_T[4:] == 0).all()
         assert (embed_SxT[0, :4] > 0).all() and (embed_SxT[0, 4:] == 0).all()
@@ -109,7 +115,7 @@ def test_mixed_precision_comes_close_in_values_and_gradients():
 
     def loss(params, mixed):
         changed = drafter.replace(params=params, mixed=mixed)
-        return jnp.mean(jax.nn.logsumexp(drafting.logits(changed, roll(changed, features, embed)), -1))
+        return jnp.mean(jax.nn.logsumexp(drafting.logits(changed, windows(changed, features, embed)), -1))
 
     value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(drafter.params, True)
     value32, gradient32 = jax.jit(jax.value_and_grad(loss), static_argnums=1)(drafter.params, False)

@@ -33,22 +33,20 @@ SETTINGS = {"window": 3, "max_new_tokens": 20, "batch_size": 3}
 
 @pytest.fixture(scope="module")
 def target():
-    """The first three layers of the tiny target: compiling is what takes the time here."""
+    """Three layers of the tiny target, damped, so that it often repeats a token."""
     tiny = targets.load("tiny", "float32")
+    layers = [layer | {name: 0.4 * layer[name] for name in ("o_proj", "down_proj")} for layer in tiny.params["layers"]]
     config = dataclasses.replace(tiny.config, num_layers=3)
-    return dataclasses.replace(tiny, config=config, params=tiny.params | {"layers": tiny.params["layers"][:3]})
+    return dataclasses.replace(tiny, config=config, params=tiny.params | {"layers": layers[:3]})
 
 
 @pytest.fixture(scope="module")
 def drafter(target):
-    """Random weights, but a draft vocabulary of the tokens that the target likes: some drafts are accepted."""
-    c = target.config
-    prompts = [encode_prompt(target.tokenizer, [Message("user", p.turns[0])]) for p in SINGLE.prompts[:3]]
-    answers = np.concatenate(decoding.decode(target, None, prompts, HOW, range(3)).answers)
-    frequent = np.sort(np.argsort(np.bincount(answers, minlength=c.vocab_size))[-4:])
+    """Guesses that the target repeats its last token, which is often accepted; no draft for tokens below 10."""
+    c, ids = target.config, jnp.arange(10, target.config.vocab_size)
     config = DrafterConfig(
         vocab_size=c.vocab_size,
-        draft_vocab_size=len(frequent),
+        draft_vocab_size=len(ids),
         hidden_size=c.hidden_size,
         intermediate_size=32,
         num_heads=4,
@@ -61,8 +59,10 @@ def drafter(target):
         feature_layers=(0, 1, 3),
         fc_norm=False,
     )
-    params = drafting.init(jax.random.key(1), config, scale=0.1)
-    return Drafter(config=config, params=params, target_ids_W=jnp.asarray(frequent, jnp.int32))
+    params = drafting.init(jax.random.key(1), config, scale=0.05)
+    last_feature = jnp.concatenate([jnp.zeros((c.hidden_size, 2 * c.hidden_size)), jnp.eye(c.hidden_size)], 1)
+    params |= {"fc": last_feature, "lm_head": target.params["embed"][ids]}
+    return Drafter(config=config, params=params, target_ids_W=ids)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, read_metric
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.supervised import TrainState
+from ppow_jax.weights import targets
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = {  # tiny.flags, made smaller still
@@ -124,7 +125,7 @@ def test_a_run_leaves_its_results(whole):
     assert report["settings"]["window"] == 2 and report["precision"] == "float32" and report["device"]
     for arm in report["arms"]:
         (row,) = arm["results"]
-        assert row["identical"] == row["total"] == row["num_prompts"] == 1
+        assert row["identical"] == row["total"] >= row["num_prompts"] == 1
         assert 1 <= row["tau"] <= 3 and row["tau"] == pytest.approx(arm["mean_tau"])
         assert row["speedup"] == pytest.approx(arm["mean_speedup"]) and row["speedup"] > 0
         assert len(row["acceptance_by_position"]) == 2 and len(row["accepted_histogram"]) == 3
@@ -190,6 +191,8 @@ def test_kills_and_resumes_change_no_byte(whole, cache, tmp_path):
 
 def refuse(argv, monkeypatch, capsys):
     """The one line that the command prints before it leaves with exit code 2."""
+    targets.load("tiny", "float32")  # what importing transformers says is none of our business
+    capsys.readouterr()
     monkeypatch.setattr(cli, "setup_logging", lambda: None)
     monkeypatch.setattr(pipeline, "_data", lambda *_: pytest.fail("it went on"))
     with pytest.raises(SystemExit) as stop:

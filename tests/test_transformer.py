@@ -28,9 +28,10 @@ def target(name: str):
 def run(name, tokens_BxS, features=(), contexts=(), start=0, mask=None):
     config, params = target(name)
     B, S = tokens_BxS.shape
-    position_BxS = jnp.broadcast_to(start + jnp.arange(S), (B, S))
+    position_BxS = np.broadcast_to(start + np.arange(S), (B, S))
     mask = causal_mask(B, S) if mask is None else mask
-    return transformer.forward(params, config, jnp.asarray(tokens_BxS), position_BxS, mask, contexts, features)
+    forward = jax.jit(functools.partial(transformer.forward, feature_layers=features), static_argnums=1)
+    return forward(params, config, tokens_BxS, position_BxS, mask, contexts)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,17 +122,22 @@ def test_no_position_depends_on_a_later_one():
         out = transformer.forward(params | {"embed": embed}, config, tokens_1xT, position, causal_mask(1, T))
         return jnp.sum(out.hidden_BxSxD[0, at] ** 3)
 
-    reach_T = np.abs(jax.grad(output)(params["embed"])[:T]).max(-1)
+    reach_T = np.abs(jax.jit(jax.grad(output))(params["embed"])[:T]).max(-1)
     assert (reach_T[: at + 1] > 0).all() and (reach_T[at + 1 :] == 0).all()
 
 
 def test_bfloat16_weights_come_close():
     config, params = target("untied")
-    tokens = jnp.asarray(GOLDEN["untied.tokens"])
-    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    out = transformer.forward(rounded, config, tokens, position, causal_mask(*tokens.shape))
-    logits = transformer.logits(rounded, out.hidden_BxSxD)
+    tokens = GOLDEN["untied.tokens"]
+    position = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+
+    @jax.jit
+    def rounded_logits(params):
+        rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        out = transformer.forward(rounded, config, tokens, position, causal_mask(*tokens.shape))
+        return transformer.logits(rounded, out.hidden_BxSxD)
+
+    logits = rounded_logits(params)
     assert logits.dtype == jnp.float32
     error = np.linalg.norm(logits - GOLDEN["untied.logits"]) / np.linalg.norm(GOLDEN["untied.logits"])
     assert 1e-4 < error < 0.05

@@ -211,7 +211,12 @@ def json_writer(value: Mapping[str, Any]) -> Callable[[Path], object]:
 def tensors_writer(tensors: Mapping[str, np.ndarray]) -> Callable[[Path], object]:
     """For `replace_files`: writes safetensors that torch programs accept (equal tensors give equal bytes)."""
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    return lambda path: save_file(contiguous, path, metadata={"format": "pt"})
+
+    def write(path: Path) -> None:
+        save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it private; a served drafter is read by others
+
+    return write
 
 
 def _stored(file: Any, name: str, path: Path) -> StoredTensor:
