@@ -57,6 +57,8 @@ class Settings:
 
     def __post_init__(self):
         check_fields(self)
+        plot_rule = f"--plot={self.plot}: must end in .png"
+        require(self.plot is None or self.plot.endswith(".png"), plot_rule)
 
     @property
     def chosen(self) -> tuple[str, ...]:

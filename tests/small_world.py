@@ -83,14 +83,20 @@ def batch() -> PackedBatch:
 
 @functools.cache
 def drafter(fc_norm: bool = False) -> Drafter:
-    """As training begins; its vocabulary lacks some tokens of the answers."""
+    """A start whose sampled windows are accepted now and then; its vocabulary lacks some tokens of the answers.
+
+    What training begins with, at unit size: on this small target its drafts vary more than those of the start itself.
+    """
     config = initialise.drafter_config(CONFIG, 20, FEATURE_LAYERS, fc_norm)
     ids_W = initialise.choose_vocabulary(examples(), CONFIG.vocab_size, 20)
     scored = scored_batch(ids_W, batch())
     features_NxF = np.asarray(scored.windows.features_BxTxF)[batch().segment_BxT > 0]
-    return initialise.new_drafter(
-        jax.random.key(5), config, target_params(), ids_W, initialise.feature_scale(features_NxF)
-    )
+    scale = initialise.feature_scale(features_NxF)
+    start = initialise.new_drafter(jax.random.key(5), config, target_params(), ids_W, scale)
+    if fc_norm:
+        return start
+    small = {name: start.params[name] / np.float32(scale[2]) for name in ("fc", "o_proj", "down_proj")}
+    return start.replace(params=start.params | small)
 
 
 def score_in(batch, ids_W, greedy_text: bool = True):

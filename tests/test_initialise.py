@@ -75,12 +75,11 @@ def test_it_starts_better_than_chance():
         measured = supervised.evaluate(
             drafter, world.target_params(), [world.batch()], config=world.CONFIG, K=2, greedy_text=True
         )
-        return measured["held_out_tau_sim"], measured["held_out_loss"]
+        return measured["held_out_tau_sim"]
 
     random = world.drafter().replace(params=drafting.init(jax.random.key(0), world.drafter().config, 0.2))
-    (ours, loss), (theirs, random_loss) = tau(world.drafter()), tau(random)
+    ours, theirs = tau(world.drafter()), tau(random)
     assert ours > theirs and ours > 1.1
-    assert loss < random_loss
 
 
 def test_drafters_of_other_sizes_keep_random_values_where_shapes_do_not_fit():

@@ -33,11 +33,11 @@ SETTINGS = {"window": 3, "max_new_tokens": 20, "batch_size": 3}
 
 @pytest.fixture(scope="module")
 def target():
-    """Three layers of the tiny target, damped, so that it often repeats a token."""
+    """Two layers of the tiny target, damped, so that it often repeats a token."""
     tiny = targets.load("tiny", "float32")
     layers = [layer | {name: 0.4 * layer[name] for name in ("o_proj", "down_proj")} for layer in tiny.params["layers"]]
-    config = dataclasses.replace(tiny.config, num_layers=3)
-    return dataclasses.replace(tiny, config=config, params=tiny.params | {"layers": layers[:3]})
+    config = dataclasses.replace(tiny.config, num_layers=2)
+    return dataclasses.replace(tiny, config=config, params=tiny.params | {"layers": layers[:2]})
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def drafter(target):
         rope_theta=1e4,
         max_position_embeddings=2048,
         target_hidden_size=c.hidden_size,
-        feature_layers=(0, 1, 3),
+        feature_layers=(0, 1, 2),
         fc_norm=False,
     )
     params = drafting.init(jax.random.key(1), config, scale=0.05)
@@ -193,7 +193,7 @@ LONG = benchmark(("short",), ("x" * 2100,))
         (SINGLE, {"temperature": -1}, "--temperature=-1.0: must be 0 or more"),
         (SINGLE, {"batch_size": 0}, "--batch_size=0: must be at least 1"),
         (LONG, {}, r"mine\.jsonl:2: a prompt of \d+ tokens .* but tiny has 2048 \(--skip_long_prompts"),
-        (TURNS, {"max_new_tokens": 700}, r"turns\.jsonl:1: a prompt of 1\d\d\d tokens"),
+        (TURNS, {"max_new_tokens": 1000}, r"turns\.jsonl:1: a prompt of 1\d\d\d tokens"),
         (TURNS, {"max_new_tokens": 2048, "skip_long_prompts": True}, "none of its 3 prompts fits"),
     ],
 )

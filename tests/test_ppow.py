@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import small_world as world
 
 from ppow_jax.data.batches import empty_batch
 from ppow_jax.models import transformer
-from ppow_jax.objectives.rewards import CostModel, speedup_reward
+from ppow_jax.objectives.rewards import CostModel, proximity_reward
 from ppow_jax.training import ppow
 from ppow_jax.training import rollout as rollout_module
 from ppow_jax.training.rollout import RolloutSettings
@@ -24,7 +26,7 @@ SETTINGS = RolloutSettings(
     window=K,
     group=G,
     windows=A,
-    rollout_temperature=1.0,
+    rollout_temperature=0.7,
     verify_temperature=0.0,
     eta=0.2,
     eps=4.0,
@@ -38,17 +40,34 @@ SETTINGS = RolloutSettings(
 # Rollouts.
 
 
+class Rolled(NamedTuple):
+    """logits: of redrafting the windows. delta: Delta of every window, as `rollout` hands it to the reward."""
+
+    windows: rollout_module.Rollout
+    metrics: dict
+    logits: np.ndarray
+    delta: np.ndarray
+
+
 @functools.cache
-def roller(settings, greedy_text: bool = True):
-    """A jitted (key, step, batch) -> (Rollout, metrics, logits of redrafting the windows)."""
+def roller(settings):
+    """A jitted (key, step, batch) -> Rolled."""
 
     @jax.jit
     def roll(key, step, batch, drafter):
-        scored = world.score_in(batch, drafter.target_ids_W, greedy_text)
-        windows, metrics = rollout_module.rollout(
-            key, step, drafter, world.target_params(), world.CONFIG, scored, settings
-        )
-        return windows, metrics, ppow.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
+        scored = world.score_in(batch, drafter.target_ids_W)
+        deltas = []
+
+        def watch(accepted, reference, draft, eta, eps):
+            deltas.append(reference - draft)
+            return proximity_reward(accepted, reference, draft, eta, eps)
+
+        with mock.patch.object(rollout_module, "proximity_reward", watch):
+            windows, metrics = rollout_module.rollout(
+                key, step, drafter, world.target_params(), world.CONFIG, scored, settings
+            )
+        logits = ppow.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
+        return Rolled(windows, metrics, logits, deltas[0])
 
     return lambda key, step, batch: jax.device_get(roll(key, step, batch, world.trained()))
 
@@ -56,6 +75,10 @@ def roller(settings, greedy_text: bool = True):
 @functools.cache
 def rolled():
     return roller(SETTINGS)(jax.random.key(3), 0, world.batch())
+
+
+# Sampled acceptance; and, so that it need not be compiled twice, the reference decoded instead of read off the text.
+SAMPLED = dataclasses.replace(SETTINGS, verify_temperature=0.4, rollout_temperature=1.3, greedy_reference=True)
 
 
 def prefixes(batch, windows):
@@ -103,7 +126,7 @@ def brute_force(batch, windows):
 
 
 def test_windows_lie_inside_answers_and_beams_share_their_prefix():
-    batch, (windows, metrics, _) = world.batch(), rolled()
+    batch, (windows, metrics, *_) = world.batch(), rolled()
     assert windows.valid_BxX.all()  # this batch has enough room
     for b in range(world.ROWS):
         anchors = windows.anchor_BxX[b].reshape(A, G)
@@ -120,7 +143,7 @@ def test_windows_lie_inside_answers_and_beams_share_their_prefix():
 
 
 def test_accepted_lengths_are_those_of_the_target_from_scratch():
-    windows, metrics, _ = rolled()
+    windows, metrics, *_ = rolled()
     beams, logits, drafts = brute_force(world.batch(), windows)
     accepted = np.cumprod(logits.argmax(-1) == drafts, axis=1).sum(1)
     np.testing.assert_array_equal([windows.accepted_BxX[beam] for beam in beams], accepted)
@@ -134,29 +157,17 @@ def test_accepted_lengths_are_those_of_the_target_from_scratch():
 
 
 def test_redrafting_gives_the_same_log_probabilities():
-    windows, _, logits = rolled()
-    logq = log_softmax(logits.astype(np.float64))
+    windows, _, logits, _ = rolled()
+    logq = log_softmax(logits.astype(np.float64) / SETTINGS.rollout_temperature)
     again = np.take_along_axis(logq, windows.id_BxXxK[..., None], -1)[..., 0]
     np.testing.assert_allclose(again, windows.logp_BxXxK, atol=1e-5)
     assert len({tuple(w) for w in windows.token_BxXxK.reshape(-1, K)}) > 12  # sampled, not repeated
 
 
-@functools.cache
-def deltas(greedy_reference: bool):
-    """Delta of every window, as `rollout` hands it to the reward: R_dist is replaced by Delta itself."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout_module, "proximity_reward", lambda k, reference, draft, eta, eps: reference - draft)
-        settings = dataclasses.replace(SETTINGS, greedy_reference=greedy_reference)
-        windows, *_ = roller(settings, greedy_text=not greedy_reference)(jax.random.key(3), 0, world.batch())
-    np.testing.assert_array_equal(windows.token_BxXxK, rolled()[0].token_BxXxK)
-    roller.cache_clear()
-    return windows.reward_BxX - np.asarray(speedup_reward(jnp.asarray(windows.accepted_BxX), K, SETTINGS.costs))
-
-
-@pytest.mark.parametrize("greedy_reference", [False, True])
-def test_delta_is_that_of_brute_force(greedy_reference):
-    """Both with the reference from the text and decoded: on answers that the target wrote greedily they agree."""
-    windows, *_ = rolled()
+@pytest.mark.parametrize("settings", [SETTINGS, SAMPLED], ids=["reference from the text", "decoded reference"])
+def test_delta_is_that_of_brute_force(settings):
+    """On answers that the target wrote greedily both references are the target's own greedy window."""
+    windows, *_, delta = roller(settings)(jax.random.key(3), 0, world.batch())
     beams, logits, drafts = brute_force(world.batch(), windows)
     draft_logp = np.take_along_axis(log_softmax(logits), drafts[..., None], -1)[..., 0].sum(1)
     texts = list(prefixes(world.batch(), windows).values())
@@ -165,13 +176,12 @@ def test_delta_is_that_of_brute_force(greedy_reference):
         logp = log_softmax(from_scratch([np.r_[t, 0] for t in texts], 1)[:, 0])
         reference_logp += logp.max(-1)
         texts = [np.r_[t, z.argmax()] for t, z in zip(texts, logp, strict=True)]
-    ours = np.array([deltas(greedy_reference)[beam] for beam in beams])
-    np.testing.assert_allclose(ours, reference_logp - draft_logp, atol=2e-4)
+    np.testing.assert_allclose([delta[beam] for beam in beams], reference_logp - draft_logp, atol=2e-4)
 
 
 def test_rewards_and_advantages():
-    windows, metrics, _ = rolled()
-    delta, accepted = deltas(False), windows.accepted_BxX
+    windows, metrics, _, delta = rolled()
+    accepted = windows.accepted_BxX
     assert np.abs(delta - SETTINGS.eps).min() > 1e-3
     near = (accepted == 0) & (delta < SETTINGS.eps)
     assert near.any() and (~near & (accepted == 0)).any()  # both sides of the threshold occur
@@ -206,13 +216,13 @@ def test_adaw_prefers_critical_windows_from_its_step_on():
 def test_rows_without_room_give_no_windows_and_no_rewards():
     """A batch of padding, and one whose answers are shorter than the window."""
     empty = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
-    windows, metrics, _ = roller(SETTINGS)(jax.random.key(0), 0, empty)
+    windows, metrics, *_ = roller(SETTINGS)(jax.random.key(0), 0, empty)
     assert not windows.valid_BxX.any() and metrics["windows"] == 0 and metrics["reward"] == 0
     assert not metrics["accepted_histogram"].any()
     assert all(np.isfinite(x).all() for x in (*windows, *metrics.values()))
     batch = world.batch()
     two = np.arange(world.ANCHORS) < 2
-    windows, metrics, _ = roller(SETTINGS)(
+    windows, *_ = roller(SETTINGS)(
         jax.random.key(0), 0, batch._replace(anchor_mask_BxM=batch.anchor_mask_BxM & two)
     )
     assert not windows.valid_BxX.any()
@@ -223,9 +233,7 @@ def test_sampled_acceptance_accepts_with_p_over_q():
 
     The differences have mean zero; a rule that forgot q, or the temperature, is many standard errors off.
     """
-    T = 0.7
-    settings = dataclasses.replace(SETTINGS, verify_temperature=T, rollout_temperature=1.3)
-    roll = roller(settings)
+    roll, T = roller(SAMPLED), SAMPLED.verify_temperature
     differences, wrong = [], []
     for i in range(40):
         windows, *_ = roll(jax.random.key(i), 0, world.batch())
@@ -241,7 +249,7 @@ def test_sampled_acceptance_accepts_with_p_over_q():
         wrong.append([accepted - expected(1.0, q), accepted - expected(T, 1.0)])
     error = np.std(differences) / math.sqrt(np.size(differences))
     assert abs(np.mean(differences)) < 4 * error
-    assert (np.abs(np.mean(wrong, axis=(0, 2))) > 6 * error).all()
+    assert (np.abs(np.mean(wrong, axis=(0, 2))) > 8 * error).all()
 
 
 # The step.
@@ -297,13 +305,20 @@ def test_a_run_on_ragged_data_compiles_once():
 
 
 def test_the_policy_objective_alone_raises_the_reward():
-    """No KL, so nothing but sampled rewards teaches: on one batch, over and over, windows get longer."""
+    """No KL, so nothing but sampled rewards teaches: on one batch, over and over, windows get longer.
+
+    Without R_dist and ADAW; two optimiser passes per rollout, so that the ratio moves and meets the clip.
+    """
     rollouts = dataclasses.replace(SETTINGS, group=8, windows=6, adaw=False, eta=0.0)
-    _, history, _ = train(rollouts, ppow.PolicySettings(0.2, 0.0, 1), 60, fixed)
+    _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.0, 2), 100, fixed)
+    assert compilations == 1
     before, after = history[:8], history[-8:]
     print([mean(h, name) for name in ("accepted_length", "reward") for h in (before, after)])
-    assert mean(after, "accepted_length") > mean(before, "accepted_length") + 0.5
+    assert mean(after, "accepted_length") > mean(before, "accepted_length") + 0.2
     assert mean(after, "reward") > mean(before, "reward") + 0.4
+    assert all(m["reward_proximity"] == 0 for m in history)
+    assert all(abs(m["ratio"] - 1) > 1e-6 for m in history[1:])  # of the second pass
+    assert any(m["ratio_clipped"] > 0 for m in history)
 
 
 def test_the_kl_alone_falls():
@@ -315,22 +330,13 @@ def test_the_kl_alone_falls():
     assert mean(history[-6:], "kl") < 0.8 * mean(history[:6], "kl")
 
 
-def test_several_passes_move_the_ratio_and_meet_the_clip():
-    rollouts = dataclasses.replace(SETTINGS, rollout_temperature=0.8)
-    _, history, compilations = train(rollouts, ppow.PolicySettings(0.05, 0.1, 2), 6, fixed)
-    assert compilations == 1
-    assert all(abs(m["ratio"] - 1) > 1e-6 for m in history[1:])  # of the last pass
-    assert any(m["ratio_clipped"] > 0 for m in history)
-
-
 @pytest.mark.parametrize(
     "switches",
     [
-        {"eta": 0.0, "adaw": False},
         {"verify_temperature": 0.7, "costs": CostModel(0.1, general=True, verify=1.1, rollback=0.05, bonus=1.0)},
         {"greedy_reference": True, "window": 1, "adaw_start": 0},
     ],
-    ids=["without R_dist and ADAW", "sampled acceptance, general cost", "decoded reference, window of one"],
+    ids=["sampled acceptance, general cost", "decoded reference, window of one"],
 )
 def test_every_part_can_be_switched(switches):
     rollouts = dataclasses.replace(SETTINGS, **switches)
@@ -340,7 +346,5 @@ def test_every_part_can_be_switched(switches):
         assert all(np.isfinite(x).all() for x in m.values())
         assert m["windows"] > 0 and m["gradient_norm"] > 0
         np.testing.assert_allclose(m["ratio"], 1.0, atol=1e-5)
-        if "eta" in switches:
-            assert m["reward_proximity"] == 0
         if "costs" in switches:
             assert m["reward"] > 0  # the target's own token counts

@@ -1,0 +1,209 @@
+"""experiments.evaluate and experiments.generate from the command line, on the tiny target."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import evaluate, generate
+from ppow_jax import cli
+from ppow_jax.evaluation import loading
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models.config import DrafterConfig
+from ppow_jax.weights import targets, tiny
+from ppow_jax.weights.eagle3 import export_drafter
+
+ROOT = Path(__file__).parent.parent
+SHAPES = ("--target=tiny", "--dtype=float32", "--window=2", "--max_new_tokens=8")  # compiled once for all tests
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
+
+
+def make_drafter(directory: Path, vocab_size: int = tiny.CONFIG.vocab_size) -> str:
+    config = DrafterConfig(
+        vocab_size=vocab_size,
+        draft_vocab_size=50,
+        hidden_size=tiny.CONFIG.hidden_size,
+        intermediate_size=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        max_position_embeddings=2048,
+        target_hidden_size=tiny.CONFIG.hidden_size,
+        feature_layers=(2, 3, 4),
+        fc_norm=True,
+    )
+    export_drafter(directory, config, drafting.init(jax.random.key(0), config), np.arange(50, 100))
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def drafter(tmp_path_factory):
+    return make_drafter(tmp_path_factory.mktemp("drafters") / "small")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs an entry point in this process -> (exit code, standard output, standard error)."""
+
+    def call(module, *argv: str):
+        with pytest.raises(SystemExit) as caught:
+            cli.run(module.main, module.Settings, argv=argv)
+        return caught.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_evaluate(run, drafter, tmp_path):
+    prompts = write(tmp_path / "mine.jsonl", '{"prompt": "What is 3 + 4?"}\n{"turns": ["Count."]}\n')
+    paths = {name: tmp_path / "new" / f"{name}.png" for name in ("output", "dump_outputs", "plot")}
+    flags = [f"--{name}={path}" for name, path in paths.items()]
+    code, out, _ = run(evaluate, *SHAPES, f"--drafter={drafter}", f"--prompts={prompts}", *flags)
+    assert code == 0 and "mine" in out and "2/2" in out and "acceptance by position" in out
+    assert all(str(path) in out and path.exists() for path in paths.values())
+
+    result = json.loads(paths["output"].read_text())
+    assert set(result) == {"schema", "device", "precision", "versions", "settings", "results"}
+    assert result["schema"] == 1 and result["precision"] == "float32"
+    assert result["settings"]["window"] == 2 and result["settings"]["benchmarks"] == [prompts]
+    assert [row["benchmark"] for row in result["results"]] == ["mine"]
+    assert len(result["results"][0]["accepted_histogram"]) == 3
+    assert paths["plot"].read_bytes().startswith(b"\x89PNG")
+
+    lines = [json.loads(line) for line in paths["dump_outputs"].read_text().splitlines()]
+    assert [line["source"] for line in lines] == [f"{prompts}:1", f"{prompts}:2"]
+    for line in lines:
+        assert line["autoregressive_ids"] == line["speculative_ids"] and line["prompt_ids"][0] == 257
+        assert set(line) >= {"benchmark", "turn"}
+
+
+def test_generate(run, drafter, tmp_path):
+    code, plain, _ = run(generate, *SHAPES, "--prompt=What is 3 + 4?")
+    assert code == 0 and "tau" not in plain
+    number = re.search(r"(\d) tokens without a drafter, [\d.]+ token/s \(prefill [\d.]+ s\)$", plain.strip())
+    assert number and 1 <= int(number[1]) <= 8
+
+    path = write(tmp_path / "prompt.txt", "What is 3 + 4?")
+    flags = (*SHAPES, f"--drafter={drafter}", f"--prompt_file={path}")
+    code, both, _ = run(generate, *flags, "--compare")
+    assert code == 0 and "the outputs are identical" in both and "speedup" in both
+    assert re.search(r"tokens with the drafter, .*, tau \d\.\d\d\n", both)
+    assert both.splitlines()[0] == plain.splitlines()[0]  # the same text
+
+    code, raw, _ = run(generate, *flags, "--raw")
+    assert code == 0 and raw.splitlines()[0] != plain.splitlines()[0]
+
+
+def test_a_drafter_of_the_target_s_name_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert loading.find_drafter("auto", "tiny") is None
+    make_drafter(tmp_path / "drafters" / "tiny")
+    assert loading.find_drafter("auto", "tiny") == Path("drafters/tiny")
+    assert loading.find_drafter(None, "tiny") is None
+    assert loading.find_drafter("auto", "some/where/tiny") is None
+
+
+def test_matrices_take_the_dtype_and_norms_stay_exact(drafter):
+    loaded = loading.load_drafter(drafter, targets.load("tiny", "bfloat16"), "bfloat16")
+    kinds = {name: str(value.dtype) for name, value in loaded.params.items()}
+    assert kinds["fc"] == kinds["lm_head"] == "bfloat16"
+    assert kinds["fc_norm"] == kinds["norm"] == kinds["input_norm"] == "float32"
+
+
+EVALUATE_MISTAKES = [
+    (("--drafter=nowhere",), "--drafter=nowhere: there is no such directory"),
+    (("--drafter=EMPTY",), "not a drafter, it has no config.json"),
+    (("--drafter=none",), "--drafter=none: name the directory of a drafter for tiny"),
+    (("--prompts=nowhere.jsonl",), "nowhere.jsonl"),
+    (("--prompts=BROKEN",), "broken.jsonl:2: not JSON"),
+    (("--benchmarks=gsm9k",), "unknown benchmark 'gsm9k'"),
+    (("--output=BROKEN/result.json",), "--output=BROKEN/result.json: "),
+    (("--dump_outputs=EMPTY",), "--dump_outputs=EMPTY: must be a file"),
+    (("--plot=plot.jpgg",), "--plot=plot.jpgg: must end in .png"),
+    (("--window=0",), "--window=0: must be at least 1"),
+    (("--window=65",), "--window=65: must be at most 64"),
+    (("--max_new_tokens=1",), "--max_new_tokens=1: must be at least 2"),
+    (("--num_prompts=0",), "--num_prompts=0: must be at least 1"),
+    (("--temperature=-1",), "--temperature=-1.0: must be at least 0"),
+    (("--dtype=float16",), "--dtype=float16: must be one of bfloat16, float32"),
+    (("--batchsize=2",), "did you mean --batch_size?"),
+]
+GENERATE_MISTAKES = [
+    ((), "--prompt=TEXT or --prompt_file=FILE: one of them must be given"),
+    (("--prompt=a", "--prompt_file=b"), "one of them must be given"),
+    (("--prompt= ",), "--prompt: must not be empty"),
+    (("--prompt_file=nowhere.txt",), "--prompt_file=nowhere.txt: cannot be read"),
+    (("--prompt_file=BLANK",), "blank.txt: is empty"),
+    (("--prompt_file=BINARY",), "binary.txt: must be a text file"),
+    (("--prompt=a", "--compare", "--drafter=none"), "--compare: needs a drafter"),
+    (("--prompt=a", "--compare"), "--compare: needs a drafter, but --target=tiny has none"),
+    (("--prompt=a", "--drafter=nowhere"), "--drafter=nowhere: there is no such directory"),
+    (("--prompt=a", "--window=0"), "--window=0: must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [(evaluate, *case) for case in EVALUATE_MISTAKES] + [(generate, *case) for case in GENERATE_MISTAKES],
+)
+def test_mistakes_cost_no_loading(module, flags, message, run, drafter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(targets, "load", lambda *args: pytest.fail("a target was loaded"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
+    places = {
+        "EMPTY": str(tmp_path / "empty"),
+        "BROKEN": write(tmp_path / "broken.jsonl", '{"prompt": "a"}\n{"prompt": \n'),
+        "BLANK": write(tmp_path / "blank.txt", "\n"),
+        "BINARY": str(tmp_path / "binary.txt"),
+    }
+    for name, place in places.items():
+        flags, message = tuple(flag.replace(name, place) for flag in flags), message.replace(name, place)
+    base = ["--target=tiny", *([f"--drafter={drafter}"] if module is evaluate else [])]
+    code, out, err = run(module, *base, *flags)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_mistakes_that_only_the_target_shows(run, drafter, tmp_path):
+    other = make_drafter(tmp_path / "other", vocab_size=300)
+    code, _, err = run(generate, *SHAPES, "--prompt=a", f"--drafter={other}")
+    assert code == 2 and f"--drafter={other}: the drafter is for a vocabulary of 300 tokens" in err
+    code, _, err = run(generate, *SHAPES, f"--prompt={'x' * 2040}")
+    assert code == 2 and re.search(r"--prompt: a prompt of 20\d\d tokens .* but tiny has 2048", err)
+    path = write(tmp_path / "long.jsonl", json.dumps({"prompt": "x" * 2040}))
+    code, _, err = run(evaluate, *SHAPES, f"--drafter={drafter}", f"--prompts={path}")
+    assert code == 2 and f"{path}:1: a prompt of 20" in err
+
+
+def test_a_process_of_its_own_fails_fast_and_helps():
+    def program(name, *argv):
+        command = [sys.executable, "-m", f"experiments.{name}", *argv]
+        env = os.environ | {"COLUMNS": "100"}
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+    bad = program("generate", "--prompt=a", "--windw=3")
+    assert (bad.returncode, bad.stderr) == (2, "error: --windw: unknown flag; did you mean --window?\n")
+    shown = program("evaluate", "--help")
+    assert shown.returncode == 0 and shown.stdout.startswith("Measures a drafter")
+    assert "--dump_outputs=TEXT" in shown.stdout and max(map(len, shown.stdout.splitlines())) <= 120
