@@ -309,13 +309,12 @@ def test_the_policy_objective_alone_raises_the_reward():
 
     Without R_dist and ADAW; two optimiser passes per rollout, so that the ratio moves and meets the clip.
     """
-    rollouts = dataclasses.replace(SETTINGS, group=8, windows=6, adaw=False, eta=0.0)
-    _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.0, 2), 100, fixed)
+    rollouts = dataclasses.replace(SETTINGS, group=16, windows=12, adaw=False, eta=0.0, rollout_temperature=1.0)
+    _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.0, 2), 120, fixed)
     assert compilations == 1
-    before, after = history[:8], history[-8:]
-    print([mean(h, name) for name in ("accepted_length", "reward") for h in (before, after)])
-    assert mean(after, "accepted_length") > mean(before, "accepted_length") + 0.2
-    assert mean(after, "reward") > mean(before, "reward") + 0.4
+    before, after = history[:5], history[-20:]
+    assert mean(after, "accepted_length") > mean(before, "accepted_length") + 0.4
+    assert mean(after, "reward") > mean(before, "reward") + 0.3
     assert all(m["reward_proximity"] == 0 for m in history)
     assert all(abs(m["ratio"] - 1) > 1e-6 for m in history[1:])  # of the second pass
     assert any(m["ratio_clipped"] > 0 for m in history)
@@ -326,7 +325,6 @@ def test_the_kl_alone_falls():
     rollouts = dataclasses.replace(SETTINGS, costs=CostModel(1e9), eta=0.0, adaw=False)
     _, history, _ = train(rollouts, ppow.PolicySettings(0.2, 1.0, 1), 40, fixed)
     assert mean(history, "flat_groups") == 1.0
-    print(mean(history[:6], "kl"), mean(history[-6:], "kl"))
     assert mean(history[-6:], "kl") < 0.8 * mean(history[:6], "kl")
 
 
