@@ -304,22 +304,6 @@ def test_a_run_on_ragged_data_compiles_once():
     assert all(np.isfinite(x).all() and not np.allclose(x, start[n], atol=1e-6) for n, x in params.items())
 
 
-def test_the_policy_objective_alone_raises_the_reward():
-    """No KL, so nothing but sampled rewards teaches: on one batch, over and over, windows get longer.
-
-    Without R_dist and ADAW; two optimiser passes per rollout, so that the ratio moves and meets the clip.
-    """
-    rollouts = dataclasses.replace(SETTINGS, group=16, windows=12, adaw=False, eta=0.0, rollout_temperature=1.0)
-    _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.0, 2), 120, fixed)
-    assert compilations == 1
-    before, after = history[:5], history[-20:]
-    assert mean(after, "accepted_length") > mean(before, "accepted_length") + 0.4
-    assert mean(after, "reward") > mean(before, "reward") + 0.3
-    assert all(m["reward_proximity"] == 0 for m in history)
-    assert all(abs(m["ratio"] - 1) > 1e-6 for m in history[1:])  # of the second pass
-    assert any(m["ratio_clipped"] > 0 for m in history)
-
-
 def test_the_kl_alone_falls():
     """Drafting that costs everything makes every reward the same: what is left is KL(target || drafter)."""
     rollouts = dataclasses.replace(SETTINGS, costs=CostModel(1e9), eta=0.0, adaw=False)
