@@ -259,8 +259,13 @@ CHATS = [
 def random_texts(number: int) -> list[str]:
     """Texts of characters from all over Unicode."""
     rng = random.Random(0)
-    ranges = [(32, 127), (9, 14), (48, 58), (160, 592), (0x400, 0x500), (0x2000, 0x2070), (0x4E00, 0x9FFF), (0x1F300, 0x1F700)]
-    return ["".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 40))) for _ in range(number)]
+    ranges = [(32, 127), (9, 14), (48, 58), (160, 592), (0x400, 0x500), (0x2000, 0x2070), (0x4E00, 0x9FFF)]
+    ranges.append((0x1F300, 0x1F700))
+
+    def text() -> str:
+        return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 40)))
+
+    return [text() for _ in range(number)]
 
 
 SUBJECTS = [
@@ -342,7 +347,8 @@ def make_golden(directory: Path) -> int:
         prompts, eos = models.prompts(config), config.eos_token_ids
         with torch_model(config, models.target_params(config)) as model:
             answers = [torch_answer(model, prompt, models.NEW_TOKENS, eos) for prompt in prompts]
-            tokens = np.stack([np.resize(np.r_[p, a], models.NEW_TOKENS) for p, a in zip(prompts, answers, strict=True)])
+            texts = [np.r_[prompt, answer] for prompt, answer in zip(prompts, answers, strict=True)]
+            tokens = np.stack([np.resize(text, models.NEW_TOKENS) for text in texts])
             values |= {f"{name}.tokens": tokens, f"{name}.logits": torch_logits(model, tokens)}
             values |= {f"{name}.hidden{i}": torch_hidden(model, tokens, i) for i in models.FEATURE_LAYERS[name]}
         values |= {f"{name}.answer{i}": answer for i, answer in enumerate(answers)}

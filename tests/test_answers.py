@@ -163,7 +163,10 @@ def test_the_number_of_slots_changes_no_answer(whole, tmp_path, temperature):
     other = make(tmp_path / "b", dataclasses.replace(settings, slots=2, segment=3))
     same(one, other)
     if temperature:
-        assert any((a.tokens.shape != b.tokens.shape) or (a.tokens != b.tokens).any() for a, b in zip(one, whole[1], strict=True))
+        assert any(
+            (a.tokens.shape != b.tokens.shape) or (a.tokens != b.tokens).any()
+            for a, b in zip(one, whole[1], strict=True)
+        )
 
 
 def test_jobs_are_shuffled_by_the_seed_and_fit():
@@ -204,7 +207,9 @@ def test_turns():
 
 def test_a_turn_too_long_ends_its_conversation():
     long = Message("user", "x" * 100)
-    conversation = Conversation((Message("user", "a"), Message("assistant", "b"), long, Message("assistant", "b"), Message("user", "c")), "d:1")
+    conversation = Conversation(
+        (Message("user", "a"), Message("assistant", "b"), long, Message("assistant", "b"), Message("user", "c")), "d:1"
+    )
     settings = dataclasses.replace(SETTINGS, turns=5, max_prompt_tokens=80)
     found = answers.collect_jobs(tokenizer(), [conversation], settings, 9)
     assert [job.source for job in found] == ["d:1 turn 0"]

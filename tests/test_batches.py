@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ppow_jax.errors import UserError
 from ppow_jax.data.batches import Batches, cut_to_fit, find_anchors, plan_epoch
 from ppow_jax.data.encoding import Example
+from ppow_jax.errors import UserError
 
 SHAPE = {"batch_size": 3, "row_length": 256, "max_anchors": 160}
 

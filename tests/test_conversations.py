@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ppow_jax.errors import UserError
 from ppow_jax.data import conversations as conv
 from ppow_jax.data.conversations import Message, conversation_from_record, load_conversations
+from ppow_jax.errors import UserError
 
 HELLO = (Message("user", "hi"), Message("assistant", "hello"))
 

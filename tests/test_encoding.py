@@ -5,7 +5,6 @@ import logging
 import numpy as np
 import pytest
 
-from ppow_jax.errors import UserError
 from ppow_jax.data import encoding
 from ppow_jax.data.conversations import Conversation, Message, builtin_conversations
 from ppow_jax.data.encoding import (
@@ -14,6 +13,7 @@ from ppow_jax.data.encoding import (
     require_chat_template,
     tiny_tokenizer,
 )
+from ppow_jax.errors import UserError
 
 
 def chat(*contents, system=None):

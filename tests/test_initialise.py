@@ -91,6 +91,6 @@ def test_drafters_of_other_sizes_keep_random_values_where_shapes_do_not_fit():
     np.testing.assert_array_equal(drafter.params["q_proj"][:, 32:], last["q_proj"])
     assert drafter.params["k_proj"].shape[0] != last["k_proj"].shape[0]
     wide = dataclasses.replace(config, hidden_size=48, head_dim=12)
-    assert new_drafter(
-        jax.random.key(0), wide, world.target_params(), np.arange(20, dtype=np.int32)
-    ).params["fc"].shape == (48, 96)
+    assert new_drafter(jax.random.key(0), wide, world.target_params(), np.arange(20, dtype=np.int32)).params[
+        "fc"
+    ].shape == (48, 96)

@@ -222,9 +222,7 @@ def test_rows_without_room_give_no_windows_and_no_rewards():
     assert all(np.isfinite(x).all() for x in (*windows, *metrics.values()))
     batch = world.batch()
     two = np.arange(world.ANCHORS) < 2
-    windows, *_ = roller(SETTINGS)(
-        jax.random.key(0), 0, batch._replace(anchor_mask_BxM=batch.anchor_mask_BxM & two)
-    )
+    windows, *_ = roller(SETTINGS)(jax.random.key(0), 0, batch._replace(anchor_mask_BxM=batch.anchor_mask_BxM & two))
     assert not windows.valid_BxX.any()
 
 
@@ -304,6 +302,24 @@ def test_a_run_on_ragged_data_compiles_once():
     assert all(np.isfinite(x).all() and not np.allclose(x, start[n], atol=1e-6) for n, x in params.items())
 
 
+def test_the_policy_objective_alone_raises_the_reward():
+    """No KL, so nothing but sampled rewards teaches: on one batch, over and over, windows get longer.
+
+    Without R_dist and ADAW; two optimiser passes per rollout, so that the ratio moves and meets the clip. Measured:
+    0.7 accepted tokens before, 1.3 after.
+    """
+    rollouts = dataclasses.replace(SETTINGS, group=16, windows=12, adaw=False, eta=0.0, rollout_temperature=1.0)
+    _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.0, 2), 120, fixed)
+    assert compilations == 1
+    before, after = history[:5], history[-20:]
+    print([mean(h, name) for name in ("accepted_length", "reward") for h in (before, after)])
+    assert mean(after, "accepted_length") > mean(before, "accepted_length") + 0.3
+    assert mean(after, "reward") > mean(before, "reward") + 0.2
+    assert all(m["reward_proximity"] == 0 for m in history)
+    assert all(abs(m["ratio"] - 1) > 1e-6 for m in history[1:])  # of the second pass
+    assert any(m["ratio_clipped"] > 0 for m in history)
+
+
 def test_the_kl_alone_falls():
     """Drafting that costs everything makes every reward the same: what is left is KL(target || drafter)."""
     rollouts = dataclasses.replace(SETTINGS, costs=CostModel(1e9), eta=0.0, adaw=False)
@@ -312,21 +328,14 @@ def test_the_kl_alone_falls():
     assert mean(history[-6:], "kl") < 0.8 * mean(history[:6], "kl")
 
 
-@pytest.mark.parametrize(
-    "switches",
-    [
-        {"verify_temperature": 0.7, "costs": CostModel(0.1, general=True, verify=1.1, rollback=0.05, bonus=1.0)},
-        {"greedy_reference": True, "window": 1, "adaw_start": 0},
-    ],
-    ids=["sampled acceptance, general cost", "decoded reference, window of one"],
-)
-def test_every_part_can_be_switched(switches):
-    rollouts = dataclasses.replace(SETTINGS, **switches)
+def test_the_other_side_of_every_switch():
+    """Sampled acceptance, the general cost model, the reference decoded, ADAW from the start, a window of one token."""
+    costs = CostModel(0.1, general=True, verify=1.1, rollback=0.05, bonus=1.0)
+    rollouts = dataclasses.replace(SAMPLED, window=1, adaw_start=0, costs=costs)
     _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.5, 1), 2, world.batches().at)
     assert compilations == 1
     for m in history:
         assert all(np.isfinite(x).all() for x in m.values())
-        assert m["windows"] > 0 and m["gradient_norm"] > 0
+        assert m["windows"] > 0 and m["gradient_norm"] > 0 and len(m["accepted_histogram"]) == 2
+        assert m["reward_speedup"] >= 1 / 1.25 - 1e-6  # the target's own token counts
         np.testing.assert_allclose(m["ratio"], 1.0, atol=1e-5)
-        if "costs" in switches:
-            assert m["reward"] > 0  # the target's own token counts

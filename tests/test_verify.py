@@ -146,8 +146,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case, temperature", list(zip(CASES.values(), itertools.cycle([0.5, 1.0]), strict=False)), ids=CASES
+)
 def test_joint_law_of_the_emitted_tokens_is_the_targets(case, temperature):
     sampling = Sampling(temperature=temperature)
     law = joint_law(case(), sampling)
@@ -207,14 +208,13 @@ def p_value(case: Case, sampling: Sampling, seed: int, N: int = 30_000) -> float
     return stats.chisquare(*pooled).pvalue
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_sampled_windows_follow_the_target(temperature):
-    assert p_value(random_case(0, spread=1.0), Sampling(temperature=temperature), seed=0) > 1e-3
+def test_sampled_windows_follow_the_target():
+    assert p_value(random_case(0, spread=1.0), Sampling(temperature=0.7), seed=0) > 1e-3
 
 
 def test_chi_square_finds_a_biased_rule(monkeypatch):
     monkeypatch.setattr(verify, "residual", lambda p, q: p)
-    assert p_value(random_case(0, spread=1.0), Sampling(temperature=1.0), seed=0) < 1e-9
+    assert p_value(random_case(0, spread=1.0), Sampling(temperature=0.7), seed=0) < 1e-9
 
 
 def test_acceptance_probability_at_its_corners():

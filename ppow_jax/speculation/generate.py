@@ -147,7 +147,7 @@ def draft_window(params, drafter: Drafter, state: State, K: int, sampling: Sampl
         Keys(state.drafter_kv, cache.visible(L, start_B, 1)),
         Keys(new, cache.visible(K1, state.pending_B, 1)),
     ]
-    key_B = jax.vmap(jax.random.fold_in)(state.key_B, state.length_B)
+    key_B = jax.vmap(lambda k, n: jax.random.fold_in(jax.random.fold_in(k, n), 0))(state.key_B, state.length_B)
     anchor_Bx1 = state.length_B[:, None] - 2
     draft = propose(drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix, K, sampling, key_B)
     start_B = cache.after(start_B, draft.token_BxMxK[:, 0, 0])

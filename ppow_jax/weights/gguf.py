@@ -1,12 +1,15 @@
 """Targets out of GGUF files, dequantised with the `gguf` package."""
 
+import dataclasses
 from pathlib import Path
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.errors import UserError
+from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 
 # GGUF name inside a block -> ours. Q and K rows are permuted there for Llama (interleaved RoPE pairs).
@@ -31,64 +34,78 @@ def load_target(path: str | Path, dtype=jnp.float32) -> tuple[ModelConfig, dict]
     Raises UserError for a file that is not GGUF, is cut short, has another architecture than the supported ones,
     or lacks, repeats or mis-shapes a tensor (all of them in one message).
     """
-    path = Path(path)
-    try:
-        reader = gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path}: not a readable GGUF file ({error})") from None
+    reader = open_file(path)
     config = _config(reader, str(path))
     return config, _parameters(reader, config, dtype, str(path))
 
 
+def open_file(path: str | Path) -> gguf.GGUFReader:
+    """The file's metadata and tensors, not yet dequantised. Raises UserError if it is not GGUF or is cut short."""
+    try:
+        return _Reader(path)
+    except Exception as error:  # the reader checks little: damaged files end in errors of many kinds
+        raise UserError(f"{path}: not a readable GGUF file ({error})") from None
+
+
+class _Reader(gguf.GGUFReader):
+    """Stops at the end of the file; the package's own goes on with empty values, for as long as a length says."""
+
+    def _get(self, offset, dtype, count=1, *rest, **options):
+        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+            raise ValueError("it ends early")
+        return super()._get(offset, dtype, count, *rest, **options)
+
+
 def _config(reader: gguf.GGUFReader, where: str) -> ModelConfig:
-    def get(key, default=None):
+    def get(key, *default):
         field = reader.get_field(key)
-        if field is None and default is None:
+        if field is None and not default:
             raise UserError(f"{where}: metadata key {key!r} is missing")
-        return default if field is None else field.contents()
+        return default[0] if field is None else field.contents()
 
     name = get("general.architecture")
-    if name not in _ARCHITECTURES:
-        raise UserError(
-            f"{where}: GGUF architecture {name!r} is not supported (supported: {sorted(_ARCHITECTURES)})"
-        )
+    if name not in list(_ARCHITECTURES):
+        raise UserError(f"{where}: GGUF architecture {name!r} is not supported (supported: {sorted(_ARCHITECTURES)})")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise UserError(f"{where}: tensor 'token_embd.weight' is missing")
-    D, H = get(f"{name}.embedding_length"), get(f"{name}.attention.head_count")
-    eos = get("tokenizer.ggml.eos_token_id", -1)
-    return ModelConfig.from_hf(
+    embed_shape = tensors["token_embd.weight"].shape
+    if len(embed_shape) != 2:
+        raise UserError(f"{where}: tensor 'token_embd.weight' has shape {embed_shape.tolist()}, not two axes")
+    scaling = get(f"{name}.rope.scaling.type", "none")
+    config = ModelConfig.from_hf(
         {
             "architectures": [_ARCHITECTURES[name]],
-            "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-            "hidden_size": D,
+            "vocab_size": int(embed_shape[1]),
+            "hidden_size": get(f"{name}.embedding_length"),
             "intermediate_size": get(f"{name}.feed_forward_length"),
             "num_hidden_layers": get(f"{name}.block_count"),
-            "num_attention_heads": H,
-            "num_key_value_heads": get(f"{name}.attention.head_count_kv", H),
-            "head_dim": get(f"{name}.attention.key_length", D // H),
+            "num_attention_heads": get(f"{name}.attention.head_count"),
+            "num_key_value_heads": get(f"{name}.attention.head_count_kv", None),
+            "head_dim": get(f"{name}.attention.key_length", None),
             "rms_norm_eps": get(f"{name}.attention.layer_norm_rms_epsilon"),
             "rope_theta": get(f"{name}.rope.freq_base", 10000.0),
+            "rope_scaling": None if scaling == "none" else {"rope_type": scaling},
             "max_position_embeddings": get(f"{name}.context_length"),
             "tie_word_embeddings": "output.weight" not in tensors,
-            **({"eos_token_id": eos} if eos >= 0 else {}),
+            "eos_token_id": get("tokenizer.ggml.eos_token_id", None),
         },
         where,
     )
+    rotated = get(f"{name}.rope.dimension_count", config.head_dim)
+    if rotated != config.head_dim:
+        raise UserError(f"{where}: {name}.rope.dimension_count = {rotated} must be the head's {config.head_dim}")
+    return config
 
 
 def _parameters(reader, config: ModelConfig, dtype, where: str) -> dict:
     params: dict = {"layers": [{} for _ in range(config.num_layers)]}
+    layers = {f"blk.{n}": layer for n, layer in enumerate(params["layers"])}
     problems = []
     for tensor in reader.tensors:
         name = tensor.name.removesuffix(".weight")
-        if name == "rope_freqs":
-            continue
-        scope, ours = params, _TOP.get(name)
-        if name.startswith("blk."):
-            _, n, rest = name.split(".", 2)
-            known = n.isdigit() and int(n) < config.num_layers
-            scope, ours = (params["layers"][int(n)], _LAYER.get(rest)) if known else (params, None)
+        block, _, rest = name.rpartition(".")
+        scope, ours = (layers[block], _LAYER.get(rest)) if block in layers else (params, _TOP.get(name))
         if ours is None or not tensor.name.endswith(".weight"):
             problems.append(f"unknown tensor {tensor.name}")
             continue
@@ -97,7 +114,7 @@ def _parameters(reader, config: ModelConfig, dtype, where: str) -> dict:
         except (NotImplementedError, ValueError) as error:
             problems.append(f"{tensor.name}: cannot dequantise {tensor.tensor_type.name} ({error})")
             continue
-        if ours in ("q_proj", "k_proj"):
+        if ours in ("q_proj", "k_proj") and value.ndim == 2 and len(value) % config.head_dim == 0:
             value = _unpermute(value, config.head_dim)
         scope[ours] = jnp.asarray(value, dtype)
     problems += config_problems(params, config)
@@ -114,19 +131,15 @@ def _unpermute(w_OxI: np.ndarray, head_dim: int) -> np.ndarray:
 
 def config_problems(params: dict, config: ModelConfig) -> list[str]:
     """Missing or mis-shaped entries of `params` against what `config` promises."""
-    import jax
-
-    from ppow_jax.models import transformer
-
-    expected = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
-    paths = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
+    one_layer = dataclasses.replace(config, num_layers=1)
+    expected = jax.eval_shape(lambda: transformer.init(jax.random.key(0), one_layer))
+    (layer,) = expected.pop("layers")
+    scopes = [("", params, expected), *((f"layer {n} ", x, layer) for n, x in enumerate(params["layers"]))]
     problems = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        found = paths.get(jax.tree_util.keystr(path))
-        if found is None:
-            problems.append(f"missing tensor {jax.tree_util.keystr(path)}")
-        elif found.shape != leaf.shape:
-            problems.append(
-                f"{jax.tree_util.keystr(path)} has shape {found.shape}, the config says {leaf.shape}"
-            )
+    for where, found, shapes in scopes:
+        for name, leaf in shapes.items():
+            if name not in found:
+                problems.append(f"{where}{name} is missing")
+            elif found[name].shape != leaf.shape:
+                problems.append(f"{where}{name} has shape {found[name].shape}, the config says {leaf.shape}")
     return problems
