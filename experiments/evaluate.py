@@ -3,20 +3,29 @@
 Prints tau (tokens per verification), speeds, their ratio, and how many outputs are identical. --output keeps
 all of it as JSON (docs/results_schema.md), --plot draws it, --dump_outputs keeps every token. Example:
 
-    python -m experiments.evaluate --target=smollm2-135m --benchmarks=human_eval,sharegpt --num_prompts=10
+    python -m experiments.evaluate --target=smollm2-135m --benchmarks=human_eval,sharegpt --num_prompts=10 \\
+        --modes=chain,adaptive,tree --temperature=0,1
+
+--modes, --window, --tree_depth, --tree_nodes, --temperature and --batch_size take lists: every combination is measured,
+all ways to speculate side by side with plain decoding.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ppow_jax import cli, files
 from ppow_jax.config import check_fields, field, require
 from ppow_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from ppow_jax.speculation.settings import Speculation
+
+MODES = ("chain", "adaptive", "tree")
 DEFAULT_BENCHMARKS = ("human_eval", "sharegpt")  # the ones that need no network
 
 
@@ -44,12 +53,20 @@ class Settings:
     skip_long_prompts: bool = field(
         False, "Leave out prompts that do not fit the target's positions.", group="Prompts"
     )
-    seed: int = field(0, "Of the choice of prompts, and of sampling.", low=0, high=2**31 - 1, group="Prompts")
+    seed: int = field(0, "Of the choice of prompts.", low=0, high=2**31 - 1, group="Prompts")
 
-    window: int = field(7, "Drafted tokens per round, K.", low=1, high=64, group="Decoding")
-    temperature: float = field(0.0, "0 is greedy.", low=0, high=100, group="Decoding")
+    modes: tuple[str, ...] = field(("chain",), "Ways to speculate.", choices=MODES, group="Decoding")
+    window: tuple[int, ...] = field(
+        (5,), "Drafted tokens per round, K; the most of them where it adapts.", low=1, high=64, group="Decoding"
+    )
+    block: bool = field(False, "Verify sampled chains block-wise.", group="Decoding")
+    tree_depth: tuple[int, ...] = field((5,), "Levels of a tree.", low=1, high=64, group="Decoding")
+    tree_branch: int = field(8, "Nodes expanded per level, and children of each.", low=1, group="Decoding")
+    tree_nodes: tuple[int, ...] = field((15,), "Nodes of a tree that are verified.", low=1, group="Decoding")
+    temperature: tuple[float, ...] = field((0.0,), "0 is greedy.", low=0, high=100, group="Decoding")
+    batch_size: tuple[int, ...] = field((1,), "Prompts decoded at once.", low=1, group="Decoding")
+    seeds: tuple[int, ...] = field((0,), "Of sampling; each decodes all prompts.", low=0, group="Decoding")
     max_new_tokens: int = field(128, "Longest answer.", low=2, group="Decoding")
-    batch_size: int = field(1, "Prompts decoded at once.", low=1, group="Decoding")
 
     output: str | None = field(None, "JSON file for the results.", group="Output")
     dump_outputs: str | None = field(None, "JSON lines file for the tokens of every answer.", group="Output")
@@ -59,12 +76,29 @@ class Settings:
         check_fields(self)
         plot_rule = f"--plot={self.plot}: must end in .png"
         require(self.plot is None or self.plot.endswith(".png"), plot_rule)
+        for name in ("modes", "window", "tree_depth", "tree_nodes", "temperature", "batch_size", "seeds"):
+            require(bool(getattr(self, name)), f"--{name}=: must name one at least")
 
     @property
     def chosen(self) -> tuple[str, ...]:
         """The benchmarks, and files, to measure on."""
         named = self.benchmarks + ((self.prompts,) if self.prompts else ())
         return named or DEFAULT_BENCHMARKS
+
+
+    def speculations(self) -> "list[Speculation]":
+        """Every way to speculate that is asked for. Raises UserError for an impossible tree."""
+        from ppow_jax.speculation import settings as ways
+
+        make = {"chain": ways.chain, "adaptive": ways.adaptive}
+        found = []
+        for mode in self.modes:
+            if mode == "tree":
+                sizes = itertools.product(self.tree_depth, self.tree_nodes)
+                found += [ways.tree(self.tree_branch, depth, nodes) for depth, nodes in sizes]
+            else:
+                found += [make[mode](window, self.block) for window in self.window]
+        return found
 
 
 def main(settings: Settings) -> None:
@@ -78,6 +112,9 @@ def main(settings: Settings) -> None:
     print(report.console_table(results["results"]))
     print("\nacceptance by position, given that all before were accepted:")
     print(_acceptance_table(results["results"]))
+    if len(best := report.winners(results["results"])) > 0:
+        print("\nbest, by the mean speedup over the benchmarks:")
+        print(report.console_table(best, report.WINNER_COLUMNS))
     if settings.output:
         report.write_json(settings.output, results)
     if settings.plot:
@@ -91,11 +128,12 @@ def main(settings: Settings) -> None:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Loads everything and measures -> what --output holds (docs/results_schema.md)."""
-    from ppow_jax.evaluation import loading
+    from ppow_jax.evaluation import loading, report
     from ppow_jax.evaluation import measure as measuring
     from ppow_jax.evaluation.benchmarks import load_benchmark
     from ppow_jax.weights import targets
 
+    speculations = settings.speculations()
     directory = loading.find_drafter(settings.drafter, settings.target)
     require(
         directory is not None,
@@ -107,19 +145,29 @@ def measure(settings: Settings) -> dict[str, Any]:
     ]
     target = targets.load(settings.target, settings.dtype)
     drafter = loading.load_drafter(directory, target, settings.dtype)
+    rows = []
     with _line_writer(settings.dump_outputs) as write:
-        rows = measuring.evaluate(
-            target,
-            drafter,
-            benchmarks,
-            window=settings.window,
-            temperature=settings.temperature,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed,
-            skip_long_prompts=settings.skip_long_prompts,
-            on_output=lambda output: write(output.as_json()),
-        )
+        for temperature, batch_size in itertools.product(settings.temperature, settings.batch_size):
+            rows += measuring.evaluate(
+                target,
+                drafter,
+                benchmarks,
+                speculations=speculations,
+                temperature=temperature,
+                batch_size=batch_size,
+                max_new_tokens=settings.max_new_tokens,
+                seeds=settings.seeds,
+                skip_long_prompts=settings.skip_long_prompts,
+                on_output=lambda output: write(output.as_json()),
+            )
+            if settings.output:  # as it goes
+                report.write_json(settings.output, _result(settings, directory, rows))
+    return _result(settings, directory, rows)
+
+
+def _result(settings: Settings, directory: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from ppow_jax.evaluation import measure as measuring
+
     used = dataclasses.asdict(settings) | {"drafter": str(directory), "benchmarks": settings.chosen}
     return measuring.environment(settings.dtype) | {"settings": used, "results": rows}
 
@@ -147,9 +195,9 @@ def _line_writer(path: str | None) -> Iterator[Callable[[Any], None]]:
 def _acceptance_table(rows: list[dict[str, Any]]) -> str:
     from ppow_jax.evaluation import report
 
-    positions = {str(j): str(j) for j in range(1, rows[0]["window"] + 1)}
+    positions = {str(j): str(j) for j in range(1, max(row["window"] for row in rows) + 1)}
     table = [row | dict(zip(positions, row["acceptance_by_position"], strict=False)) for row in rows]
-    return report.console_table(table, {"benchmark": "benchmark", **positions})
+    return report.console_table(table, {"benchmark": "benchmark", "mode": "mode", **positions})
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def main(settings: Settings) -> None:
     text = read_prompt(settings)
 
     from ppow_jax.evaluation import decoding, loading  # slow to import: after the settings' checks
+    from ppow_jax.speculation.settings import chain
     from ppow_jax.weights import targets
 
     directory = loading.find_drafter(settings.drafter, settings.target)
@@ -68,7 +69,7 @@ def main(settings: Settings) -> None:
     drafter = loading.load_drafter(directory, target, settings.dtype) if directory else None
     tokens = encode(target, text, settings.raw)
     how = decoding.Decoding(
-        settings.window, settings.temperature, settings.max_new_tokens, seed=settings.seed
+        chain(settings.window), settings.temperature, settings.max_new_tokens, seed=settings.seed
     )
     source = "--prompt" if settings.prompt_file is None else f"--prompt_file={settings.prompt_file}"
     decoding.require_room(target, len(tokens), how, source)

@@ -32,6 +32,7 @@ from ppow_jax.evaluation import decoding
 from ppow_jax.files import write_atomic
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
+from ppow_jax.speculation.settings import chain
 from ppow_jax.weights import huggingface, targets
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def row(check: str, value: float, limit: float | None = None, passed: bool = Tru
 def our_answers(target: targets.Target, prompts: list[np.ndarray], max_new_tokens: int) -> list[np.ndarray]:
     """Greedy new tokens per prompt, decoded plainly in batches."""
     answers: list[np.ndarray] = []
-    how = decoding.Decoding(window=1, max_new_tokens=max_new_tokens, batch_size=min(len(prompts), 10))
+    how = decoding.Decoding(chain(1), max_new_tokens=max_new_tokens, batch_size=min(len(prompts), 10))
     for i in range(0, len(prompts), how.batch_size):
         batch = prompts[i : i + how.batch_size]
         answers += decoding.decode(target, None, batch, how, ids=range(len(batch))).answers
@@ -295,7 +296,7 @@ def speed(settings: Settings) -> list[dict[str, Any]]:
     n, arms = settings.max_new_tokens, {}
     target = targets.load(settings.target, "float32")
     prompt = encode_prompt(target.tokenizer, [Message("user", questions(1)[0])])
-    how = decoding.Decoding(window=1, max_new_tokens=n)
+    how = decoding.Decoding(chain(1), max_new_tokens=n)
     for dtype in targets.DTYPES:
         ours = target if dtype == "float32" else targets.load(settings.target, dtype)
         ours = dataclasses.replace(ours, config=dataclasses.replace(ours.config, eos_token_ids=()))
@@ -342,7 +343,7 @@ def make_golden(directory: Path) -> int:
     from tests.golden import models
     from tests.golden.eagle3_torch import eagle3
 
-    values: dict[str, np.ndarray] = {}
+    values: dict[str, Any] = {}
     for name, config in models.TARGETS.items():
         prompts, eos = models.prompts(config), config.eos_token_ids
         with torch_model(config, models.target_params(config)) as model:

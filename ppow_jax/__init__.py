@@ -1,6 +1,22 @@
 """PPOW in JAX: EAGLE-3 drafters, sharpened with window-level reinforcement learning.
 
-Importing the package imports nothing else: take what you need from its subpackages.
+    from ppow_jax import load
+
+Importing the package itself imports nothing else: take what you need from its subpackages.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppow_jax.inference import load
+
+__all__ = ["load"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ppow_jax import inference
+
+    return getattr(inference, name)

@@ -18,6 +18,7 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import off
 from ppow_jax.training import initialise, supervised
 from ppow_jax.training.scoring import score
 from ppow_jax.training.supervised import TrainState
@@ -68,7 +69,7 @@ def greedy(prompt_BxP: np.ndarray, prompt_B: np.ndarray, limit_B: np.ndarray) ->
     arguments = (jnp.asarray(x, jnp.int32) for x in (prompt_BxP, prompt_B, limit_B))
     L = generate.cache_length(P, ANSWER, 0)
     state = generate.prefill(target_params(), CONFIG, None, *arguments, keys, K=0, sampling=Sampling(), L=L)
-    state = generate.decode(target_params(), CONFIG, None, state, ANSWER, K=0, sampling=Sampling())
+    state = generate.decode(target_params(), CONFIG, None, state, ANSWER, speculation=off(), sampling=Sampling())
     return np.asarray(state.length_B), np.asarray(state.tokens_BxL)
 
 

@@ -23,6 +23,7 @@ from ppow_jax.models.layers import Keys
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.propose import Draft, propose
 from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import Speculation, adaptive, chain, tree
 from ppow_jax.weights import eagle3, targets
 
 V, N, B, P, NEW = 12, 200, 50, 9, 24  # few tokens, so that random drafters are right now and then
@@ -77,7 +78,7 @@ def prefill(rows, K, drafter_=None, prompt_BxP=None):
 
 def decode(rows, K, drafter_=None, prompt_BxP=None):
     state = prefill(rows, K, drafter_, prompt_BxP)
-    return generate.decode(PARAMS, CONFIG, drafter_, state, 10_000, K=K, sampling=GREEDY)
+    return generate.decode(PARAMS, CONFIG, drafter_, state, 10_000, speculation=chain(K), sampling=GREEDY)
 
 
 def answers(state) -> list[list[int]]:
@@ -168,6 +169,63 @@ def test_histogram_accounts_for_every_token(arm):
     assert (histogram_NxK1.sum(0)[: min(K, 3) + 1] > 0).all()  # random drafters are right now and then
 
 
+# ---------------------------------------------------------------- trees and adaptive windows
+
+
+@functools.cache
+def with_mode(speculation: Speculation, seed: int = 1, costs: tuple[float, ...] | None = None):
+    """(answers, histogram_NxK1, drafted_N) of all prompts. costs: of a round that drafts 0..K tokens."""
+    found, histogram, drafted = [], [], []
+    made = drafter(True, seed)
+    for rows in batches():
+        state = prefill(rows, speculation.window, made)
+        cost_K1 = None if costs is None else jnp.asarray(costs)
+        state = generate.decode(
+            PARAMS, CONFIG, made, state, 10_000, speculation=speculation, sampling=GREEDY, cost_K1=cost_K1
+        )
+        found += answers(state)
+        histogram.append(np.asarray(state.histogram_BxK1)), drafted.append(np.asarray(state.drafted_B))
+    return found, np.concatenate(histogram), np.concatenate(drafted)
+
+
+FREE, CHEAP, DEAR = (1.0,) * 4, (1.0, 1.1, 1.2, 1.3), (1.0, 3.0, 5.0, 7.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (3, 3, 10), (2, 4, 14), (4, 1, 3)], ids=str)
+def test_trees_are_lossless(shape):
+    found, histogram_NxK1, drafted_N = with_mode(tree(*shape))
+    assert found == expected()
+    assert (histogram_NxK1.sum(0)[:3] > 0).all() or shape[1] == 1
+    np.testing.assert_array_equal(drafted_N, shape[2] * histogram_NxK1.sum(1))
+
+
+def test_a_tree_of_one_branch_is_the_chain():
+    np.testing.assert_array_equal(with_mode(tree(1, 3, 3))[1], speculative(3, True, 1)[1])
+
+
+def test_a_tree_that_holds_the_chain_accepts_no_less():
+    """All that the chain drafts and more: what a round gains can only grow."""
+    chained = np.asarray(speculative(3, True, 1)[1]).sum(0)
+    branched = with_mode(tree(9, 3, 9 + 81 + 81))[1].sum(0)  # everything that it drafts, the argmax path among it
+    mean = [np.dot(h, np.arange(4)) / h.sum() for h in (chained, branched)]
+    assert mean[1] > mean[0] + 0.2
+
+
+@pytest.mark.parametrize("costs", [FREE, CHEAP, DEAR], ids=["free", "cheap", "dear"])
+def test_adaptive_windows_are_lossless(costs):
+    assert with_mode(adaptive(3), costs=costs)[0] == expected()
+
+
+def test_an_adaptive_window_weighs_costs():
+    free, cheap, dear = (with_mode(adaptive(3), costs=costs) for costs in (FREE, CHEAP, DEAR))
+    np.testing.assert_array_equal(free[1], speculative(3, True, 1)[1])  # always the whole window
+    rounds_N, asked_N = free[1].sum(1), np.minimum(free[1].sum(1), 1)
+    np.testing.assert_array_equal(free[2], 3 * rounds_N)
+    assert (dear[2].sum() < cheap[2].sum() < 3 * cheap[1].sum()) and (dear[2] >= asked_N).all()
+    long_N = dear[1].sum(1) >= 10
+    assert long_N.any() and (dear[2][long_N] < dear[1].sum(1)[long_N]).all()  # some rounds drafted nothing
+
+
 @functools.cache
 def draft_everywhere(K: int):
     """(drafter, tokens_NxT) -> [N, T, K]: drafts after every prefix, from one pass over the finished text."""
@@ -208,13 +266,13 @@ def test_every_accepted_length_commits_the_right_tokens():
     wrong_BxT = rng.random(truth_BxT.shape) < np.linspace(0, 1, B)[:, None]
     offered_BxT = jnp.asarray(np.where(wrong_BxT, (truth_BxT + 1) % V, truth_BxT))
 
-    def copied(drafter, embed, g, root, position_BxM, prefix, K, sampling, key_B):
+    def copied(drafter, embed, g, root, position_BxM, prefix, K, sampling, key_B, go_on):
         token_BxK = jnp.take_along_axis(offered_BxT, position_BxM + 2 + jnp.arange(K), 1)
-        return Draft(token_BxK[:, None], None, None)
+        return Draft(token_BxK[:, None], None, None, None)
 
     made, plain = drafter(False, 0), generate.decode.__wrapped__
     with mock.patch.object(generate, "propose", copied):
-        run = jax.jit(lambda state: plain(PARAMS, CONFIG, made, state, 10_000, K=K, sampling=GREEDY))
+        run = jax.jit(lambda state: plain(PARAMS, CONFIG, made, state, 10_000, speculation=chain(K), sampling=GREEDY))
         state = run(prefill(rows, K, made))
     assert answers(state) == expected()[:B]
     correct_BxTxK = np.stack([~np.roll(wrong_BxT, -j, 1) for j in range(K)], -1)
@@ -251,7 +309,7 @@ def test_rounds_may_be_spread_over_calls():
     state, calls = prefill(rows, 3, made), 0
     while not np.asarray(state.done_B).all():
         before = np.asarray(state.length_B)
-        state = generate.decode(PARAMS, CONFIG, made, state, 2, K=3, sampling=GREEDY)
+        state = generate.decode(PARAMS, CONFIG, made, state, 2, speculation=chain(3), sampling=GREEDY)
         assert (np.asarray(state.length_B) - before <= 8).all()
         calls += 1
     assert calls > 2 and answers(state) == expected()[2 * B : 3 * B]
@@ -282,23 +340,44 @@ def test_one_compilation_serves_all_prompts():
 ROWS, PROMPT, TOKENS, TEMPERATURE = 4000, (3, 7), 4, 0.6
 
 
-def sampled(keys, done_row: int) -> np.ndarray:
+def sampled(keys, done_row: int, speculation: Speculation) -> np.ndarray:
     """New tokens [ROWS - 1, TOKENS] of rows that share a prompt, all but one, which is done at once."""
     length_B = np.full(ROWS, len(PROMPT))
     limit_B = length_B + TOKENS * (np.arange(ROWS) != done_row)
-    config, how = dataclasses.replace(CONFIG, eos_token_ids=()), {"K": 2, "sampling": Sampling(TEMPERATURE)}
+    config, how = dataclasses.replace(CONFIG, eos_token_ids=()), Sampling.of(TEMPERATURE)
     made, L = drafter(False, 0), generate.cache_length(len(PROMPT), TOKENS, 2)
     begin = (np.tile(PROMPT, (ROWS, 1)), length_B, limit_B, keys)
-    state = generate.prefill(PARAMS, config, made, *begin, L=L, **how)
-    found = answers(generate.decode(PARAMS, config, made, state, 10_000, **how))
+    state = generate.prefill(PARAMS, config, made, *begin, L=L, K=2, sampling=how)
+    found = answers(
+        generate.decode(
+            PARAMS,
+            config,
+            made,
+            state,
+            10_000,
+            speculation=speculation,
+            sampling=how,
+            cost_K1=jnp.array([1.0, 1.1, 1.4]),
+        )
+    )
     assert found.pop(done_row) == []
     return np.array(found)
 
 
-def test_sampled_decoding_follows_the_target_and_only_the_rows_own_key():
+SAMPLED = {
+    "chain": chain(2),
+    "block": chain(2, block=True),
+    "adaptive": adaptive(2),
+    "adaptive block": adaptive(2, block=True),
+    "tree": tree(2, 2, 4),
+}
+
+
+@pytest.mark.parametrize("mode", SAMPLED)
+def test_sampled_decoding_follows_the_target_and_only_the_rows_own_key(mode):
     keys = jax.random.split(jax.random.key(1), ROWS)
-    found = sampled(keys, done_row=0)
-    np.testing.assert_array_equal(sampled(keys[::-1], done_row=ROWS - 1), found[::-1])
+    found = sampled(keys, 0, SAMPLED[mode])
+    np.testing.assert_array_equal(sampled(keys[::-1], ROWS - 1, SAMPLED[mode]), found[::-1])
 
     prefixes = np.stack(np.meshgrid(*[np.arange(V)] * (TOKENS - 1), indexing="ij"), -1).reshape(-1, TOKENS - 1)
     texts = np.concatenate([np.tile(PROMPT, (len(prefixes), 1)), prefixes], 1)
@@ -360,10 +439,10 @@ def test_smollm2_writes_the_text_of_transformers_with_and_without_a_drafter():
     keys = jax.random.split(jax.random.key(0), len(texts))
 
     def run(K, drafter_):
-        how = {"K": K, "sampling": GREEDY}
         L = generate.cache_length(prompt_BxP.shape[1], new, K)
         begin = (prompt_BxP, length_B, length_B + new, keys)
-        state = generate.prefill(target.params, target.config, drafter_, *begin, L=L, **how)
+        state = generate.prefill(target.params, target.config, drafter_, *begin, K=K, sampling=GREEDY, L=L)
+        how = {"speculation": chain(K), "sampling": GREEDY}
         return generate.decode(target.params, target.config, drafter_, state, 10_000, **how)
 
     plain = answers(run(0, None))

@@ -155,3 +155,12 @@ def test_cache_keeps_rows_apart_and_writes_where_it_is_told():
 def test_visible_slots():
     mask = cache.visible(4, jnp.array([0, 3]), 2)
     np.testing.assert_array_equal(mask, [[[0, 0, 0, 0]] * 2, [[1, 1, 1, 0]] * 2])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_of_a_table_are_exact(dtype):
+    table_VxD = jnp.asarray(np.random.default_rng(0).normal(size=(7, 3)), dtype)
+    index = jnp.array([[6, 0], [3, 3]])
+    found = jax.jit(layers.rows_of)(table_VxD, index)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.asarray(table_VxD, np.float32)[np.asarray(index)])

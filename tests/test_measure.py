@@ -15,9 +15,11 @@ from ppow_jax.errors import UserError
 from ppow_jax.evaluation import decoding, measure, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.models import drafter as drafting
+from ppow_jax.models import transformer
 from ppow_jax.models.config import DrafterConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
+from ppow_jax.speculation.settings import adaptive, chain, tree
 from ppow_jax.weights import targets
 
 
@@ -27,8 +29,8 @@ def benchmark(*prompts: tuple[str, ...], name: str = "mine") -> Benchmark:
 
 SINGLE = benchmark(*((f"What is {i} + {i}?",) for i in range(11)), name="sums")
 TURNS = benchmark(("Count.", "Go on."), ("Hello!",), ("Why?", "Really?"), name="turns")
-HOW = decoding.Decoding(window=3, max_new_tokens=20, batch_size=3)  # one set of shapes for most tests
-SETTINGS = {"window": 3, "max_new_tokens": 20, "batch_size": 3}
+HOW = decoding.Decoding(chain(3), max_new_tokens=20, batch_size=3)  # one set of shapes for most tests
+SETTINGS = {"speculations": [chain(3)], "max_new_tokens": 20, "batch_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +147,43 @@ def test_rows_have_the_documented_keys(greedy, tmp_path):
     assert "11/11" in report.console_table(greedy[0])
 
 
+def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
+    ways = [chain(3), adaptive(3), tree(3, 3, 8), tree(3, 3, 4)]
+    outputs: list[measure.Output] = []
+    settings = SETTINGS | {"speculations": ways, "on_output": outputs.append}
+    rows = measure.evaluate(target, drafter, [SINGLE, TURNS], **settings)
+    assert [(row["benchmark"], row["mode"]) for row in rows] == [
+        (name, mode) for name in ("sums", "turns") for mode in ("chain", "adaptive", "tree", "tree")
+    ]
+    assert all(row["identical"] == row["total"] for row in rows)
+    assert [row["tree"] and row["tree"]["nodes"] for row in rows[:4]] == [None, None, 8, 4]
+    assert rows[0]["accepted_histogram"] == greedy[0][0]["accepted_histogram"]
+    assert {row["baseline_decode_seconds"] for row in rows[:4]} == {rows[0]["baseline_decode_seconds"]}
+    for row in rows:
+        assert row["tau_interval"][0] <= row["tau"] <= row["tau_interval"][1]
+        assert row["speedup_interval"][0] <= row["speedup"] <= row["speedup_interval"][1]
+        accepted = sum(k * n for k, n in enumerate(row["accepted_histogram"]))
+        assert row["draft_acceptance_rate"] == accepted / row["num_draft_tokens"] > 0
+    assert rows[2]["num_draft_tokens"] == 8 * rows[2]["num_verifications"]
+    assert [o.mode for o in outputs[:44]] == ["chain"] * 11 + ["adaptive"] * 11 + ["tree"] * 22
+    best = report.winners(rows)
+    assert {way["mode"] for way in best} == {"chain", "adaptive", "tree"}
+    assert [way["mean_speedup"] for way in best] == sorted((way["mean_speedup"] for way in best), reverse=True)
+
+
+def test_the_margin_where_answers_part(target):
+    tokens = np.array([5, 6, 7])
+    out = transformer.forward(
+        target.params, target.config, tokens[None], np.arange(3)[None], transformer.causal_mask(1, 3)
+    )
+    best = np.sort(np.asarray(transformer.logits(target.params, out.hidden_BxSxD[0, -1])))
+    assert decoding.top2_margin(target, tokens) == pytest.approx(best[-1] - best[-2], abs=1e-4)
+
+
 def test_sampling(target, drafter):
     def run(seed):
         outputs = []
-        settings = SETTINGS | {"temperature": 1, "seed": seed, "on_output": outputs.append}
+        settings = SETTINGS | {"temperature": 1, "seeds": (seed,), "on_output": outputs.append}
         row = measure.evaluate(target, drafter, [benchmark(("a",), ("b",))], **settings)[0]
         return row, [o.speculative_ids.tolist() for o in outputs]
 
@@ -175,11 +210,11 @@ def test_rungs_hold_their_length_and_are_few():
 
 
 def test_costs(target, drafter, greedy):
-    costs = measure.measure_costs(target, drafter, 3, HOW.cache_length(64), batch=3, repetitions=2)
-    assert costs.gamma == costs.draft_step / costs.plain_step > 0
+    costs = measure.measure_costs(target, drafter, chain(3), HOW.cache_length(64), batch=3, repetitions=2)
+    assert costs.gamma == costs.draft / 3 / costs.plain_step > 0
     assert costs.verify_ratio == costs.verify / costs.plain_step > 0
     with pytest.raises(ValueError, match="too short for a window of 8"):
-        measure.measure_costs(target, drafter, 8, 10)
+        measure.measure_costs(target, drafter, chain(8), 10)
 
 
 LONG = benchmark(("short",), ("x" * 2100,))
@@ -188,7 +223,7 @@ LONG = benchmark(("short",), ("x" * 2100,))
 @pytest.mark.parametrize(
     ("bench", "changes", "message"),
     [
-        (SINGLE, {"window": 0}, "--window=0: must be at least 1"),
+        (SINGLE, {"speculations": [chain(0)]}, "--window=0: must be at least 1"),
         (SINGLE, {"max_new_tokens": 1}, "--max_new_tokens=1: must be at least 2"),
         (SINGLE, {"temperature": -1}, "--temperature=-1.0: must be 0 or more"),
         (SINGLE, {"batch_size": 0}, "--batch_size=0: must be at least 1"),
@@ -200,6 +235,14 @@ LONG = benchmark(("short",), ("x" * 2100,))
 def test_bad_input(target, drafter, bench, changes, message):
     with pytest.raises(UserError, match=message):
         measure.evaluate(target, drafter, [bench], **(SETTINGS | changes))
+
+
+def test_a_stop_ends_between_two_batches(target, drafter, monkeypatch):
+    decoded, all_arms = [], measure._all_arms
+    monkeypatch.setattr(measure, "_all_arms", lambda *args: decoded.append(len(args[2])) or all_arms(*args))
+    monkeypatch.setattr(measure, "measure_costs", lambda *args, **_: pytest.fail("it went on"))
+    assert measure.evaluate(target, drafter, [SINGLE, TURNS], **SETTINGS, stop=lambda: len(decoded) == 2) == []
+    assert decoded == [3, 3]
 
 
 def test_long_prompts_can_be_skipped(target, drafter, caplog):

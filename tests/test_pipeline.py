@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import optax
 import pytest
 
 from experiments import train
-from ppow_jax import cli
+from ppow_jax import cli, config
 from ppow_jax.data.encoding import Example
+from ppow_jax.errors import UserError
 from ppow_jax.training import loop, pipeline
 from ppow_jax.training.checkpoint import Checkpoints
 from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, read_metrics
@@ -117,7 +119,7 @@ def cache(tmp_path_factory):
 def whole(cache, tmp_path_factory):
     """The workdir of an uninterrupted run of every stage."""
     workdir, prompts = tmp_path_factory.mktemp("runs") / "whole", cache / "prompts.jsonl"
-    prompts.write_text('{"prompt": "What is 17 + 4?"}\n')
+    prompts.write_text("".join(f'{{"prompt": "What is {i} + 4?"}}\n' for i in (3, 17, 25)))
     assert Command(cache, workdir, benchmarks=prompts).finish() == 0
     return workdir
 
@@ -195,6 +197,157 @@ def test_kills_and_resumes_change_no_byte(whole, cache, tmp_path):
     assert essence(workdir) == essence(whole)  # every step once, with the same numbers
 
 
+# Stages one by one, in this process, on copies of the finished run.
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    return pathlib.Path(shutil.copytree(whole, tmp_path / "finished"))
+
+
+@pytest.fixture
+def run_here(cache, monkeypatch):
+    """Runs stages -> (exit code, the number of prompts of each measurement); nothing is decoded."""
+
+    def run(workdir, stages, stop_in=None, **changes):
+        measured = []
+
+        def evaluate(target, drafter, benchmarks, *, stop, **settings):
+            if len(measured) == stop_in:
+                signal.raise_signal(signal.SIGTERM)
+            if stop():
+                return []
+            measured.append(sum(len(b.prompts) for b in benchmarks))
+            return [{"benchmark": b.name, "tau": 1.5, "speedup": 1.25} for b in benchmarks]
+
+        monkeypatch.setattr(pipeline, "evaluate", evaluate)
+        argv = arguments(workdir, **{"benchmarks": cache / "prompts.jsonl", "stages": stages} | changes)
+        return pipeline.run(config.parse(TrainSettings, argv)), measured
+
+    return run
+
+
+def weights(directory):
+    return (directory / "model.safetensors").read_bytes()
+
+
+def arms_of(workdir):
+    return {arm["name"]: arm for arm in json.loads((workdir / "report.json").read_text())["arms"]}
+
+
+def test_export_alone_takes_the_best_drafter_there_is(whole, finished, run_here, caplog):
+    caplog.set_level("INFO")
+    for left_over in (".drafter.new", ".drafter.old"):
+        (finished / left_over).mkdir()
+    (finished / "drafter" / "config.json").unlink()
+    assert run_here(finished, "export") == (0, []) and "exported ppow" in caplog.text
+    assert weights(finished / "drafter") == weights(whole / "drafter")
+    assert (finished / "drafter" / "config.json").exists() and not list(finished.glob(".drafter*"))
+    tau = arms_of(whole)["ppow"]["results"][0]["tau"]
+    assert f"| {tau:.2f} |" in (finished / "drafter" / "README.md").read_text()
+
+    shutil.rmtree(finished / "ppow")
+    assert run_here(finished, "export") == (0, []) and "exported supervised" in caplog.text
+    assert weights(finished / "drafter") == weights(whole / "drafter_supervised")
+
+    shutil.rmtree(finished / "supervised")
+    for stage in ("export", "evaluate"):
+        with pytest.raises(UserError, match=f"--stages={stage}: .* no checkpoint of supervised or ppow"):
+            run_here(finished, stage)
+
+
+def test_evaluate_alone_measures_what_the_stages_left(whole, finished, run_here):
+    assert run_here(finished, "evaluate") == (0, [])  # measured before
+    assert arms_of(finished) == arms_of(whole)
+    assert run_here(finished, "evaluate", num_prompts=2) == (0, [2, 2])
+    arms = arms_of(finished)
+    assert list(arms) == ["supervised", "ppow"] and arms["ppow"]["mean_tau"] == 1.5
+    assert {n: a["drafter"] for n, a in arms.items()} == {n: a["drafter"] for n, a in arms_of(whole).items()}
+    shutil.rmtree(finished / "supervised")
+    assert run_here(finished, "evaluate", max_new_tokens=9) == (0, [1, 1])
+    assert list(arms_of(finished)) == ["start", "ppow"]
+    assert "\n| start " in (finished / "report.md").read_text()
+
+
+def test_a_stop_while_measuring_keeps_the_arms_that_are_done(finished, run_here):
+    (finished / "report.json").unlink()
+    shutil.rmtree(finished / "drafter")
+    assert run_here(finished, "evaluate,export", stop_in=1) == (143, [1])
+    assert list(arms_of(finished)) == ["supervised"] and not (finished / "drafter").exists()
+    assert run_here(finished, "evaluate,export") == (0, [1])
+    assert list(arms_of(finished)) == ["supervised", "ppow"]
+    assert "| 1.50 |" in (finished / "drafter" / "README.md").read_text()
+
+
+def test_stage_2_and_baselines_begin_where_stage_1_ended(finished, run_here, monkeypatch):
+    begun = []
+
+    def train(context, drafter, stage="ppow"):
+        begun.append((stage, float(drafter.params["fc"][0, 0])))
+        return drafter.replace(params=drafter.params | {"fc": drafter.params["fc"] + 1})
+
+    monkeypatch.setattr(pipeline, "_supervised", train)
+    monkeypatch.setattr(pipeline, "_ppow", train)
+    shutil.rmtree(finished / "ppow")
+    assert run_here(finished, "ppow,evaluate", baselines="cst") == (0, [1, 1, 1])
+    (_, first), *others = begun
+    assert begun[0][0] == "supervised"
+    assert others == [("ppow", pytest.approx(first + 1)), ("cst", pytest.approx(first + 1))]
+    assert list(arms_of(finished)) == ["supervised", "ppow", "cst"]
+
+    begun.clear()
+    shutil.rmtree(finished / "supervised")
+    assert run_here(finished, "ppow,evaluate", num_prompts=2) == (0, [2, 2])
+    assert begun == [("ppow", first)] and list(arms_of(finished)) == ["start", "ppow"]
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    place = tmp_path / "drafter"
+
+    def write(text, then=None):
+        def fill(directory):
+            directory.mkdir()
+            (directory / "config.json").write_text(text)
+            if then:
+                raise then
+
+        return fill
+
+    pipeline._replace_directory(place, write("old"))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline._replace_directory(place, write("half", then=KeyboardInterrupt))
+    assert (place / "config.json").read_text() == "old"
+
+    rename = pathlib.Path.rename
+    killed = iter([None, KeyboardInterrupt])
+
+    def dying(path, target):
+        if error := next(killed):
+            raise error
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline._replace_directory(place, write("new"))
+    assert not place.exists()  # none, rather than half of one
+    pipeline._replace_directory(place, write("new"))
+    assert (place / "config.json").read_text() == "new" and list(tmp_path.iterdir()) == [place]
+
+
+def test_a_run_keeps_the_drafter_that_it_started_from(whole, tmp_path):
+    source = shutil.copytree(whole / "drafter", tmp_path / "source")
+    argv = arguments(tmp_path / "run", drafter=source, draft_vocab_size=8192)  # the default: not asked for
+    settings, target = config.parse(TrainSettings, argv), targets.load("tiny", "float32")
+    start = pipeline._start(settings, tmp_path, target)
+    assert start.config.draft_vocab_size == 64
+    pipeline._keep_start(start, tmp_path)
+    shutil.rmtree(source)
+    again = pipeline._start(settings, tmp_path, target)
+    assert again.config == start.config and pipeline._checksum(again) == pipeline._checksum(start)
+    assert pipeline._start(dataclasses.replace(settings, drafter=None, draft_vocab_size=9), tmp_path, target) is None
+
+
 # Bad input: one message, exit code 2, before anything is made or compiled.
 
 
@@ -232,7 +385,10 @@ def refuse(argv, monkeypatch, capsys):
         ({"data": "missing.jsonl"}, "missing.jsonl"),
         ({"max_prompt_tokens": 3}, "--data=builtin[0:60]: 0 prompts of at most 3 tokens"),
         ({"benchmarks": "missing.jsonl"}, "missing.jsonl"),
+        ({"benchmarks": ""}, "--benchmarks: must name one at least"),
         ({"drafter": "missing"}, "--drafter=missing: there is no such directory"),
+        ({"drafter": "auto"}, "--drafter=auto: there is none for --target=tiny; name a directory, or none"),
+        ({"stages": "export"}, "holds no checkpoint of supervised or ppow"),
         ({"adaw_strat": 3}, "--adaw_strat: unknown flag; did you mean --adaw_start?"),
     ],
 )
@@ -249,9 +405,22 @@ def test_a_workdir_of_other_settings_is_refused(whole, tmp_path, monkeypatch, ca
     assert f"--workdir={whole}: holds a run with " in message and "--window=2 (now 3)" in message
     assert "--learning_rate" in message and "--group" not in message
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    (tmp_path / ".flags.txt.17.tmp").write_text("what a kill may leave")
+    assert pipeline._open_workdir(config.parse(TrainSettings, arguments(tmp_path))) == tmp_path
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not empty and holds no run" in refuse(arguments(tmp_path), monkeypatch, capsys)
     assert "--workdir: must name the directory" in refuse(arguments("none"), monkeypatch, capsys)
+
+
+def test_a_drafter_of_another_kind_than_the_flags_ask_for_is_refused(whole, tmp_path, monkeypatch, capsys):
+    flags = {"drafter": whole / "drafter", "draft_vocab_size": 65, "feature_layers": "1,2,3", "fc_norm": "true"}
+    message = refuse(arguments(tmp_path / "run", **flags), monkeypatch, capsys)
+    named = (
+        "--draft_vocab_size=65 (it has 64)",
+        "--feature_layers=1,2,3 (it has 2,3,4)",
+        "--fc_norm=true (it has false)",
+    )
+    assert f"--drafter={whole / 'drafter'}: cannot be changed by {', '.join(named)}" in message
 
 
 def test_the_command_itself_refuses_at_once(cache, tmp_path):

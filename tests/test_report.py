@@ -52,6 +52,16 @@ def test_arm_means(results):
     ]
 
 
+def test_rows_without_a_verification_do_not_count():
+    nothing = row("empty", math.nan, num_verifications=0, speedup=0.0)  # plain decoding had tokens, the other none
+    read_back = row("empty", None, speedup=None)
+    made = report.arm("x", [nothing, row("gsm8k", 2.0), row("mt_bench", 3.0, speedup=math.nan), read_back])
+    assert (made["mean_tau"], made["mean_speedup"]) == (2.5, 1.5) and len(made["results"]) == 4
+    alone = report.arm("x", [nothing])
+    assert math.isnan(alone["mean_tau"]) and math.isnan(alone["mean_speedup"])
+    assert report.console_table([nothing | {"arm": "x"}]).splitlines()[2].split()[5:7] == ["-", "0.00"]
+
+
 def test_console_table_formats_and_leaves_out_what_no_row_has():
     table = report.console_table([row("gsm8k", 2.0), row("mt_bench", math.pi) | {"gamma": None}])
     lines = table.splitlines()
@@ -85,6 +95,9 @@ def test_plots_of_every_shape_of_report(tmp_path, results):
     report.plot_results(tmp_path / "none.png", results | {"arms": [report.arm("x", [row("a", 1.0)])]})
     bare = {"benchmark": "a", "tau": 1.0, "speedup": 1.0}
     report.plot_results(tmp_path / "bare.png", results | {"arms": [report.arm("x", [bare])]})
+    empty = [report.arm("x", [row("a", None, speedup=math.nan)]), report.arm("y", [row("a", 2.0)])]
+    report.plot_results(tmp_path / "empty.png", results | {"arms": empty})
+    report.plot_results(tmp_path / "nothing.png", results | {"arms": empty[:1]})
     assert all(is_png(path) for path in tmp_path.iterdir())
 
 

@@ -13,6 +13,7 @@ from ppow_jax.models import transformer
 from ppow_jax.objectives import supervised as objective
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import chain
 from ppow_jax.training import supervised
 
 STEPS, DECAY = world.STEPS, 0.7
@@ -303,7 +304,8 @@ def decoded_acceptance(drafter, prefixes, K):
         jnp.asarray(length + 30, jnp.int32), jax.random.split(jax.random.key(0), len(prefixes)),
         K=K, sampling=Sampling(), L=generate.cache_length(40, 30, K),
     )  # fmt: skip
-    state = generate.decode(world.target_params(), world.CONFIG, drafter, state, 1, K=K, sampling=Sampling())
+    state = generate.decode(world.target_params(), world.CONFIG, drafter, state, 1, speculation=chain(K),
+        sampling=Sampling())  # fmt: skip
     histogram = np.asarray(state.histogram_BxK1)
     assert (histogram.sum(1) == 1).all()
     return histogram.argmax(1)

@@ -14,6 +14,7 @@ from ppow_jax.models.layers import rms_norm
 from ppow_jax.models.transformer import Context, causal_mask
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import off
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "llama.npz")
 NAMES = sorted(models.TARGETS)
@@ -62,7 +63,7 @@ def test_greedy_text_equals_transformers(name):
     state = generate.prefill(
         params, config, None, prompt_BxP, length_B, length_B + n, keys, K=0, sampling=Sampling(), L=L
     )
-    state = generate.decode(params, config, None, state, n, K=0, sampling=Sampling())
+    state = generate.decode(params, config, None, state, n, speculation=off(), sampling=Sampling())
     for b, tokens in enumerate(np.asarray(state.tokens_BxL)):
         answer = tokens[length_B[b] : state.length_B[b]]
         assert answer.tolist() == GOLDEN[f"{name}.answer{b}"].tolist()

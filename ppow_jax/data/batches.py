@@ -8,7 +8,7 @@ rows out would leave out examples, and losses are (sum, denominator), which empt
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,17 +20,21 @@ log = logging.getLogger(__name__)
 POOL = 2048  # examples that are packed together: large enough for a good fill, small enough to stay shuffled
 
 
-class PackedBatch(NamedTuple):
+Array = TypeVar("Array")
+
+
+class PackedBatch(NamedTuple, Generic[Array]):
     """Rows of examples, each a segment 1.. (0 is padding) whose positions begin at 0.
 
-    Anchors index into T, ascending, those in use first; see `find_anchors`. int32, the mask bool.
+    Anchors index into T, ascending, those in use first; see `find_anchors`. int32, the mask bool. NumPy's arrays as
+    they are made here, JAX's within a program.
     """
 
-    tokens_BxT: np.ndarray
-    segment_BxT: np.ndarray
-    position_BxT: np.ndarray
-    anchor_BxM: np.ndarray
-    anchor_mask_BxM: np.ndarray
+    tokens_BxT: Array
+    segment_BxT: Array
+    position_BxT: Array
+    anchor_BxM: Array
+    anchor_mask_BxM: Array
 
 
 class EpochPlan(NamedTuple):
@@ -143,7 +147,7 @@ class Batches:
             self.locate(self._first_step[-1])
         return self._first_step[epochs]
 
-    def at(self, step: int) -> PackedBatch:
+    def at(self, step: int) -> PackedBatch[np.ndarray]:
         """The batch of a step."""
         batch = empty_batch(self.batch_size, self.row_length, self.max_anchors)
         for b, members in enumerate(self.members(step)):
@@ -157,7 +161,7 @@ class Batches:
         rows = range(first, min(first + self.batch_size, plan.num_rows))
         return [plan.order[plan.row_start[row] : plan.row_start[row + 1]] for row in rows]
 
-    def _fill_row(self, batch: PackedBatch, b: int, row: np.ndarray) -> None:
+    def _fill_row(self, batch: PackedBatch[np.ndarray], b: int, row: np.ndarray) -> None:
         t = m = 0
         for segment, i in enumerate(row, 1):
             tokens, anchors = self.examples[i].tokens, self.anchors[i]
@@ -170,7 +174,7 @@ class Batches:
             t, m = t + len(tokens), m + len(anchors)
 
 
-def empty_batch(batch_size: int, row_length: int, max_anchors: int) -> PackedBatch:
+def empty_batch(batch_size: int, row_length: int, max_anchors: int) -> PackedBatch[np.ndarray]:
     """A batch of padding."""
     tokens, anchors = (batch_size, row_length), (batch_size, max_anchors)
     return PackedBatch(

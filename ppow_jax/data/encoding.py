@@ -163,9 +163,10 @@ def _end_of_turn(tokenizer: Any, tokens: np.ndarray, begin: int, end: int) -> in
     return last if not tokenizer.decode(tokens[last:end].tolist()).strip() else end
 
 
-def _no_answer(conversation: Conversation, why: str, strict: bool) -> None:
+def _no_answer(conversation: Conversation, why: str, strict: bool) -> Example | None:
     if strict:
         raise UserError(f"{conversation.source}: no trainable answer token: {why}")
+    return None
 
 
 def _name(tokenizer: Any) -> str:

@@ -89,9 +89,7 @@ def load_benchmark(
     else:
         raise UserError(f"unknown benchmark {name!r}: give one of {', '.join(BENCHMARKS)}, or a .jsonl file")
     if not prompts:
-        raise UserError(
-            f"benchmark {name!r} has no usable prompt: every record is empty or begins with an answer"
-        )
+        raise UserError(f"benchmark {name!r} has no usable prompt: every record is empty or begins with an answer")
     if num_prompts is not None and num_prompts < len(prompts):
         chosen = sorted(random.Random(seed).sample(range(len(prompts)), num_prompts))
         prompts = [prompts[i] for i in chosen]
@@ -139,4 +137,4 @@ def _prompt(place: str, record: Any) -> Prompt | None:
         if isinstance(record.get("translation"), dict) and "de" in record["translation"]:  # WMT
             return Prompt((f"Translate German to English: {record['translation']['de']}",), place)
     conversation = conversations.conversation_from_record(record, place)
-    return conversation and Prompt(conversation.user_turns, place)
+    return None if conversation is None else Prompt(conversation.user_turns, place)

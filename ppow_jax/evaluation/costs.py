@@ -9,14 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppow_jax.models import cache
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
 from ppow_jax.speculation import generate
+from ppow_jax.speculation.adaptive import Pace
 from ppow_jax.speculation.propose import Draft
 from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import Speculation, chain, off
+from ppow_jax.speculation.tree import Tree
 from ppow_jax.weights.targets import Target
 
 GREEDY = Sampling()
@@ -24,16 +28,19 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Seconds of one draft step, of verifying K+1 tokens, of one plain decoding step; for a whole batch."""
+    """Seconds of drafting (all draft steps of a round), verifying the window, and one plain decoding step, for a whole
+    batch. steps: draft steps of a round.
+    """
 
-    draft_step: float
+    draft: float
     verify: float
     plain_step: float
+    steps: int
 
     @property
     def gamma(self) -> float:
         """One draft step, in steps of plain decoding."""
-        return self.draft_step / self.plain_step
+        return self.draft / self.steps / self.plain_step
 
     @property
     def verify_ratio(self) -> float:
@@ -44,7 +51,7 @@ class Costs:
 def measure_costs(
     target: Target,
     drafter: Drafter,
-    K: int,
+    speculation: Speculation,
     L: int,
     batch: int = 1,
     *,
@@ -55,22 +62,26 @@ def measure_costs(
 
     The work depends on shapes alone, so the state is made up: half full caches, random features. The three
     take turns, so that a slow phase of the machine meets them alike; the median of `repetitions` counts. The
-    caches are donated and fed back, as they stay in place in a generation. L must be at least K + 3.
+    caches are donated and fed back, as they stay in place in a generation. L must be at least K + 3. An adaptive window
+    is measured at its full width.
     """
+    K = speculation.window
     if K < 1 or L < K + 3:
         raise ValueError(f"a cache of length {L} is too short for a window of {K}")
+    speculation = dataclasses.replace(speculation, adaptive=False)
     params, config = target.params, target.config
     state, drafter_kv, target_kv = _state(target, drafter, K, L, batch)
-    drafter_kv, draft = _draft(params, drafter, drafter_kv, state, K=K, sampling=sampling)
+    draft_how = {"speculation": speculation, "sampling": sampling}
+    drafter_kv, draft = _draft(params, drafter, drafter_kv, state, **draft_how)
 
     def draft_once(kv):
-        return _draft(params, drafter, kv, state, K=K, sampling=sampling)[0]
+        return _draft(params, drafter, kv, state, **draft_how)[0]
 
     def verify_once(kv):
-        return _verify(params, config, drafter, kv, state, draft, sampling=sampling)[0]
+        return _verify(params, config, drafter, kv, state, draft, speculation=speculation, sampling=sampling)[0]
 
     def plain_once(kv):
-        return _verify(params, config, None, kv, state, None, sampling=sampling)[0]
+        return _verify(params, config, None, kv, state, None, speculation=off(), sampling=sampling)[0]
 
     seconds: dict[str, list[float]] = {"draft": [], "verify": [], "plain": []}
     for _ in range(repetitions + 1):  # the first compiles
@@ -78,7 +89,29 @@ def measure_costs(
         target_kv = _timed(plain_once, target_kv, seconds["plain"])
         drafter_kv = _timed(draft_once, drafter_kv, seconds["draft"])
     median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    return Costs(draft_step=median["draft"] / K, verify=median["verify"], plain_step=median["plain"])
+    return Costs(median["draft"], median["verify"], median["plain"], K)
+
+
+def round_costs(
+    target: Target,
+    drafter: Drafter,
+    K: int,
+    L: int,
+    batch: int = 1,
+    *,
+    sampling: Sampling = GREEDY,
+    repetitions: int = 10,
+) -> np.ndarray:
+    """float32 [K1]: a round that drafts 0..K tokens, in steps of plain decoding: what an adaptive window decides by.
+
+    Verification is measured at half and at full width; between, and down to one token, costs are taken to be linear.
+    """
+    widths = sorted({max(1, K // 2), K})
+    found = [
+        measure_costs(target, drafter, chain(w), L, batch, sampling=sampling, repetitions=repetitions) for w in widths
+    ]
+    verify_K1 = np.interp(np.arange(K + 1), [0, *widths], [1.0, *(costs.verify_ratio for costs in found)])
+    return (found[-1].gamma * np.arange(K + 1) + np.maximum.accumulate(verify_K1)).astype(np.float32)
 
 
 def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:
@@ -88,31 +121,32 @@ def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:
     return kv
 
 
-@functools.partial(jax.jit, static_argnames=("K", "sampling"), donate_argnames=("kv",))
-def _draft(params: dict, drafter: Drafter, kv: KV, state: generate.State, *, K: int, sampling: Sampling):
-    out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), K, sampling)
+@functools.partial(jax.jit, static_argnames=("speculation",), donate_argnames=("kv",))
+def _draft(
+    params: dict, drafter: Drafter, kv: KV, state: generate.State, *, speculation: Speculation, sampling: Sampling
+):
+    out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), speculation, sampling)
     return out.drafter_kv, draft
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"), donate_argnames=("kv",))
+@functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("kv",))
 def _verify(
     params: dict,
     config: ModelConfig,
     drafter: Drafter | None,
     kv: tuple[KV, ...],
     state: generate.State,
-    draft: Draft | None,
+    draft: Draft | Tree | None,
     *,
+    speculation: Speculation,
     sampling: Sampling,
 ):
-    out = generate.verify_window(params, config, drafter, state.replace(target_kv=kv), draft, sampling)
+    out, _ = generate.verify_window(params, config, drafter, state.replace(target_kv=kv), draft, speculation, sampling)
     used = out.tokens_BxL, out.length_B, out.done_B, out.features_BxK1xF  # what is not used is not computed
     return out.target_kv, used
 
 
-def _state(
-    target: Target, drafter: Drafter, K: int, L: int, B: int
-) -> tuple[generate.State, KV, tuple[KV, ...]]:
+def _state(target: Target, drafter: Drafter, K: int, L: int, B: int) -> tuple[generate.State, KV, tuple[KV, ...]]:
     """A state in the middle of a generation, and its drafter's and target's caches, kept apart."""
     config = target.config
     tokens_key, features_key, key = jax.random.split(jax.random.key(0), 3)
@@ -124,11 +158,14 @@ def _state(
         limit_B=row_B * (L - K - 1),
         done_B=jnp.zeros(B, bool),
         key_B=jax.random.split(key, B),
+        healthy_B=jnp.ones(B, bool),
         target_kv=(),
         drafter_kv=None,
         features_BxK1xF=jax.random.normal(features_key, (B, K + 1, 3 * config.hidden_size)),
         pending_B=row_B,
         histogram_BxK1=jnp.zeros((B, K + 1), jnp.int32),
+        drafted_B=0 * row_B,
+        pace=Pace.start(B),
     )
     d = drafter.config
     layers = range(config.num_layers)

@@ -1,6 +1,7 @@
 """Decoding batches of prompts with the clock running: the one way in which outputs are made and timed."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.config import require
+from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.weights.targets import Target
 
 TO_THE_END = 1 << 30  # rounds
@@ -21,25 +24,33 @@ TO_THE_END = 1 << 30  # rounds
 class Decoding:
     """How prompts are decoded; the same for plain and for speculative decoding.
 
-    window: drafted tokens per round, K. batch_size: rows decoded at once. max_new_tokens: per answer.
+    speculation: how a round drafts. temperature, top_k, top_p: see `Sampling`; 0, 0 and 1 are off.
+    batch_size: rows decoded at once. max_new_tokens: per answer.
     """
 
-    window: int
+    speculation: Speculation
     temperature: float = 0.0
     max_new_tokens: int = 128
     batch_size: int = 1
     seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
 
     def __post_init__(self):
         require(self.window >= 1, f"--window={self.window}: must be at least 1")
-        require(0 <= self.temperature < float("inf"), f"--temperature={self.temperature}: must be 0 or more")
+        Sampling.of(self.temperature, self.top_k, self.top_p)  # checks them
         require(self.max_new_tokens >= 1, f"--max_new_tokens={self.max_new_tokens}: must be at least 1")
         require(self.batch_size >= 1, f"--batch_size={self.batch_size}: must be at least 1")
 
     @property
+    def window(self) -> int:
+        """K, the most drafted tokens that a round can accept."""
+        return self.speculation.window
+
+    @property
     def sampling(self) -> Sampling:
         """How tokens are drawn."""
-        return Sampling(self.temperature)
+        return Sampling.of(self.temperature, self.top_k, self.top_p)
 
     def cache_length(self, prompt_length: int) -> int:
         """L, the slots of both caches for prompts of this length. One per rung: each is compiled once."""
@@ -52,11 +63,12 @@ class Decoded:
 
     answers: per prompt, its new token ids; the first comes from the prefill, and an end token is kept.
     accepted_BxK1: per prompt, how many verifications accepted k drafted tokens; K = 0 without a drafter.
-    prefill_seconds, decode_seconds: of the whole batch.
+    drafted: tokens drafted for all prompts. prefill_seconds, decode_seconds: of the whole batch.
     """
 
     answers: list[np.ndarray]
     accepted_BxK1: np.ndarray
+    drafted: int
     prefill_seconds: float
     decode_seconds: float
 
@@ -94,26 +106,31 @@ def decode(
     how: Decoding,
     ids: Sequence[int] = (0,),
     rounds: int = TO_THE_END,
+    cost_K1: np.ndarray | None = None,
 ) -> Decoded:
     """Answers up to `batch_size` prompts (token ids [T]), speculatively, or plainly without a drafter.
 
     Rows beyond the prompts are dummies that are done at once. ids: one number per prompt, which with the seed
-    makes its random key. rounds: stop early (one round compiles all there is). Times include any compilation.
+    makes its random key. rounds: stop early (one round compiles all there is). cost_K1: of an
+    adaptive window, see `costs.round_costs`. Times include any compilation.
     """
     batch = _batch(prompts, ids, how)
-    K, config = how.window if drafter else 0, target.config
+    speculation, config = how.speculation if drafter else off(), target.config
     L = how.cache_length(max(map(len, prompts)))
     begin = time.perf_counter()
-    state = generate.prefill(target.params, config, drafter, *batch, K=K, sampling=how.sampling, L=L)
+    K, sampling = speculation.window, how.sampling
+    state = generate.prefill(target.params, config, drafter, *batch, K=K, sampling=sampling, L=L)
     jax.block_until_ready(state)
     middle = time.perf_counter()
-    state = generate.decode(target.params, config, drafter, state, rounds, K=K, sampling=how.sampling)
+    how_to = {"speculation": speculation, "sampling": sampling, "cost_K1": cost_K1 if speculation.adaptive else None}
+    state = generate.decode(target.params, config, drafter, state, rounds, **how_to)
     jax.block_until_ready(state)
     end = time.perf_counter()
     tokens_BxL, prompt_B, length_B = map(np.asarray, (state.tokens_BxL, state.prompt_B, state.length_B))
     answers = [tokens_BxL[b, prompt_B[b] : length_B[b]] for b in range(len(prompts))]
     accepted_BxK1 = np.asarray(state.histogram_BxK1)[: len(prompts)]
-    return Decoded(answers, accepted_BxK1, middle - begin, end - middle)
+    drafted = int(np.asarray(state.drafted_B)[: len(prompts)].sum())
+    return Decoded(answers, accepted_BxK1, drafted, middle - begin, end - middle)
 
 
 def _batch(prompts: Sequence[np.ndarray], ids: Sequence[int], how: Decoding) -> tuple[jax.Array, ...]:
@@ -128,3 +145,18 @@ def _batch(prompts: Sequence[np.ndarray], ids: Sequence[int], how: Decoding) -> 
         prompt_B[b], limit_B[b], id_B[b] = len(prompt), len(prompt) + how.max_new_tokens, ids[b]
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(how.seed), id_B)
     return jnp.asarray(prompt_BxP), jnp.asarray(prompt_B), jnp.asarray(limit_B), key_B
+
+
+def top2_margin(target: Target, tokens: np.ndarray) -> float:
+    """Difference of the target's two largest logits after tokens [T]."""
+    padded_T = np.zeros(rung(len(tokens)), np.int32)
+    padded_T[: len(tokens)] = tokens
+    return float(_top2_margin(target.params, padded_T, len(tokens), config=target.config))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _top2_margin(params: dict, tokens_T: jax.Array, length: jax.Array, *, config) -> jax.Array:
+    T = tokens_T.shape[0]
+    out = transformer.forward(params, config, tokens_T[None], jnp.arange(T)[None], transformer.causal_mask(1, T))
+    best = jax.lax.top_k(transformer.logits(params, out.hidden_BxSxD[0, length - 1]), 2)[0]
+    return best[0] - best[1]

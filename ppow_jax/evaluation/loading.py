@@ -44,7 +44,6 @@ def load_drafter(directory: str | Path, target: Target, dtype: str = "bfloat16")
     )
     validate_fit(config, target.config, f"--drafter={directory}")
     params = {
-        name: jnp.asarray(value, jnp.float32 if "norm" in name else DTYPES[dtype])
-        for name, value in stored.items()
+        name: jnp.asarray(value, jnp.float32 if "norm" in name else DTYPES[dtype]) for name, value in stored.items()
     }
     return Drafter(config=config, params=params, target_ids_W=jnp.asarray(target_ids_W))

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -20,24 +21,31 @@ from ppow_jax import progress
 from ppow_jax.config import require
 from ppow_jax.evaluation import dialogues, report
 from ppow_jax.evaluation.benchmarks import Benchmark
-from ppow_jax.evaluation.costs import Costs, measure_costs
-from ppow_jax.evaluation.decoding import Decoded, Decoding, decode
+from ppow_jax.evaluation.costs import Costs, measure_costs, round_costs
+from ppow_jax.evaluation.decoding import TO_THE_END, Decoded, Decoding, decode, rung, top2_margin
 from ppow_jax.evaluation.dialogues import Request
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
+
+TYPICAL_PROMPT = 128  # tokens: the cache length at which the costs of an adaptive window are measured
 
 __all__ = ["Costs", "Output", "acceptance", "environment", "evaluate", "measure_costs"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A prompt, token ids [T], and the new token ids that the two arms made of it, with the end token."""
+    """A prompt, token ids [T], and the new token ids that plain decoding and one way to speculate made of it."""
 
     benchmark: str
     source: str
     turn: int
+    mode: str
+    window: int
+    temperature: float
+    seed: int
     prompt_ids: np.ndarray
     autoregressive_ids: np.ndarray
     speculative_ids: np.ndarray
@@ -47,21 +55,35 @@ class Output:
         values = dataclasses.asdict(self)
         return {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in values.items()}
 
+    @property
+    def identical(self) -> bool:
+        """Whether both are the same, token for token."""
+        return np.array_equal(self.autoregressive_ids, self.speculative_ids)
+
 
 @dataclasses.dataclass
 class _Tally:
-    """Sums over the batches of one arm."""
+    """Sums over batches of one arm."""
 
     new_tokens: int = 0
+    drafted: int = 0
     decode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     accepted_K1: Any = 0
 
-    def add(self, decoded: Decoded) -> None:
-        self.new_tokens += decoded.decode_tokens
-        self.decode_seconds += decoded.decode_seconds
-        self.prefill_seconds += decoded.prefill_seconds
-        self.accepted_K1 = self.accepted_K1 + decoded.accepted_BxK1.sum(0)
+    def add(self, other: "_Tally") -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    @classmethod
+    def of(cls, decoded: Decoded) -> "_Tally":
+        return cls(
+            decoded.decode_tokens,
+            decoded.drafted,
+            decoded.decode_seconds,
+            decoded.prefill_seconds,
+            decoded.accepted_BxK1.sum(0),
+        )
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,67 +98,107 @@ class _Tally:
         return _ratio(self.new_tokens, self.verifications)
 
 
+class _Arm:
+    """What one way to decode gave: by the prompts that were decoded together, for confidence intervals."""
+
+    def __init__(self) -> None:
+        self.by_prompts: dict[tuple[int, ...], _Tally] = {}
+
+    def add(self, batch: Sequence[Request], decoded: Decoded) -> None:
+        together = tuple(sorted({request.dialogue.number for request in batch}))
+        self.by_prompts.setdefault(together, _Tally()).add(_Tally.of(decoded))
+
+    @property
+    def total(self) -> _Tally:
+        total = _Tally()
+        for tally in self.by_prompts.values():
+            total.add(tally)
+        return total
+
+
 def evaluate(
     target: Target,
     drafter: Drafter,
     benchmarks: Sequence[Benchmark],
     *,
-    window: int,
+    speculations: Sequence[Speculation],
     temperature: float = 0.0,
     batch_size: int = 1,
     max_new_tokens: int = 128,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     skip_long_prompts: bool = False,
     on_output: Callable[[Output], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
-    """Decodes every prompt plainly and with `drafter` -> one row per benchmark, see the module.
+    """Decodes every prompt plainly and with `drafter` -> one row per benchmark and way to speculate, see the module.
 
-    The arms take turns batch by batch, and in who goes first, so that a slow phase of the machine meets both.
-    Every program runs once before it is timed. Costs are measured once, at the median prompt's cache length.
+    The arms, plain decoding among them, take turns batch by batch, and in who goes first, so that a slow phase of the
+    machine meets all. Every program runs once before it is timed. Costs are measured once, at the median prompt's cache
+    length; those that an adaptive window decides by, before.
 
     Args:
-      window: drafted tokens per round, K.
+      speculations: how rounds draft; each is an arm.
       temperature: 0 is greedy.
       batch_size: prompts decoded at once.
       max_new_tokens: longest answer, at least 2 (the first token is the prefill's).
-      seed: of the sampling at temperature > 0.
+      seeds: of the sampling at temperature > 0; the prompts are decoded once for each.
       skip_long_prompts: leave out what does not fit the target's positions.
-      on_output: called with every answer pair, in the order of the prompts, when a benchmark is through.
+      on_output: called with every answer pair, way by way in the order of the prompts, when a benchmark is through.
+      stop: asked before every batch; once it says yes, there are no rows.
 
     Raises:
       UserError: before anything is compiled: for impossible settings, and for a prompt that has, with its
         answers, more tokens than the target has positions (unless such are skipped), naming its source.
     """
-    how = Decoding(window, float(temperature), max_new_tokens, batch_size, seed)
     rule = "must be at least 2, since the prefill makes the first"
     require(max_new_tokens >= 2, f"--max_new_tokens={max_new_tokens}: {rule}")
-    chosen = [(b.name, dialogues.fitting(target, b, how, skip_long_prompts)) for b in benchmarks]
+    ways = [Decoding(way, float(temperature), max_new_tokens, batch_size) for way in speculations]
+    require(bool(ways), "--modes: name one at least")
+    widest = max(ways, key=lambda how: how.window)
+    seeds = seeds if temperature else seeds[:1]
+    chosen = [(b.name, dialogues.fitting(target, b, widest, skip_long_prompts)) for b in benchmarks]
+    costs_of = functools.cache(lambda K, L: round_costs(target, drafter, K, L, batch_size, sampling=widest.sampling))
     rows: list[dict[str, Any]] = []
     lengths: list[int] = []
-    warm: set[int] = set()
-    total = sum(len(prompt.turns) for _, prompts in chosen for prompt in prompts)
+    warm: set[tuple[Speculation, int]] = set()
+    total = len(seeds) * sum(len(prompt.turns) for _, prompts in chosen for prompt in prompts)
     with progress.bar(total, "evaluation", "answer") as bar:
         for name, prompts in chosen:
-            plain, fast = _Tally(), _Tally()
-            answered: list[tuple[Request, Output]] = []
-            for i, batch in enumerate(dialogues.batches(target, prompts, how, bar.update)):
-                pair = _both_arms(target, drafter, batch, how, i % 2, warm)
-                plain.add(pair[0])
-                fast.add(pair[1])
-                for request, *ids in zip(batch, pair[0].answers, pair[1].answers, strict=True):
-                    request.answer(target, ids[0])
-                    source = request.dialogue.prompt.source
-                    answered.append((request, Output(name, source, request.turn, request.tokens, *ids)))
-                bar.set_postfix(tau=round(fast.tau, 2), refresh=False)
-                bar.update(len(batch))
-            outputs = [output for _, output in sorted(answered, key=lambda pair: pair[0].id)]
-            rows.append(_row(name, len(prompts), outputs, how, plain, fast))
+            plain, fast = _Arm(), [_Arm() for _ in ways]
+            answered: list[list[tuple[int, Output]]] = [[] for _ in ways]
+            for seed in seeds:
+                for i, batch in enumerate(dialogues.batches(target, prompts, widest, bar.update)):
+                    if stop():
+                        return []
+                    arms = [dataclasses.replace(how, seed=seed) for how in ways]
+                    decoded = _all_arms(target, drafter, batch, arms, i, warm, costs_of)
+                    plain.add(batch, decoded[0])
+                    for arm, outputs, how, found in zip(fast, answered, arms, decoded[1:], strict=True):
+                        arm.add(batch, found)
+                        for request, *ids in zip(batch, decoded[0].answers, found.answers, strict=True):
+                            outputs.append((request.id, _output(name, request, how, *ids)))
+                    for request, ids in zip(batch, decoded[0].answers, strict=True):
+                        request.answer(target, ids)
+                    bar.set_postfix(tau=round(fast[0].total.tau, 2), refresh=False)
+                    bar.update(len(batch))
+            for how, arm, numbered in zip(ways, fast, answered, strict=True):
+                outputs = [output for _, output in sorted(numbered, key=lambda pair: pair[0])]
+                rows.append(_row(name, len(prompts), outputs, how, plain, arm) | _differences(target, outputs, how))
+                for output in outputs if on_output else ():
+                    on_output(output)
             lengths += [len(output.prompt_ids) for output in outputs]
-            for output in outputs if on_output else ():
-                on_output(output)
-    L = how.cache_length(statistics.median_low(lengths))
-    costs = measure_costs(target, drafter, window, L, batch_size, sampling=how.sampling)
-    return [row | _cost_columns(costs, window) for row in rows]
+    L = widest.cache_length(statistics.median_low(lengths))
+    columns = [
+        _cost_columns(measure_costs(target, drafter, how.speculation, L, batch_size, sampling=how.sampling))
+        for how in ways
+    ]
+    return [row | columns[i % len(ways)] for i, row in enumerate(rows)]
+
+
+def _output(benchmark: str, request: Request, how: Decoding, plain: np.ndarray, fast: np.ndarray) -> Output:
+    source, mode = request.dialogue.prompt.source, how.speculation.mode
+    about = benchmark, source, request.turn, mode, how.window, how.temperature, how.seed
+    return Output(*about, request.tokens, plain, fast)
 
 
 def acceptance(accepted_K1: Sequence[int]) -> tuple[list[float | None], list[float | None]]:
@@ -172,42 +234,65 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def _both_arms(
-    target: Target, drafter: Drafter, batch: Sequence[Request], how: Decoding, first: int, warm: set[int]
-) -> tuple[Decoded, Decoded]:
-    """The batch decoded (plainly, speculatively), arm `first` first. warm: cache lengths that ran before."""
+def _all_arms(
+    target: Target,
+    drafter: Drafter,
+    batch: Sequence[Request],
+    ways: Sequence[Decoding],
+    first: int,
+    warm: set[tuple[Speculation, int]],
+    costs_of: Callable[[int, int], np.ndarray],
+) -> list[Decoded]:
+    """The batch decoded plainly and in all ways, in a circle from arm `first` on. warm: programs that ran before."""
     prompts, ids = [request.tokens for request in batch], [request.id for request in batch]
-    arms, L = (None, drafter), how.cache_length(max(map(len, prompts)))
-    if L not in warm:
-        log.info("compiling for caches of %d tokens", L)
-        for arm in arms:
-            decode(target, arm, prompts, how, ids, rounds=1)
-        warm.add(L)
-    decoded = {i: decode(target, arms[i], prompts, how, ids) for i in (first, 1 - first)}
-    return decoded[0], decoded[1]
+    longest = max(map(len, prompts))
+    arms: list[tuple[Drafter | None, Decoding]] = [(None, ways[0]), *((drafter, how) for how in ways)]
+
+    def run(arm: int, rounds: int = TO_THE_END) -> Decoded:
+        speaker, how = arms[arm]
+        adapts = speaker is not None and how.speculation.adaptive
+        cost_K1 = costs_of(how.window, how.cache_length(rung(TYPICAL_PROMPT))) if adapts else None
+        return decode(target, speaker, prompts, how, ids, rounds, cost_K1)
+
+    for arm, (_, how) in enumerate(arms):
+        program = (off() if arm == 0 else how.speculation), how.cache_length(longest)
+        if program not in warm:
+            log.info("compiling %s for caches of %d tokens", program[0].mode, program[1])
+            run(arm, rounds=1)
+            warm.add(program)
+    order = [(first + i) % len(arms) for i in range(len(arms))]
+    decoded = {arm: run(arm) for arm in order}
+    return [decoded[arm] for arm in range(len(arms))]
 
 
 def _row(
-    benchmark: str, num_prompts: int, outputs: Sequence[Output], how: Decoding, plain: _Tally, fast: _Tally
+    benchmark: str, num_prompts: int, outputs: Sequence[Output], how: Decoding, plain_arm: _Arm, fast_arm: _Arm
 ) -> dict[str, Any]:
-    same = sum(np.array_equal(output.autoregressive_ids, output.speculative_ids) for output in outputs)
+    plain, fast, shape = plain_arm.total, fast_arm.total, how.speculation.shape
     conditional, marginal = acceptance(fast.accepted_K1)
+    accepted = int(np.dot(fast.accepted_K1, np.arange(how.window + 1)))
     return {
         "benchmark": benchmark,
-        "mode": "chain",
+        "mode": how.speculation.mode,
         "temperature": how.temperature,
         "batch_size": how.batch_size,
         "window": how.window,
+        "tree": dataclasses.asdict(shape) if shape else None,
+        "block_verification": how.speculation.block,
         "max_new_tokens": how.max_new_tokens,
         "num_prompts": num_prompts,
+        "num_seeds": len({output.seed for output in outputs}),
         "tau": fast.tau,
         "speedup": _ratio(fast.tokens_per_second, plain.tokens_per_second),
+        **_intervals(plain_arm, fast_arm),
         "tokens_per_second": fast.tokens_per_second,
         "baseline_tokens_per_second": plain.tokens_per_second,
-        "identical": same if how.sampling.greedy else None,
+        "identical": sum(o.identical for o in outputs) if how.sampling.greedy else None,
         "total": len(outputs),
         "new_tokens": fast.new_tokens,
         "num_verifications": fast.verifications,
+        "num_draft_tokens": fast.drafted,
+        "draft_acceptance_rate": _ratio(accepted, fast.drafted),
         "decode_seconds": fast.decode_seconds,
         "prefill_seconds": fast.prefill_seconds,
         "baseline_new_tokens": plain.new_tokens,
@@ -219,9 +304,41 @@ def _row(
     }
 
 
-def _cost_columns(costs: Costs, K: int) -> dict[str, float]:
+def _intervals(plain_arm: _Arm, fast_arm: _Arm, resamples: int = 1000) -> dict[str, list[float] | None]:
+    """95 % bootstrap intervals of tau and speedup over prompts (over batches of them, where they share the clock)."""
+    pairs = [(plain_arm.by_prompts[key], tally) for key, tally in fast_arm.by_prompts.items()]
+    if len(pairs) < 2:
+        return {"tau_interval": None, "speedup_interval": None}
+    columns_NxX = np.array(
+        [(f.new_tokens, f.verifications, f.decode_seconds, p.new_tokens, p.decode_seconds) for p, f in pairs], float
+    )
+    chosen = np.random.default_rng(0).integers(0, len(pairs), (resamples, len(pairs)))
+    tokens, verifications, seconds, plain_tokens, plain_seconds = columns_NxX[chosen].sum(1).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = {
+            "tau_interval": tokens / verifications,
+            "speedup_interval": (tokens / seconds) / (plain_tokens / plain_seconds),
+        }
+    return {name: np.nanpercentile(x, [2.5, 97.5]).tolist() for name, x in found.items()}
+
+
+def _differences(target: Target, outputs: Sequence[Output], how: Decoding) -> dict[str, Any]:
+    """How near a tie the target was where a greedy answer first left plain decoding's: its top-2 margins, in logits."""
+    if not how.sampling.greedy:
+        return {"first_difference_margins": None}
+    margins = []
+    for o in outputs:
+        if not o.identical:
+            length = min(len(o.autoregressive_ids), len(o.speculative_ids))
+            differ = np.flatnonzero(o.autoregressive_ids[:length] != o.speculative_ids[:length])
+            first = int(differ[0]) if len(differ) else length
+            margins.append(top2_margin(target, np.concatenate([o.prompt_ids, o.autoregressive_ids[:first]])))
+    return {"first_difference_margins": margins}
+
+
+def _cost_columns(costs: Costs) -> dict[str, float]:
     return {
-        "draft_seconds": costs.draft_step * K,
+        "draft_seconds": costs.draft,
         "verify_seconds": costs.verify,
         "plain_seconds": costs.plain_step,
         "gamma": costs.gamma,

@@ -1,10 +1,13 @@
 """Results as console table, JSON, Markdown and plots.
 
 A report is `{"schema": 1, "device", "precision", "versions", "settings", "arms": [{"name", "results": [row],
-"mean_tau", "mean_speedup"}]}`; a row is what one benchmark gave (`benchmark`, `tau`, `speedup`, ...).
+"mean_tau", "mean_speedup"}]}`; a row is what one benchmark gave (`benchmark`, `tau`, `speedup`, ...). A training run
+adds to each arm two checksums, `drafter` and `conditions`, by which it knows later what it has measured.
 """
 
+import io
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -28,6 +31,7 @@ Row = Mapping[str, Any]
 COLUMNS = {
     "arm": "drafter",
     "benchmark": "benchmark",
+    "mode": "mode",
     "temperature": "temp.",
     "batch_size": "batch",
     "window": "window",
@@ -38,6 +42,14 @@ COLUMNS = {
     "identical": "identical",
     "gamma": "gamma",
     "verify_cost_ratio": "verify cost",
+}
+WINNER_COLUMNS = {
+    "temperature": "temp.",
+    "batch_size": "batch",
+    "mode": "mode",
+    "size": "window",
+    "mean_tau": "mean tau",
+    "mean_speedup": "mean speedup",
 }
 ARM_COLUMNS = {"name": "drafter", "mean_tau": "mean tau", "mean_speedup": "mean speedup"}
 
@@ -63,9 +75,45 @@ _SHARED = ("tau_sim",)  # comparable between stages: one panel for all of them
 
 
 def arm(name: str, results: Sequence[Row]) -> dict[str, Any]:
-    """An arm of a report: its rows and the plain means of tau and speedup over them."""
-    means = {f"mean_{key}": float(np.mean([row[key] for row in results])) for key in ("tau", "speedup")}
+    """An arm of a report: its rows and the plain means of tau and speedup over them.
+
+    Rows without a verification have neither, and are left out; where nothing is left, the means are nan.
+    """
+    judged = [row for row in results if np.isfinite(_number(row["tau"]))]
+    means = {f"mean_{key}": _mean([_number(row[key]) for row in judged]) for key in ("tau", "speedup")}
     return {"name": name, "results": list(results), **means}
+
+
+def winners(results: Sequence[Row]) -> list[dict[str, Any]]:
+    """Where several ways to speculate were measured: of each mode the one with the greatest mean speedup over the
+    benchmarks, for each temperature and batch size, best first.
+    """
+    ways: dict[tuple, list[Row]] = {}
+    for row in results:
+        tree = row.get("tree")
+        size = f"{row['window']} ({tree['nodes']} nodes)" if tree else str(row["window"])
+        ways.setdefault((row["temperature"], row["batch_size"], row["mode"], size), []).append(row)
+    keys = ("temperature", "batch_size", "mode", "size")
+    found = [dict(zip(keys, way, strict=True)) | arm("", rows) for way, rows in ways.items()]
+    found.sort(key=lambda way: (way["temperature"], way["batch_size"], -_rank(way["mean_speedup"])))
+    best: dict[tuple, dict[str, Any]] = {}
+    for way in found:
+        best.setdefault((way["temperature"], way["batch_size"], way["mode"]), way)
+    return list(best.values()) if len(found) > 1 else []
+
+
+def _rank(speedup: float) -> float:
+    return speedup if np.isfinite(speedup) else -math.inf
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _number(value: float | None) -> float:
+    """nan for None, which is how JSON keeps it."""
+    return math.nan if value is None else value
 
 
 def versions() -> dict[str, str]:
@@ -101,7 +149,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 
 def _cell(key: str, row: Row) -> str:
     value = row.get(key)
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if key == "identical" and "total" in row:
         return f"{value}/{row['total']}"
@@ -212,10 +260,10 @@ def _bars(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: str) -> 
     for i, a in enumerate(arms):
         rows = {_label(row, arms): row for row in a["results"]}
         at = [labels.index(label) + (i - (len(arms) - 1) / 2) * width for label in rows]
-        bars = ax.bar(
-            at, [row[key] for row in rows.values()], width * 0.92, label=a["name"], color=_colour(i)
-        )
-        ax.bar_label(bars, fmt="%.2f", fontsize=7.5, padding=2, rotation=90 if crowded else 0)
+        values = [_number(row[key]) for row in rows.values()]
+        bars = ax.bar(at, values, width * 0.92, label=a["name"], color=_colour(i))
+        labels_above = ["" if math.isnan(value) else f"{value:.2f}" for value in values]
+        ax.bar_label(bars, labels_above, fontsize=7.5, padding=2, rotation=90 if crowded else 0)
     ax.axhline(1, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
     ax.set_xticks(range(len(labels)), labels, fontsize=9 if len(labels) <= 4 else 7.5)
     ax.set_xlim(-0.5, len(labels) - 0.5)
@@ -262,9 +310,7 @@ def _acceptance(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: st
 def _curve(ax: Axes, rows: Sequence[Row], name: str, having: Sequence[str], stages: Sequence[str]) -> None:
     offset = 0
     for stage in having:
-        points = [
-            (row["step"], row[name]) for row in rows if row["stage"] == stage and row.get(name) is not None
-        ]
+        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and row.get(name) is not None]
         step, value = np.asarray(points, float).T
         colour = _colour(stages.index(stage) + 1)
         dense = len(value) > 60
@@ -279,9 +325,7 @@ def _curve(ax: Axes, rows: Sequence[Row], name: str, having: Sequence[str], stag
         if dense:
             ax.plot(step + offset, _smooth(value, len(value) // 30), color=colour, linewidth=1.8)
         if len(having) > 1:
-            ax.text(
-                offset + step[0], 1.0, f" {stage}", color=colour, transform=ax.get_xaxis_transform(), va="top"
-            )
+            ax.text(offset + step[0], 1.0, f" {stage}", color=colour, transform=ax.get_xaxis_transform(), va="top")
             if offset:
                 ax.axvline(offset, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
         offset += int(max(row["step"] for row in rows if row["stage"] == stage))
@@ -303,4 +347,6 @@ def _colour(index: int) -> str:
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=130)
+    write_atomic(path, png.getvalue())

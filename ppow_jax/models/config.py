@@ -160,8 +160,7 @@ def layer_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     num_kv_heads = positive_int(config, "num_key_value_heads", where, default=num_heads)
     if num_heads % num_kv_heads:
         raise UserError(
-            f"{where}: num_attention_heads = {num_heads} must be a multiple of "
-            f"num_key_value_heads = {num_kv_heads}"
+            f"{where}: num_attention_heads = {num_heads} must be a multiple of num_key_value_heads = {num_kv_heads}"
         )
     if config.get("head_dim") is None and hidden_size % num_heads:
         raise UserError(

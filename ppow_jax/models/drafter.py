@@ -32,8 +32,7 @@ from ppow_jax.models.layers import (
 Array = jax.Array
 
 
-@flax.struct.dataclass
-class Drafter:
+class Drafter(flax.struct.PyTreeNode):
     """A drafter with its vocabulary.
 
     params: see `init`. target_ids_W: int32, the target's id of each draft id, ascending.
@@ -73,9 +72,7 @@ def fuse(drafter: Drafter, features_BxTxF: Array) -> Array:
 
 def inputs(drafter: Drafter, g_BxMxE: Array, embed_BxMxE: Array) -> Array:
     """What attention sees: [normed embedding, normed feature], 2E wide."""
-    return jnp.concatenate(
-        [drafter.norm(embed_BxMxE, "input_norm"), drafter.norm(g_BxMxE, "hidden_norm")], -1
-    )
+    return jnp.concatenate([drafter.norm(embed_BxMxE, "input_norm"), drafter.norm(g_BxMxE, "hidden_norm")], -1)
 
 
 def keys(drafter: Drafter, a_BxMx2E: Array, position_BxM: Array) -> tuple[Array, Array]:
@@ -132,15 +129,14 @@ def _attend_block(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence) -> 
     q = q_BxMxHxd.reshape(B, M, Kv, H // Kv, d)
     parts = [scores(q_BxMxHxd, block) for block in prefix]  # each [B, Kv, g, M, L]
     if chain:
-        own = (
-            jnp.stack([jnp.sum(q * k[:, :, :, None], -1) for k, _ in chain], -1) * d**-0.5
-        )  # [B, M, Kv, g, R]
+        own = jnp.stack([jnp.sum(q * k[:, :, :, None], -1) for k, _ in chain], -1) * d**-0.5  # [B, M, Kv, g, R]
         parts.append(own.transpose(0, 2, 3, 1, 4))
     top = functools.reduce(jnp.maximum, [part.max(-1) for part in parts])[..., None]
     parts = [jnp.exp(part - jax.lax.stop_gradient(top)) for part in parts]
-    total_BxMxH = sum(part.sum(-1) for part in parts).transpose(0, 3, 1, 2).reshape(B, M, H)
-    out = sum(weighted_values(part, block.kv.v_BxKvxLxd) for part, block in zip(parts, prefix, strict=False))
-    out = out.reshape(B, M, Kv, H // Kv, d)
+    total_BxKvxgxM = functools.reduce(jnp.add, [part.sum(-1) for part in parts])
+    total_BxMxH = total_BxKvxgxM.transpose(0, 3, 1, 2).reshape(B, M, H)
+    values = [weighted_values(part, block.kv.v_BxKvxLxd) for part, block in zip(parts, prefix, strict=False)]
+    out = functools.reduce(jnp.add, values).reshape(B, M, Kv, H // Kv, d)
     for r, (_, v) in enumerate(chain):
         out += parts[-1][..., r].transpose(0, 3, 1, 2)[..., None] * v[:, :, :, None]
     return (out.reshape(B, M, H, d) / total_BxMxH[..., None]).reshape(B, M, H * d)

@@ -45,6 +45,17 @@ def rms_norm(x: Array, scale_D: Array, eps: float) -> Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale_D.astype(jnp.float32)
 
 
+def rows_of(table_VxD: Array, index: Array) -> Array:
+    """table[index] as float32 [..., D].
+
+    XLA:CPU has no bfloat16 gather: it would make a float32 copy of the whole table first. Bits are gathered instead.
+    """
+    if table_VxD.dtype != jnp.bfloat16:
+        return table_VxD[index].astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(table_VxD, jnp.uint16)[index]
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+
+
 def linear(x: Array, w_OxI: Array) -> Array:
     """x_...xI times w_OxI -> float32 ...xO, multiplied in the dtype of the weights."""
     x_MxI = x.reshape(-1, x.shape[-1]).astype(w_OxI.dtype)
@@ -155,7 +166,7 @@ def attention(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
 def _attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
     parts = [scores(q_BxSxHxd, block) for block in blocks]
     p = jax.nn.softmax(jnp.concatenate(parts, axis=-1), axis=-1)
-    out, start = 0.0, 0
+    out, start = jnp.zeros(()), 0
     for block, part in zip(blocks, parts, strict=True):
         out += weighted_values(p[..., start : start + part.shape[-1]], block.kv.v_BxKvxLxd)
         start += part.shape[-1]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.layers import KV, Keys, attention, heads, linear, rms_norm, rope, rotation, swiglu
+from ppow_jax.models.layers import KV, Keys, attention, heads, linear, rms_norm, rope, rotation, rows_of, swiglu
 
 Array = jax.Array
 
@@ -46,7 +46,7 @@ def forward(
     feature_layers: indices in the "input of layer" convention (N = the output of the last layer, before the
     norm). The pass writes nothing: the caller decides which of the returned keys to keep.
     """
-    x_BxSxD = params["embed"][tokens_BxS].astype(jnp.float32)
+    x_BxSxD = rows_of(params["embed"], tokens_BxS)
     rotary = rotation(position_BxS, config.head_dim, config.rope_theta)
     features, kv = {}, []
     for n, layer in enumerate(params["layers"]):

@@ -1,5 +1,7 @@
 """ADAW: which windows are worth a rollout (PPOW, 2605.14978)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +25,7 @@ def divergence(p_xW: Array, q_logits_xW: Array) -> Array:
 def window_means(v_BxM: Array, K: int) -> Array:
     """Mean of v over m .. m+K-1 (zero past the end): a window's criticality, at the anchor where it starts."""
     padded = jnp.pad(v_BxM, ((0, 0), (0, K - 1)))
-    return sum(padded[:, s : s + v_BxM.shape[1]] for s in range(K)) / K
+    return functools.reduce(jnp.add, [padded[:, s : s + v_BxM.shape[1]] for s in range(K)]) / K
 
 
 def choose_windows(key: Array, weight_BxM: Array, allowed_BxM: Array, A: int) -> tuple[Array, Array]:

@@ -60,7 +60,7 @@ def _gather(rows, weight_BxM):
 
 
 def _forward(h_BxMxE, w_WxE, p_BxMxW, label_BxM, weight_BxM, dtype):
-    rows, dh, dw_WxE = [], [], 0.0
+    rows, dh, dw_WxE = [], [], jnp.zeros(())
     for h_MxE, p_MxW, label_M, weight_M in zip(h_BxMxE, p_BxMxW, label_BxM, weight_BxM, strict=True):
         *row, q_MxW = _row(h_MxE, w_WxE, p_MxW, label_M, dtype)
         g_MxW = ((q_MxW - p_MxW) * weight_M[:, None]).astype(dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import KV, Keys
+from ppow_jax.models.layers import KV, Keys, rows_of
 from ppow_jax.objectives.head_loss import head_loss
 
 Array = jax.Array
@@ -56,7 +56,7 @@ def prefix(drafter: Drafter, embed_VxD: Array, windows: Windows) -> tuple[Array,
     """Fused features g_BxTxE and the drafter's keys of every index (the embedding is that of the next token)."""
     g_BxTxE = drafting.fuse(drafter, windows.features_BxTxF)
     following_BxT = jnp.concatenate([windows.tokens_BxT[:, 1:], windows.tokens_BxT[:, :1]], 1)
-    embed_BxTxE = embed_VxD[following_BxT].astype(jnp.float32)
+    embed_BxTxE = rows_of(embed_VxD, following_BxT)
     return g_BxTxE, drafting.prefix_keys(drafter, g_BxTxE, embed_BxTxE, windows.position_BxT)
 
 
@@ -84,7 +84,7 @@ def training_time_test(
     chain, scores = (), []
     for s in range(steps):
         token_BxM = jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 1 + s, T - 1), 1)
-        embed_BxMxE = embed_VxD[token_BxM].astype(jnp.float32)
+        embed_BxMxE = rows_of(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, keys, chain, first=s == 0)
         g_BxMxE = drafting.feed(drafter, out)
         label_BxM = ahead(windows.label_BxM, s)

@@ -1,6 +1,6 @@
 """Drafting a chain of K tokens from anchors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,21 +8,30 @@ import jax.numpy as jnp
 
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import Keys
+from ppow_jax.models.layers import Keys, rows_of
 from ppow_jax.speculation.sampling import Sampling, draw
 
 Array = jax.Array
+NONE = -1  # no token
 
 
 class Draft(NamedTuple):
     """K drafted tokens of M windows per row.
 
-    token_BxMxK: target ids. id_BxMxK: draft ids of the same tokens. logits_BxMxKxW: what they were drawn from.
+    token_BxMxK: target ids; NONE where a window ended before. id_BxMxK: draft ids of the same tokens. log_q_BxMxKxW:
+    the log-laws that they were drawn from, -inf where nothing was; None for greedy drafts. logp_BxMxK: the drafter's
+    log-probability of each token at temperature 1, 0 where there is none.
     """
 
     token_BxMxK: Array
     id_BxMxK: Array
-    logits_BxMxKxW: Array
+    log_q_BxMxKxW: Array | None
+    logp_BxMxK: Array
+
+    @property
+    def drafted_BxM(self) -> Array:
+        """Tokens of each window."""
+        return (self.token_BxMxK != NONE).sum(-1)
 
 
 def propose(
@@ -35,26 +44,55 @@ def propose(
     K: int,
     sampling: Sampling,
     key_B: Array,
+    go_on: Callable[[int, Array], Array] | None = None,
 ) -> Draft:
     """Drafts K >= 1 tokens that follow `root`, the token after each anchor.
 
     g_BxMxE: the anchor's fused target features; position_BxM: the anchor's index; prefix: the drafter's keys of all
-    indices up to the anchor (mask_BxMxL). Greedy drafts take the argmax; sampled ones are drawn with `sampling`'s
-    temperature from exactly the distribution that `logits` gives, with one key per row, so that a row's drafts do not
-    depend on its neighbours.
+    indices up to the anchor (mask_BxMxL). Drafts are drawn with `sampling`, over the draft vocabulary, with one key per
+    row, so that a row's drafts do not depend on its neighbours.
+
+    go_on: (tokens drafted 0..K-1, their summed logp_BxM) -> which windows draft one more; a window that stopped never
+    goes on. Steps that no window takes are not computed. By default all take all.
     """
-    chain, token_BxM = (), root_BxM
-    tokens, ids, all_logits = [], [], []
-    for s in range(K):
-        embed_BxMxE = embed_VxD[token_BxM].astype(jnp.float32)
-        out, chain = drafting.step(
-            drafter, g_BxMxE, embed_BxMxE, position_BxM + s, prefix, chain, first=s == 0
-        )
+    B, M = root_BxM.shape
+
+    def steps(s: int, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM) -> list[tuple]:
+        """What steps s, s+1, .. K-1 draft, a tuple each; going_BxM: windows that take step s."""
+        embed_BxMxE = rows_of(embed_VxD, token_BxM)
+        out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, prefix, chain, first=s == 0)
         logits_BxMxW = drafting.logits(drafter, out)
-        id_BxM = jax.vmap(lambda key, x: draw(key, x, sampling))(_at_step(key_B, s), logits_BxMxW)
+        id_BxM, log_q_BxMxW = draw(_at_step(key_B, s), logits_BxMxW, sampling)
         token_BxM, g_BxMxE = drafter.target_ids_W[id_BxM], drafting.feed(drafter, out)
-        tokens.append(token_BxM), ids.append(id_BxM), all_logits.append(logits_BxMxW)
-    return Draft(jnp.stack(tokens, -1), jnp.stack(ids, -1), jnp.stack(all_logits, -2))
+        z_BxM = jnp.take_along_axis(logits_BxMxW, id_BxM[..., None], -1)[..., 0]
+        logp_BxM = z_BxM - jax.nn.logsumexp(logits_BxMxW, -1)
+        if go_on is None:
+            mine = token_BxM, id_BxM, log_q_BxMxW, logp_BxM
+        else:
+            law = None if log_q_BxMxW is None else jnp.where(going_BxM[..., None], log_q_BxMxW, -jnp.inf)
+            mine = jnp.where(going_BxM, token_BxM, NONE), id_BxM, law, jnp.where(going_BxM, logp_BxM, 0.0)
+        sum_BxM += logp_BxM
+        return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM)]
+
+    def further(s: int, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM) -> list[tuple]:
+        if s == K:
+            return []
+        if go_on is None:
+            return steps(s, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM)
+        going_BxM &= go_on(s, sum_BxM)
+        return jax.lax.cond(
+            going_BxM.any(),
+            lambda: steps(s, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM),
+            lambda: [nothing] * (K - s),
+        )
+
+    blank_BxM = jnp.zeros((B, M), jnp.int32)
+    no_law = None if sampling.greedy else jnp.full((B, M, len(drafter.target_ids_W)), -jnp.inf)
+    nothing = jnp.full((B, M), NONE, drafter.target_ids_W.dtype), blank_BxM, no_law, jnp.zeros((B, M))
+    drafts = further(0, g_BxMxE, root_BxM, (), jnp.ones((B, M), bool), jnp.zeros((B, M)))
+    token, ids, laws, logp = zip(*drafts, strict=True)
+    log_q_BxMxKxW = None if sampling.greedy else jnp.stack(laws, -2)
+    return Draft(jnp.stack(token, -1), jnp.stack(ids, -1), log_q_BxMxKxW, jnp.stack(logp, -1))
 
 
 def _at_step(key_B: Array, s: int) -> Array:

@@ -1,11 +1,12 @@
 """Which drafted tokens the target keeps, and the token it adds: the acceptance rules."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.speculation.sampling import Sampling, log_distribution
+from ppow_jax.speculation.sampling import sample
 
 Array = jax.Array
 
@@ -37,49 +38,89 @@ def accept_greedy(draft_xK: Array, argmax_xK1: Array) -> Verdict:
     return Verdict(accepted, emitted(draft_xK, accepted, bonus))
 
 
-def acceptance_probability(p: Array, q: Array) -> Array:
-    """Chance of keeping a token that was drawn with probability q where the target gives it p: min(1, p / q)."""
-    return jnp.minimum(p / jnp.maximum(q, jnp.finfo(q.dtype).tiny), 1.0)
+def likelihood_ratio(p: Array, q: Array) -> Array:
+    """p / q of a token that was drawn with probability q; 0 where q is 0, that is where none was drawn."""
+    return jnp.where(q > 0, p / jnp.maximum(q, jnp.finfo(q.dtype).tiny), 0.0)
 
 
-def residual(p_xV: Array, q_xV: Array) -> Array:
-    """Law of the token that replaces a rejected one: norm(max(p - q, 0)).
+def residual(p_xV: Array, q_xV: Array, scale: Array | float = 1.0) -> Array:
+    """Law of the token that follows what was kept: norm(max(scale p - q, 0)).
 
-    Rounding can leave nothing where p and q are equal; p is then the right law.
+    Rounding can leave nothing where both are equal; p is then the right law.
     """
-    rest_xV = jnp.maximum(p_xV - q_xV, 0.0)
+    rest_xV = jnp.maximum(scale * p_xV - q_xV, 0.0)
     total = rest_xV.sum(-1, keepdims=True)
     return jnp.where(total > 0, rest_xV / jnp.where(total > 0, total, 1.0), p_xV)
+
+
+class Chances(NamedTuple):
+    """What a rule says about a drafted window, as probabilities.
+
+    reach_xK: chance that at least 1..K drafted tokens are kept. scale_xK1: the weight of p against q in the law of the
+    token that is added after 0..K kept ones, see `added`.
+    """
+
+    reach_xK: Array
+    scale_xK1: Array
+
+
+def token_wise(draft_xK: Array, p_xK1xV: Array, q_xKxV: Array) -> Chances:
+    """Each token is kept with chance min(1, p / q), once those before it are (Leviathan et al., 2211.17192)."""
+    keep_xK = jnp.minimum(_ratios(draft_xK, p_xK1xV, q_xKxV), 1.0)
+    return Chances(jnp.cumprod(keep_xK, -1), jnp.ones_like(p_xK1xV[..., 0]))
+
+
+def block_wise(draft_xK: Array, p_xK1xV: Array, q_xKxV: Array) -> Chances:
+    """Block verification (Sun et al., 2403.10444, algorithm 2): judges prefixes, not tokens, and so keeps more.
+
+    With w_0 = 1 and w_i = min(w_{i-1} p_i(x_i) / q_i(x_i), 1), the prefix of i < K tokens passes with chance
+    h_i = spare / (spare + 1 - w_i), where spare = sum_v max(w_i p(v) - q(v), 0), and that of K tokens with h_K = w_K;
+    the longest that passes is kept.
+    """
+    K = draft_xK.shape[-1]
+    ratio_xK, scale = _ratios(draft_xK, p_xK1xV, q_xKxV), [jnp.ones_like(p_xK1xV[..., 0, 0])]
+    for i in range(K):
+        scale.append(jnp.minimum(scale[-1] * ratio_xK[..., i], 1.0))
+    scale_xK1 = jnp.stack(scale, -1)
+    inner = scale_xK1[..., 1:K]
+    spare = jnp.maximum(inner[..., None] * p_xK1xV[..., 1:K, :] - q_xKxV[..., 1:, :], 0.0).sum(-1)
+    whole = spare + 1.0 - inner
+    passes = jnp.where(whole > 0, spare / jnp.where(whole > 0, whole, 1.0), 1.0)  # 0/0: a longer one passes
+    fails_xK = 1.0 - jnp.concatenate([passes, scale_xK1[..., K:]], -1)
+    return Chances(1.0 - jnp.cumprod(fails_xK[..., ::-1], -1)[..., ::-1], scale_xK1)
+
+
+def _ratios(draft_xK: Array, p_xK1xV: Array, q_xKxV: Array) -> Array:
+    p_xK, q_xK = (jnp.take_along_axis(x, draft_xK[..., None], -1)[..., 0] for x in (p_xK1xV[..., :-1, :], q_xKxV))
+    return likelihood_ratio(p_xK, q_xK)
+
+
+def added(accepted: Array, scale_xK1: Array, p_xK1xV: Array, q_xKxV: Array) -> Array:
+    """Law [..., V] of the target's own token after `accepted` kept ones: `residual`, and p after all K."""
+    K = q_xKxV.shape[-2]
+    at = accepted[..., None, None]
+    p_xV = jnp.take_along_axis(p_xK1xV, at, -2)[..., 0, :]
+    q_xV = jnp.take_along_axis(q_xKxV, jnp.minimum(at, K - 1), -2)[..., 0, :]
+    scale = jnp.take_along_axis(scale_xK1, accepted[..., None], -1)
+    return jnp.where(accepted[..., None] < K, residual(p_xV, q_xV, scale), p_xV)
 
 
 def accept_sampled(
     key: Array,
     draft_xK: Array,
-    draft_id_xK: Array,
-    q_logits_xKxW: Array,
+    log_q_xKxW: Array,
     target_ids_W: Array,
-    p_logits_xK1xV: Array,
-    sampling: Sampling,
+    log_p_xK1xV: Array,
+    rule: Callable[[Array, Array, Array], Chances] = token_wise,
 ) -> Verdict:
-    """Token-wise rejection sampling (Leviathan et al., 2211.17192): a drafted token is kept with
-    `acceptance_probability`, the first one that is not gives way to a draw from `residual`; after K kept tokens
-    comes a draw from p. Exact for q the law the drafts were drawn from.
+    """Draws how many drafted tokens are kept, and the token after them, so that what is emitted follows p exactly.
 
-    q_logits_xKxW are over the draft vocabulary, p_logits_xK1xV over the target's; both take `sampling`.
+    log_q_xKxW: the laws, over the draft vocabulary, that the drafts were drawn from. log_p_xK1xV: the target's laws.
     """
-    uniform_key, bonus_key = jax.random.split(key)
-    log_p_xK1xV = log_distribution(p_logits_xK1xV, sampling)
-    log_q_xKxW = log_distribution(q_logits_xKxW, sampling)
-    p_of_draft = jnp.exp(jnp.take_along_axis(log_p_xK1xV[..., :-1, :], draft_xK[..., None], -1)[..., 0])
-    q_of_draft = jnp.exp(jnp.take_along_axis(log_q_xKxW, draft_id_xK[..., None], -1)[..., 0])
-    u = jax.random.uniform(uniform_key, draft_xK.shape)
-    accepted = leading(u < acceptance_probability(p_of_draft, q_of_draft))
-
-    at = accepted[..., None, None]
-    p_xV = jnp.exp(jnp.take_along_axis(log_p_xK1xV, at, -2)[..., 0, :])
-    K = draft_xK.shape[-1]
-    q_xW = jnp.exp(jnp.take_along_axis(log_q_xKxW, jnp.minimum(at, K - 1), -2)[..., 0, :])
-    q_xV = jnp.zeros_like(p_xV).at[..., target_ids_W].set(q_xW)
-    law_xV = jnp.where(accepted[..., None] < K, residual(p_xV, q_xV), p_xV)
-    bonus = jax.random.categorical(bonus_key, jnp.log(law_xV), axis=-1).astype(jnp.int32)
-    return Verdict(accepted, emitted(draft_xK, accepted, bonus))
+    length_key, added_key = jax.random.split(key)
+    p_xK1xV = jnp.exp(log_p_xK1xV)
+    q_xKxV = jnp.zeros_like(p_xK1xV[:-1]).at[:, target_ids_W].set(jnp.exp(log_q_xKxW))
+    chances = rule(draft_xK, p_xK1xV, q_xKxV)
+    accepted = jnp.sum(jax.random.uniform(length_key) < chances.reach_xK, dtype=jnp.int32)
+    token = sample(added_key, jnp.log(added(accepted, chances.scale_xK1, p_xK1xV, q_xKxV)))
+    return Verdict(accepted, emitted(draft_xK, accepted, token))

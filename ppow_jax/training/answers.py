@@ -25,6 +25,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import off
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +192,7 @@ def _generate_chunk(
     slots = min(settings.slots, len(jobs))
     longest = _padded(max(len(job.prompt) for job in jobs))
     L = generate.cache_length(longest, settings.max_new_tokens, 0)
-    sampling = Sampling(settings.temperature)
+    sampling = Sampling.of(settings.temperature)
     waiting = sorted(range(len(jobs)), key=lambda j: len(jobs[j].prompt))
     row_job = np.full(slots, -1)
     answers: list[np.ndarray | None] = [None] * len(jobs)
@@ -207,7 +208,7 @@ def _generate_chunk(
                 state if state is not None else _blank(fresh, slots), fresh, _rows(rows, refill, slots)
             )
             row_job[rows] = taken
-        state = generate.decode(params, config, None, state, settings.segment, K=0, sampling=sampling)
+        state = generate.decode(params, config, None, state, settings.segment, speculation=off(), sampling=sampling)
         done_B, prompt_B, length_B = map(np.asarray, (state.done_B, state.prompt_B, state.length_B))
         finished = np.flatnonzero(done_B & (row_job >= 0))
         if len(finished):
@@ -239,7 +240,7 @@ def _prefill(params, config, jobs, ids, R, settings: AnswerSettings, L: int, key
         jnp.asarray(limit_R),
         jax.vmap(lambda i: jax.random.fold_in(key, i))(id_R),
         K=0,
-        sampling=Sampling(settings.temperature),
+        sampling=Sampling.of(settings.temperature),
         L=L,
     )
 

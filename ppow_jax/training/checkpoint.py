@@ -175,12 +175,16 @@ class Best:
                 break
 
     def offer(self, step: int, score: float, state: Any, extra: dict[str, Any] | None = None) -> bool:
-        """Saves `state` if `score` is above all before; returns whether it did."""
+        """Saves `state` if `score` is above all before; returns whether it did.
+
+        It is on disk then: no later checkpoint of the run, after a kill, may be without the best one before it.
+        """
         if not score > self.score:
             return False
         # Folders are numbered by rank, not by step: after a resume steps may come a second time.
         number = max(self._checkpoints.steps, default=0) + 1
         self._checkpoints.save(number, state, {"step": step, "score": float(score), "extra": extra or {}})
+        self._checkpoints.wait()
         self.step, self.score = step, float(score)
         return True
 

@@ -35,6 +35,7 @@ def drafter_config(
         )
     layers = tuple(feature_layers) or default_feature_layers(target.num_layers)
     check_feature_layers(layers, target.num_layers, "--feature_layers")
+    low, middle, high = layers
     return DrafterConfig(
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab_size,
@@ -47,7 +48,7 @@ def drafter_config(
         rope_theta=target.rope_theta,
         max_position_embeddings=target.max_position_embeddings,
         target_hidden_size=target.hidden_size,
-        feature_layers=layers,
+        feature_layers=(low, middle, high),
         fc_norm=fc_norm,
     )
 
@@ -57,7 +58,7 @@ def new_drafter(
     config: DrafterConfig,
     target_params: dict,
     target_ids_W: np.ndarray,
-    feature_scale: Sequence[float] = (1.0, 1.0, 1.0),
+    feature_scale: Sequence[float] | np.ndarray = (1.0, 1.0, 1.0),
 ) -> Drafter:
     """A drafter that starts as the target's last layer and head, applied to the highest feature.
 

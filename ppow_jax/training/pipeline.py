@@ -4,27 +4,34 @@ import dataclasses
 import functools
 import json
 import logging
+import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from ppow_jax import config as config_lib
 from ppow_jax import files
-from ppow_jax.data.batches import Batches
+from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.data.conversations import load_conversations
 from ppow_jax.data.encoding import Example, encode_conversation
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation import report
-from ppow_jax.evaluation.benchmarks import load_benchmark
+from ppow_jax.evaluation.benchmarks import Benchmark, load_benchmark
 from ppow_jax.evaluation.loading import find_drafter, load_drafter
 from ppow_jax.evaluation.measure import environment, evaluate, measure_costs
+from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.transformer import forward
 from ppow_jax.objectives.rewards import CostModel
+from ppow_jax.speculation.settings import chain
 from ppow_jax.training import answers, initialise, loop, ppow, supervised
+from ppow_jax.training.checkpoint import Best
 from ppow_jax.training.features import FeatureStore
 from ppow_jax.training.metrics import MetricsWriter, read_metrics
 from ppow_jax.training.preemption import StopSignal
@@ -37,6 +44,8 @@ from ppow_jax.weights.eagle3 import export_drafter
 from ppow_jax.weights.targets import DTYPES, Target
 
 log = logging.getLogger(__name__)
+
+TRAINED = ("supervised", "ppow")  # the stages that make a drafter
 
 
 class Stopped(Exception):
@@ -51,40 +60,22 @@ def run(settings: TrainSettings) -> int:
     workdir = _open_workdir(settings)
     benchmarks = _benchmarks(settings)
     target = targets.load(settings.target, settings.dtype)
-    started = None
-    if settings.drafter:
-        started = load_drafter(find_drafter(settings.drafter, settings.target), target, "float32")
-    else:
-        initialise.drafter_config(target.config, settings.draft_vocab_size, settings.feature_layers)
+    start = _start(settings, workdir, target)
     jobs = _jobs(settings, target)
     config_lib.write_flagfile(workdir / "flags.txt", settings)  # only now: settings that fail bind no workdir
+    _keep_start(start, workdir)
     with StopSignal() as stop, MetricsWriter(workdir) as metrics:
         try:
             train, held_out = _data(settings, workdir, target, jobs, stop)
             context = _Context(settings, workdir, target, train, held_out, metrics, stop)
-            arms: dict[str, Drafter] = {}
-            if {"supervised", "ppow"} & set(settings.stages):
-                first = started or _new_drafter(context)
-                if "supervised" in settings.stages or (workdir / "supervised").exists():  # then it is read back
-                    first = arms["supervised"] = _supervised(context, first, "supervised")
-                    _export(context, first, "drafter_supervised")
-                if "ppow" in settings.stages:
-                    arms.setdefault("start", first)
-                    arms["ppow"] = _ppow(context, first)
-                if "cst" in settings.baselines:
-                    arms["cst"] = _supervised(context, first, "cst")
-                if "supervised" in arms:
-                    arms.pop("start", None)
-                if "export" in settings.stages:
-                    _export(context, arms.get("ppow", first), "drafter")
+            if set(settings.stages) <= {"data"}:
+                return 0
+            arms = _arms(context, start)
             if "evaluate" in settings.stages:
-                if not arms:
-                    arms = {
-                        "drafter": load_drafter(
-                            find_drafter(str(workdir / "drafter"), settings.target), target
-                        )
-                    }
                 _evaluate(context, arms, benchmarks)
+            if "export" in settings.stages:
+                best = "ppow" if "ppow" in arms else "supervised"
+                _export(context, best, arms[best], "drafter")
         except Stopped:
             log.warning("stopped; the same command goes on from here")
             return stop.exit_code
@@ -113,9 +104,7 @@ class _Context:
 
 def _open_workdir(settings: TrainSettings) -> Path:
     """Creates the workdir, or checks that it holds a run of the same settings."""
-    config_lib.require(
-        bool(settings.workdir), "--workdir: must name the directory for everything that the run writes"
-    )
+    config_lib.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
     workdir = files.writable_directory(settings.workdir)
     flagfile = workdir / "flags.txt"
     if flagfile.exists():
@@ -125,20 +114,57 @@ def _open_workdir(settings: TrainSettings) -> Path:
             raise UserError(
                 f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory"
             )
-    elif any(workdir.iterdir()):
+    elif any(not path.name.startswith(".") for path in workdir.iterdir()):
         raise UserError(
             f"--workdir={settings.workdir}: is not empty and holds no run (no flags.txt); take another directory"
         )
+    stages, trained = set(settings.stages), [s for s in TRAINED if _has_best(workdir, s)]
+    if stages & {"evaluate", "export"} and not stages & set(TRAINED) and not trained:
+        rule = f"--workdir={settings.workdir} holds no checkpoint of {' or '.join(TRAINED)}; name a stage that trains"
+        raise UserError(f"--stages={','.join(settings.stages)}: {rule}")
     return workdir
 
 
-def _benchmarks(settings: TrainSettings):
+def _benchmarks(settings: TrainSettings) -> list[Benchmark]:
     if "evaluate" not in settings.stages:
         return []
     names = settings.benchmarks
-    return [
-        load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir) for name in names
-    ]
+    config_lib.require(bool(names), "--benchmarks: must name one at least, for --stages=evaluate")
+    return [load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir) for name in names]
+
+
+def _start(settings: TrainSettings, workdir: Path, target: Target) -> Drafter | None:
+    """The drafter that --drafter names, in float32; None where a new one is wanted.
+
+    Raises UserError when there is none, and for flags that a new drafter, or this one, cannot have.
+    """
+    if settings.drafter is None:
+        initialise.drafter_config(target.config, settings.draft_vocab_size, settings.feature_layers)
+        return None
+    kept = workdir / "drafter_start"
+    directory = kept if kept.exists() else find_drafter(settings.drafter, settings.target)
+    rule = f"there is none for --target={settings.target}; name a directory, or none for a new drafter"
+    config_lib.require(directory is not None, f"--drafter={settings.drafter}: {rule}")
+    drafter = load_drafter(directory, target, "float32")
+    others = []
+    for spec in config_lib.specs(TrainSettings):
+        if spec.name in ("draft_vocab_size", "feature_layers", "fc_norm"):
+            asked, its = getattr(settings, spec.name), getattr(drafter.config, spec.name)
+            if asked not in (spec.default, its):
+                others.append(f"--{spec.name}={spec.format(asked)} (it has {spec.format(its)})")
+    rule = f"cannot be changed by {', '.join(others)}; leave these flags out"
+    config_lib.require(not others, f"--drafter={settings.drafter}: {rule}")
+    return drafter
+
+
+def _keep_start(start: Drafter | None, workdir: Path) -> None:
+    """Copies the drafter to start from: the run goes on with it, whatever becomes of the original."""
+    directory = workdir / "drafter_start"
+    if start is not None and not directory.exists():
+        ids_W = np.asarray(start.target_ids_W)
+        _replace_directory(
+            directory, lambda new: export_drafter(new, start.config, start.params, ids_W, dtype="float32")
+        )
 
 
 # Data.
@@ -147,13 +173,9 @@ def _benchmarks(settings: TrainSettings):
 def _jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
     longest = settings.max_prompt_tokens + settings.answer_tokens
     limit = target.config.max_position_embeddings
-    config_lib.require(
-        longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}"
-    )
+    config_lib.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
     conversations = load_conversations(settings.data)
-    jobs = answers.collect_jobs(
-        target.tokenizer, conversations, _answer_settings(settings), settings.num_answers
-    )
+    jobs = answers.collect_jobs(target.tokenizer, conversations, _answer_settings(settings), settings.num_answers)
     if len(jobs) <= settings.held_out:
         raise UserError(
             f"--data={settings.data}: {len(jobs)} prompts of at most {settings.max_prompt_tokens} tokens, "
@@ -208,9 +230,7 @@ def split(examples: list[Example], number: int, seed: int) -> tuple[list[Example
     order = np.random.default_rng(seed).permutation(len(conversations))
     share = max(1, round(number * len(conversations) / len(examples)))
     chosen = {conversations[i] for i in order[:share]}
-    return [e for e in examples if _conversation(e) in chosen], [
-        e for e in examples if _conversation(e) not in chosen
-    ]
+    return [e for e in examples if _conversation(e) in chosen], [e for e in examples if _conversation(e) not in chosen]
 
 
 def _conversation(example: Example) -> str:
@@ -226,17 +246,55 @@ def _recorded(settings: TrainSettings, target: Target) -> list[Example]:
 # Stages 1 and 2.
 
 
+def _arms(context: _Context, start: Drafter | None) -> dict[str, Drafter]:
+    """The drafters of this run by the name of their stage: trained where the stage was chosen, else read back.
+
+    Stage 2 and the baselines begin where stage 1 ended. In a run without stage 1 they begin at the first drafter, which
+    then is an arm of its own, "start".
+    """
+    s, chosen = context.settings, set(context.settings.stages)
+    if "ppow" in chosen:
+        chosen |= set(s.baselines)
+        if (context.workdir / "supervised").exists():
+            chosen.add("supervised")  # stage 2 waits for its end
+    first = start or _new_drafter(context)
+    stage_1 = _arm(context, "supervised", first, chosen)
+    if "supervised" in chosen:
+        _export(context, "supervised", stage_1, "drafter_supervised")
+    arms = {"supervised": stage_1} if stage_1 else {"start": first}
+    for name in ("ppow", *s.baselines):
+        arms[name] = _arm(context, name, stage_1 or first, chosen)
+    return {name: drafter for name, drafter in arms.items() if drafter is not None}
+
+
+def _arm(context: _Context, stage: str, begin: Drafter, chosen: set[str]) -> Drafter | None:
+    """What a stage makes of `begin`; of a stage that was not chosen, its best checkpoint, or None."""
+    if stage in chosen:
+        return _ppow(context, begin) if stage == "ppow" else _supervised(context, begin, stage)
+    if not _has_best(context.workdir, stage):
+        return None
+    with Best(context.workdir / stage / "best") as best:
+        step, params, _ = best.restore(jax.eval_shape(lambda: begin.params))
+    log.info("%s: best checkpoint, of step %d, read back", stage, step)
+    return begin.replace(params=params)
+
+
+def _has_best(workdir: Path, stage: str) -> bool:
+    return any(path.name.isdigit() for path in (workdir / stage / "best").glob("*"))
+
+
 def _features_seen(context: _Context, layers: tuple[int, ...]) -> np.ndarray:
     """The target's features [N, F] of the first batch's tokens: what their sizes are measured on."""
     target, batch = context.target, context.train.at(0)
+    features_BxTxF = _look(target.params, batch, config=target.config, layers=layers)
+    return np.asarray(features_BxTxF)[batch.segment_BxT > 0]
 
-    @jax.jit
-    def look(params, batch):
-        mask = row_mask(batch.segment_BxT)
-        out = forward(params, target.config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=layers)
-        return out.features_BxSxF
 
-    return np.asarray(look(target.params, batch))[batch.segment_BxT > 0]
+@functools.partial(jax.jit, static_argnames=("config", "layers"))
+def _look(params: dict, batch: PackedBatch, *, config: ModelConfig, layers: tuple[int, ...]):
+    mask = row_mask(batch.segment_BxT)
+    out = forward(params, config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=layers)
+    return out.features_BxSxF
 
 
 def _new_drafter(context: _Context) -> Drafter:
@@ -247,18 +305,26 @@ def _new_drafter(context: _Context) -> Drafter:
     return initialise.new_drafter(jax.random.key(s.seed), config, target.params, ids_W, scale)
 
 
+# What Muon orthogonalises. The fusion sees channels of very different size, and the head has a row per token: Adam's.
+_MUON = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 def _optimizer(context: _Context, drafter: Drafter, peak: float, steps: int, warmup: int):
-    """AdamW with warm-up and a cosine to a tenth.
+    """AdamW, or Muon for the layer's own matrices, with warm-up and a cosine to a tenth.
 
     The fusion sees raw features, whose channels differ in size by a factor of a thousand: its step is divided by the
     size of the channel, which is Adam on features of unit size without changing the drafter's format.
     """
     warmup = min(warmup, steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, peak / 10)
-    parts = [
-        optax.clip_by_global_norm(context.settings.clip_norm),
-        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0),
-    ]
+    update = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
+    if context.settings.optimizer == "muon":
+        muon = optax.contrib.muon(
+            schedule, consistent_rms=0.2, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
+        )  # a step as large as Adam's (2502.16982)
+        labels = {name: "muon" if name in _MUON else "adamw" for name in drafter.params}
+        update = optax.partition({"muon": muon, "adamw": update}, labels)
+    parts = [optax.clip_by_global_norm(context.settings.clip_norm), update]
     if not drafter.config.fc_norm:
         features_NxF = _features_seen(context, drafter.config.feature_layers)
         inverse_F = jnp.asarray(1.0 / initialise.channel_scale(features_NxF), jnp.float32)
@@ -389,7 +455,7 @@ def _gamma(context: _Context, drafter: Drafter) -> float:
         return s.gamma
     path = context.workdir / "costs.json"
     if not path.exists():
-        costs = measure_costs(context.target, cast(drafter, s.dtype), s.window, s.row_length)
+        costs = measure_costs(context.target, cast(drafter, s.dtype), chain(s.window), s.row_length)
         measured = dataclasses.asdict(costs) | {"gamma": costs.gamma, "verify_ratio": costs.verify_ratio}
         files.write_atomic(path, json.dumps(measured, indent=1))
     gamma = round(json.loads(path.read_text())["gamma"], 4)
@@ -406,49 +472,88 @@ def cast(drafter: Drafter, dtype: str) -> Drafter:
     return drafter.replace(params=params, mixed=False)
 
 
-def _export(context: _Context, drafter: Drafter, name: str) -> None:
-    export_drafter(
-        context.workdir / name,
-        drafter.config,
-        jax.device_get(drafter.params),
-        np.asarray(drafter.target_ids_W),
-        target_name=context.settings.target,
-    )
-    log.info("exported %s", context.workdir / name)
-
-
-def _evaluate(context: _Context, arms: dict[str, Drafter], benchmarks) -> None:
-    """Measures every arm, prints the table, writes report.json, report.md, plots and the model card."""
+def _export(context: _Context, arm: str, drafter: Drafter, name: str) -> None:
+    """Writes workdir/name, with a model card that has the arm's figures where this very drafter was measured."""
     s, workdir = context.settings, context.workdir
-    result = environment(s.dtype) | {
-        "settings": {spec.name: getattr(s, spec.name) for spec in config_lib.specs(TrainSettings)},
-        "arms": [],
-    }
-    for name, drafter in arms.items():
-        if context.stop.requested:
-            raise Stopped
-        log.info("measuring %s", name)
-        rows = evaluate(
-            context.target,
-            cast(drafter, s.dtype),
-            benchmarks,
-            window=s.window,
-            max_new_tokens=s.max_new_tokens,
-            skip_long_prompts=True,
+    measured = _former_arms(workdir).get(arm, {})
+    figures = measured["results"] if measured.get("drafter") == _checksum(drafter) else []
+
+    def write(directory: Path) -> None:
+        params, ids_W = jax.device_get(drafter.params), np.asarray(drafter.target_ids_W)
+        export_drafter(directory, drafter.config, params, ids_W, target_name=s.target)
+        write_card(
+            directory,
+            title=f"EAGLE-3 drafter for {s.target}",
+            target=s.target,
+            figures=figures,
+            command=f"python -m experiments.train --flagfile={workdir.name}/flags.txt",
         )
-        result["arms"].append(report.arm(name, rows))
+
+    _replace_directory(workdir / name, write)
+    log.info("exported %s: %s", arm, workdir / name)
+
+
+def _replace_directory(directory: Path, write: Callable[[Path], object]) -> None:
+    """Puts what `write` makes of a path in the place of `directory`; a kill leaves no half of either."""
+    new, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
+    for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    write(new)
+    if directory.exists():
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _evaluate(context: _Context, arms: dict[str, Drafter], benchmarks: list[Benchmark]) -> None:
+    """Measures every arm, prints the table, writes report.json, report.md and plots.
+
+    An arm that report.json has already, of the same drafter under the same conditions, is not measured again.
+    """
+    s, workdir = context.settings, context.workdir
+    about, speculations = environment(s.dtype), [chain(s.window)]
+    conditions = zlib.crc32(repr((about, s.target, speculations, s.max_new_tokens, benchmarks)).encode())
+    settings = {spec.name: getattr(s, spec.name) for spec in config_lib.specs(TrainSettings)}
+    former, done = _former_arms(workdir), []
+    for name, drafter in arms.items():
+        made_of = {"drafter": _checksum(drafter), "conditions": conditions}
+        arm = former.get(name, {})
+        if {key: arm.get(key) for key in made_of} == made_of:
+            log.info("%s: measured before (without report.json, it would be measured again)", name)
+        else:
+            log.info("measuring %s", name)
+            rows = evaluate(
+                context.target,
+                cast(drafter, s.dtype),
+                benchmarks,
+                speculations=speculations,
+                max_new_tokens=s.max_new_tokens,
+                skip_long_prompts=True,
+                stop=lambda: context.stop.requested,
+            )
+            if not rows:
+                raise Stopped
+            arm = report.arm(name, rows) | made_of
+        done.append(arm)
+        result = about | {"settings": settings, "arms": done}
         report.write_json(workdir / "report.json", result)
     report.plot_results(workdir / "results.png", result)
     curves = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
     report.plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), curves)
     report.write_markdown(workdir / "report.md", result, ["results.png", "curves.png"])
-    if (workdir / "drafter").exists():
-        write_card(
-            workdir / "drafter",
-            title=f"EAGLE-3 drafter for {s.target}",
-            target=s.target,
-            figures=result["arms"][-1]["results"],
-            command=f"python -m experiments.train --flagfile={workdir.name}/flags.txt",
-        )
     print(report.result_table(result))
-    print(f"\nreport, plots and drafter: {workdir}")
+    print(f"\nreport and plots: {workdir}")
+
+
+def _former_arms(workdir: Path) -> dict[str, dict]:
+    """The arms in report.json, by name."""
+    path = workdir / "report.json"
+    return {arm["name"]: arm for arm in json.loads(path.read_text())["arms"]} if path.exists() else {}
+
+
+def _checksum(drafter: Drafter) -> int:
+    """Of all that makes a drafter: equal for equal ones."""
+    checksum = zlib.crc32(np.asarray(drafter.target_ids_W), zlib.crc32(repr(drafter.config).encode()))
+    for _, value in sorted(drafter.params.items()):
+        checksum = zlib.crc32(np.ascontiguousarray(value), checksum)
+    return checksum

@@ -11,7 +11,7 @@ from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import Keys
+from ppow_jax.models.layers import Keys, rows_of
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import divergence
 from ppow_jax.objectives.policy import clipped_surrogate, decisive_tokens
@@ -112,7 +112,7 @@ def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout)
     position_BxX = jnp.take_along_axis(text.position_BxT, windows.anchor_BxX, 1)
     chain, token_BxX, outs = (), windows.root_BxX, []
     for s in range(windows.token_BxXxK.shape[-1]):
-        embed = embed_VxD[token_BxX].astype(jnp.float32)
+        embed = rows_of(embed_VxD, token_BxX)
         out, chain = drafting.step(drafter, g_BxXxE, embed, position_BxX + s, keys, chain, first=s == 0)
         outs.append(out)
         g_BxXxE, token_BxX = drafting.feed(drafter, out), windows.token_BxXxK[..., s]

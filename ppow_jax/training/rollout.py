@@ -10,7 +10,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import KV, Keys
+from ppow_jax.models.layers import KV, Keys, rows_of
 from ppow_jax.models.transformer import Context
 from ppow_jax.models.vocabulary import survey
 from ppow_jax.objectives import supervised
@@ -18,7 +18,7 @@ from ppow_jax.objectives.criticality import choose_windows, criticality, diverge
 from ppow_jax.objectives.policy import flat_groups, group_advantage
 from ppow_jax.objectives.rewards import CostModel, proximity_reward, speedup_reward
 from ppow_jax.speculation.propose import propose
-from ppow_jax.speculation.sampling import Sampling, log_distribution
+from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.verify import leading
 from ppow_jax.training.scoring import Scored, restricted
 
@@ -100,8 +100,7 @@ def rollout(
         Sampling(settings.rollout_temperature),
         jax.random.split(draft_key, windows.tokens_BxT.shape[0]),
     )
-    log_q = log_distribution(draft.logits_BxMxKxW, Sampling(settings.rollout_temperature))
-    logp_BxXxK = jnp.take_along_axis(log_q, draft.id_BxMxK[..., None], -1)[..., 0]
+    logp_BxXxK = jnp.take_along_axis(draft.log_q_BxMxKxW, draft.id_BxMxK[..., None], -1)[..., 0]
 
     hidden_BxAxD = jnp.take_along_axis(scored.hidden_BxMxD, chosen_BxA[..., None], 1)
     hidden_BxXxKxD = _verify(target_params, config, scored, anchor_BxX, draft.token_BxMxK, hidden_BxAxD, G)
@@ -222,7 +221,7 @@ def _judge(target_params, hidden_BxXxKxD, token_BxXxK, temperature: float) -> _J
     head_VxD = transformer.head(target_params)
     shape, flat = token_BxXxK.shape, hidden_BxXxKxD.reshape(-1, hidden_BxXxKxD.shape[-1])
     surveyed = survey(flat, head_VxD)
-    z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * head_VxD[token_BxXxK.reshape(-1)], -1)
+    z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * rows_of(head_VxD, token_BxXxK.reshape(-1)), -1)
     logp = (z - surveyed.logsumexp_N).reshape(shape)
     tempered = logp
     if temperature not in (0.0, 1.0):
@@ -242,7 +241,7 @@ def _reference_logp(target_params, config, scored: Scored, chosen_BxA, hidden_Bx
             windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 2, _last(windows)), 1
         )
         hidden = scored.hidden_BxMxD.astype(head_VxD.dtype).astype(jnp.float32)
-        z_BxM = jnp.sum(hidden * head_VxD[token_BxM].astype(jnp.float32), -1)
+        z_BxM = jnp.sum(hidden * rows_of(head_VxD, token_BxM), -1)
         logp_BxM = z_BxM - scored.survey.logsumexp_N.reshape(B, M)
         return jnp.take_along_axis(K * window_means(logp_BxM, K), chosen_BxA, 1)
     return _decode_reference(target_params, config, scored, chosen_BxA, hidden_BxAxD, K)
@@ -265,7 +264,7 @@ def _decode_reference(target_params, config, scored: Scored, chosen_BxA, hidden_
         flat = hidden.reshape(B * A, -1)
         surveyed = survey(flat, head_VxD)
         token_BxA = surveyed.argmax_N.reshape(B, A)
-        z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * head_VxD[surveyed.argmax_N], -1)
+        z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * rows_of(head_VxD, surveyed.argmax_N), -1)
         total_BxA += (z - surveyed.logsumexp_N).reshape(B, A)
         if s < K - 1:
             contexts = [prefix, *(Context(kv, own_AxA) for kv in past)]

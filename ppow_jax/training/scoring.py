@@ -62,8 +62,9 @@ def score(
     batch = PackedBatch(*map(jnp.asarray, batch))
     last = batch.tokens_BxT.shape[1] - 1
     judge_BxM = jnp.minimum(batch.anchor_BxM + 1, last)
+    kv: tuple[KV, ...] = ()
     if cached is not None:
-        (features_BxTxF, hidden_BxMxD), kv = cached, ()
+        features_BxTxF, hidden_BxMxD = cached
     else:
         mask = row_mask(batch.segment_BxT)
         out = transformer.forward(

@@ -18,14 +18,10 @@ class TrainSettings:
     target: str = field(
         "smollm2-135m", "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Run"
     )
-    dtype: str = field(
-        "bfloat16", "Precision of the target's matrices.", choices=("float32", "bfloat16"), group="Run"
-    )
+    dtype: str = field("bfloat16", "Precision of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
     seed: int = field(0, "Seed of data order, initialisation and rollouts.", low=0, group="Run")
     checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, group="Run")
-    evaluate_every: int = field(
-        50, "Steps between two measurements of the simulated acceptance.", low=1, group="Run"
-    )
+    evaluate_every: int = field(50, "Steps between two measurements of the simulated acceptance.", low=1, group="Run")
 
     data: str = field(
         "sharegpt", "Conversations: files, data sets or `sharegpt`; commas and [a:b] slices.", group="Data"
@@ -36,9 +32,7 @@ class TrainSettings:
     answer_tokens: int = field(256, "Longest answer.", low=4, group="Data")
     answer_temperature: float = field(0.0, "Temperature of the answers.", low=0, group="Data")
     answer_slots: int = field(64, "Answers decoded at once.", low=1, group="Data")
-    answer_chunk: int = field(
-        256, "Answers per file; a killed run loses at most one file.", low=1, group="Data"
-    )
+    answer_chunk: int = field(256, "Answers per file; a killed run loses at most one file.", low=1, group="Data")
     recorded: str = field("", "Conversations to mix in as they stand, without decoding.", group="Data")
     num_recorded: int = field(0, "How many of them, at most.", low=0, group="Data")
     cache_features: bool = field(
@@ -55,9 +49,7 @@ class TrainSettings:
     feature_layers: tuple[int, ...] = field(
         (), "Target layers whose input is seen; none: 2, N//2, N-3.", group="Drafter"
     )
-    fc_norm: bool = field(
-        False, "EAGLE-3.1: norm each feature, feed back the normed output.", group="Drafter"
-    )
+    fc_norm: bool = field(False, "EAGLE-3.1: norm each feature, feed back the normed output.", group="Drafter")
 
     batch_size: int = field(4, "Packed rows per step.", low=1, group="Batches")
     row_length: int = field(512, "Tokens per row.", low=8, group="Batches")
@@ -65,20 +57,20 @@ class TrainSettings:
 
     supervised_steps: int = field(1000, "Optimiser steps of stage 1.", low=1, group="Stage 1, supervised")
     ttt_steps: int = field(5, "Draft steps of the training-time test.", low=1, group="Stage 1, supervised")
-    ttt_decay: float = field(
-        0.8, "Weight of a step relative to the one before.", low=0, group="Stage 1, supervised"
+    ttt_decay: float = field(0.8, "Weight of a step relative to the one before.", low=0, group="Stage 1, supervised")
+    optimizer: str = field(
+        "adamw",
+        "Of both stages; muon takes the layer's own matrices, Adam the rest.",
+        choices=("adamw", "muon"),
+        group="Stage 1, supervised",
     )
     learning_rate: float = field(1.5e-3, "Peak learning rate.", low=0, group="Stage 1, supervised")
     warmup_steps: int = field(
         50, "Steps of linear warm-up; a cosine to a tenth follows.", low=0, group="Stage 1, supervised"
     )
-    clip_norm: float = field(
-        0.5, "Largest gradient norm, in both stages.", low=0, group="Stage 1, supervised"
-    )
+    clip_norm: float = field(0.5, "Largest gradient norm, in both stages.", low=0, group="Stage 1, supervised")
 
-    ppow_steps: int = field(
-        100, "Optimiser steps of stage 2 (rollout batches).", low=1, group="Stage 2, PPOW"
-    )
+    ppow_steps: int = field(100, "Optimiser steps of stage 2 (rollout batches).", low=1, group="Stage 2, PPOW")
     ppow_learning_rate: float = field(1e-4, "Peak learning rate.", low=0, group="Stage 2, PPOW")
     window: int = field(7, "Drafted tokens per window, K; also for measuring.", group="Stage 2, PPOW")
     group: int = field(8, "Windows sampled from one prefix, G.", group="Stage 2, PPOW")
@@ -105,25 +97,17 @@ class TrainSettings:
         25, "Step at which ADAW replaces uniform sampling. (Our value.)", low=0, group="Stage 2, PPOW"
     )
     clip: float = field(0.2, "Clip range of the window's ratio. (Our value.)", low=0, group="Stage 2, PPOW")
-    kl_weight: float = field(
-        0.5, "Weight of KL(target || drafter). (Our value.)", low=0, group="Stage 2, PPOW"
-    )
+    kl_weight: float = field(0.5, "Weight of KL(target || drafter). (Our value.)", low=0, group="Stage 2, PPOW")
     passes: int = field(1, "Optimiser passes over the rollouts of a step.", low=1, group="Stage 2, PPOW")
-    gamma: float = field(
-        -1.0, "Cost of a draft step in target steps; negative: measured here.", group="Stage 2, PPOW"
-    )
+    gamma: float = field(-1.0, "Cost of a draft step in target steps; negative: measured here.", group="Stage 2, PPOW")
     general_cost: bool = field(
         False, "Reward by the general cost model, with verify and rollback costs.", group="Stage 2, PPOW"
     )
-    verify_cost: float = field(
-        1.0, "Cost of a verification, in the general model.", low=0, group="Stage 2, PPOW"
-    )
+    verify_cost: float = field(1.0, "Cost of a verification, in the general model.", low=0, group="Stage 2, PPOW")
     rollback_cost: float = field(
         0.0, "Cost of each token thrown away, in the general model.", low=0, group="Stage 2, PPOW"
     )
-    bonus: float = field(
-        0.0, "Tokens a verification adds, in the general model.", low=0, group="Stage 2, PPOW"
-    )
+    bonus: float = field(0.0, "Tokens a verification adds, in the general model.", low=0, group="Stage 2, PPOW")
     baselines: tuple[str, ...] = field(
         (),
         "Further arms from stage 1's drafter: cst (continued supervised training).",
@@ -145,13 +129,9 @@ class TrainSettings:
             self.group >= 2,
             f"--group={self.group}: must be at least 2, advantages compare windows of one prefix",
         )
-        require(
-            self.rollout_temperature > 0, f"--rollout_temperature={self.rollout_temperature}: must be above 0"
-        )
+        require(self.rollout_temperature > 0, f"--rollout_temperature={self.rollout_temperature}: must be above 0")
         rule = "must be above 0 (for greedy acceptance: --acceptance=greedy)"
-        require(
-            self.acceptance_temperature > 0, f"--acceptance_temperature={self.acceptance_temperature}: {rule}"
-        )
+        require(self.acceptance_temperature > 0, f"--acceptance_temperature={self.acceptance_temperature}: {rule}")
         rule = f"must be at most --row_length={self.row_length}"
         require(self.max_anchors <= self.row_length, f"--max_anchors={self.max_anchors}: {rule}")
         rule = f"must be at most --max_anchors={self.max_anchors}"

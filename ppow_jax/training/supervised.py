@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ppow_jax.data.batches import PackedBatch
@@ -118,9 +119,8 @@ def evaluate(
         _evaluate_batch(drafter, target_params, batch, config=config, K=K, greedy_text=greedy_text)
         for batch in batches
     ]
-    accepted_S, reached_S, overlap_S, count_S, loss_S, known_S = map(
-        sum, zip(*jax.device_get(sums), strict=True)
-    )
+    totals = (np.sum(parts, axis=0) for parts in zip(*jax.device_get(sums), strict=True))
+    accepted_S, reached_S, overlap_S, count_S, loss_S, known_S = totals
     return {
         "held_out_tau_sim": float(supervised.simulated_length(accepted_S, reached_S)),
         "held_out_acceptance_by_step": accepted_S / reached_S.clip(1),

@@ -71,7 +71,7 @@ def export_drafter(
     if {name: np.shape(value) for name, value in params.items()} != shapes:
         raise ValueError(f"parameters {sorted(params)} do not have the names and shapes {shapes}")
 
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     with np.errstate(over="ignore"):
         for ours in shapes:
             value = np.asarray(params[ours]).astype(DTYPES[dtype])

@@ -3,14 +3,15 @@
 `python -m experiments.parity --make_golden=tests/golden` writes the values.
 """
 
+import functools
+
 import numpy as np
 
 from ppow_jax.models.config import DrafterConfig, ModelConfig
 
-SHARED = {"architecture": "LlamaForCausalLM", "max_position_embeddings": 128}
+_target = functools.partial(ModelConfig, architecture="LlamaForCausalLM", max_position_embeddings=128)
 TARGETS = {
-    "untied": ModelConfig(
-        **SHARED,
+    "untied": _target(
         vocab_size=61,
         hidden_size=32,
         intermediate_size=48,
@@ -23,8 +24,7 @@ TARGETS = {
         tie_word_embeddings=False,
         eos_token_ids=(7,),
     ),
-    "tied": ModelConfig(  # heads that are wider together than the hidden state; one key/value head
-        **SHARED,
+    "tied": _target(  # heads that are wider together than the hidden state; one key/value head
         vocab_size=40,
         hidden_size=24,
         intermediate_size=64,

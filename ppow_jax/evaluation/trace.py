@@ -1,0 +1,170 @@
+"""One answer decoded round by round from the host, with all that happened in each: to look at, not to be fast."""
+
+import dataclasses
+import functools
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax.evaluation import trace_page
+from ppow_jax.files import write_atomic
+from ppow_jax.inference import Model
+from ppow_jax.models import transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.requests import Batch, Result, Text
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.generate import Round, State
+from ppow_jax.speculation.propose import NONE, Draft
+from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import Speculation
+from ppow_jax.speculation.tree import Tree
+
+LIKELY = 4  # of the target's most probable tokens are noted down
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafted:
+    """A drafted token. parent: index in the window of the token that it follows, 0 for the root, n + 1 for drafted[n].
+
+    drafter, target: how probable they held it there, at temperature 1.
+    """
+
+    token: int
+    parent: int
+    drafter: float
+    target: float
+    accepted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A round: what was drafted after `root`, parents first, and the token that the target added itself.
+
+    own_target: how probable the target held that; likely: its most probable tokens there; both at temperature 1.
+    gained: tokens that the answer grew by; fewer than accepted and own ones where it ended amid them.
+    """
+
+    root: int
+    drafted: tuple[Drafted, ...]
+    own: int
+    own_target: float
+    likely: tuple[tuple[int, float], ...]
+    gained: int
+    draft_seconds: float
+    verify_seconds: float
+
+    @property
+    def accepted(self) -> list[int]:
+        """Indices of the accepted tokens in `drafted`."""
+        return [n for n, token in enumerate(self.drafted) if token.accepted]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """An answer and the rounds that made it; its first token came with the prompt. settings: those that were given."""
+
+    target: str
+    prompt: str
+    speculation: Speculation
+    settings: dict[str, Any]
+    steps: tuple[Step, ...]
+    result: Result
+    tokenizer: Any
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes one HTML page that needs nothing else."""
+        write_atomic(path, trace_page.page(self))
+
+
+def record(model: Model, prompt: Text, **settings: Any) -> Trace:
+    """Answers one prompt as `Model.generate` does, with its settings, noting down every round.
+
+    Drafting and verification are programs of their own here, so that each can be timed; they run once before.
+    """
+    job = model.job([prompt], **settings)
+    _step(model, model.begin(job, [0]))  # compiles
+    batch, steps = model.begin(job, [0]), []
+    begin = time.perf_counter()
+    while True:
+        batch.look(begin)
+        if batch.finished:
+            break
+        steps.append(_step(model, batch))
+    tokenizer, result = model.target.tokenizer, batch.answers[0].result
+    text = tokenizer.decode(result.prompt_ids)
+    return Trace(model.target.name, text, job.speculation, settings, tuple(steps), result, tokenizer)
+
+
+def _step(model: Model, batch: Batch) -> Step:
+    """Decodes one round of a batch of one."""
+    params, config = model.target.params, model.target.config
+    how = {"speculation": batch.speculation, "sampling": batch.sampling, "cost_K1": batch.cost_K1}
+    state, draft = batch.state, None
+    length = int(state.length_B[0])
+    root = int(state.tokens_BxL[0, length - 1])
+    begin = time.perf_counter()
+    if batch.drafter:
+        state, draft = jax.block_until_ready(_draft(params, batch.drafter, state, **how))
+    middle = time.perf_counter()
+    state, result = jax.block_until_ready(_verify(params, config, batch.drafter, state, draft, **how))
+    end = time.perf_counter()
+    batch.state = state
+
+    token_N, parent_N, drafter_N = _drafts(draft)
+    p_N1xV = np.asarray(_probabilities(params, result.hidden_BxN1xD[0]))
+    accepted, index_K1 = int(result.accepted_B[0]), np.asarray(result.index_BxK1[0])
+    path = set(index_K1[1 : accepted + 1].tolist())
+    drafted = tuple(
+        Drafted(int(token), int(parent), float(q), float(p_N1xV[parent, token]), n + 1 in path)
+        for n, (token, parent, q) in enumerate(zip(token_N, parent_N, drafter_N, strict=True))
+    )
+    own, p_V = int(result.token_BxK1[0, accepted]), p_N1xV[index_K1[accepted]]
+    likely = tuple((int(token), float(p_V[token])) for token in np.argsort(-p_V)[:LIKELY])
+    gained = int(state.length_B[0]) - length
+    return Step(root, drafted, own, float(p_V[own]), likely, gained, middle - begin, end - middle)
+
+
+def _drafts(draft: Draft | Tree | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(token_N, parent_N, the drafter's probability of each after its parents)."""
+    if draft is None:
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+    if isinstance(draft, Tree):
+        token_N, parent_N, logp_N = (np.asarray(x[0]) for x in (draft.token_BxN, draft.parent_BxN, draft.logp_BxN))
+        return token_N, parent_N, np.exp(logp_N - np.r_[0.0, logp_N][parent_N])
+    token_K = np.asarray(draft.token_BxMxK[0, 0])
+    count = int((token_K != NONE).sum())
+    return token_K[:count], np.arange(count), np.exp(np.asarray(draft.logp_BxMxK[0, 0, :count]))
+
+
+@functools.partial(jax.jit, static_argnames=("speculation",), donate_argnames=("state",))
+def _draft(
+    params: dict, drafter: Drafter, state: State, *, speculation: Speculation, sampling: Sampling, cost_K1: Any
+) -> tuple[State, Draft | Tree]:
+    return generate.draft_window(params, drafter, state, speculation, sampling, cost_K1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("state",))
+def _verify(
+    params: dict,
+    config: ModelConfig,
+    drafter: Drafter | None,
+    state: State,
+    draft: Draft | Tree | None,
+    *,
+    speculation: Speculation,
+    sampling: Sampling,
+    cost_K1: Any,
+) -> tuple[State, Round]:
+    state, result = generate.verify_window(params, config, drafter, state, draft, speculation, sampling, cost_K1)
+    return state, result._replace(kv=(), features_BxK1xF=None)  # the state holds what is needed of them
+
+
+@jax.jit
+def _probabilities(params: dict, hidden_N1xD: jax.Array) -> jax.Array:
+    """The target's law [N1, V] after each index of the window, at temperature 1."""
+    return jax.nn.softmax(transformer.logits(params, hidden_N1xD).astype(jnp.float32))

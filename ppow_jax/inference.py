@@ -1,0 +1,263 @@
+"""Text in, text out: a target with its drafter, for notebooks and programs.
+
+    from ppow_jax import load
+
+    model = load("smollm2-135m", drafter="auto")
+    result = model.chat("How does a rainbow form?", max_new_tokens=200)
+    print(result.text, result.stats.mean_acceptance_length)
+    results = model.generate(["Once upon a time", "import "], temperature=0.8, seed=[1, 2], speculation="tree")
+
+Prompts are decoded in batches, each a prefill and one program that runs until all its answers are finished; with stop
+texts, and when streaming, the host looks at the text every few rounds. What a request gives depends on its own prompt,
+settings and seed, not on its neighbours or its place.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import jax
+import numpy as np
+
+from ppow_jax.config import require
+from ppow_jax.data.conversations import Message
+from ppow_jax.data.encoding import encode_prompt
+from ppow_jax.evaluation import loading
+from ppow_jax.evaluation.costs import round_costs
+from ppow_jax.evaluation.decoding import TO_THE_END, rung
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.requests import Answer, Batch, Job, Result, Stats, Stop, Text, arrays
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import Speculation, adaptive, chain, off, tree
+from ppow_jax.weights import targets
+from ppow_jax.weights.targets import Target
+
+__all__ = ["SPECULATIONS", "Model", "Result", "Stats", "Stream", "load"]
+
+log = logging.getLogger(__name__)
+
+# Where only a name is given. Up to 16 tokens are verified for little more than the price of one on a CPU.
+SPECULATIONS = {
+    "off": off(),
+    "chain": chain(5),
+    "adaptive": adaptive(7),
+    "tree": tree(branch=4, depth=5, nodes=15),
+}
+LOOK = 4  # rounds between two looks of the host at the text, when it streams or waits for a stop text
+ROLES = ("system", "user", "assistant")
+
+
+def load(target: str, drafter: str | None = "auto", dtype: str = "bfloat16") -> "Model":
+    """A target by name or path (see `weights.targets.load`) and its drafter, matrices in `dtype`.
+
+    drafter: a directory; "auto" takes `drafters/TARGET` if there is one; None decodes plainly.
+    Raises UserError for what is not there, is broken, or does not fit.
+    """
+    require(dtype in targets.DTYPES, f"dtype={dtype}: must be one of {', '.join(targets.DTYPES)}")
+    directory = loading.find_drafter(drafter, target)
+    loaded = targets.load(target, dtype)
+    return Model(loaded, loading.load_drafter(directory, loaded, dtype) if directory else None)
+
+
+@dataclasses.dataclass
+class Model:
+    """A target, and a drafter or None. See `load`.
+
+    costs: of adaptive windows, per (window, rows, greedy), what `evaluation.costs.round_costs` measures when it is first
+    needed. At temperature > 0 the law of an answer does not depend on it, but which one a seed draws does: keep it to
+    repeat that elsewhere.
+    """
+
+    target: Target
+    drafter: Drafter | None = None
+    costs: dict[tuple[int, int, bool], np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def generate(
+        self,
+        prompts: Text | Sequence[Text],
+        *,
+        max_new_tokens: int | Sequence[int] = 256,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        stop: Stop = (),
+        seed: int | Sequence[int] = 0,
+        speculation: str | Speculation | None = None,
+        batch_size: int = 8,
+    ) -> list[Result]:
+        """Continues prompts (texts, or token ids) -> their results, in order.
+
+        Settings are one value for all prompts, or a list with one for each. A prompt has 1 token or more, and at most
+        as many as the target has positions; where these end before max_new_tokens, so does the answer (the last token
+        needs none: a prompt that fills them gets one token).
+
+        Args:
+          prompts: one or several.
+          max_new_tokens: longest answer.
+          temperature: 0 is greedy.
+          top_k: the most probable tokens that are drawn from; 0 takes all.
+          top_p: the share of probability that is drawn from, after top_k; 1 takes all.
+          stop: a text, or several, that end an answer; or one list of texts per prompt.
+          seed: of sampling. The same prompt with the same seed and settings gets the same answer.
+          speculation: "off", "chain", "adaptive", "tree" (sizes: SPECULATIONS), or a `Speculation`; by default "chain"
+            if there is a drafter. The answers are the same, or have the same law, in all of them.
+          batch_size: prompts decoded at once.
+
+        Raises:
+          UserError: a prompt without tokens or with too many, a setting out of range, or a target that gives logits
+            that are no numbers; names the prompt.
+        """
+        job = self.job(
+            prompts,
+            speculation,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=stop,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        results: dict[int, Result] = {}
+        for members in job.batches():
+            *_, answers = self.run(job, members, LOOK if any(job.requests[i].stop for i in members) else TO_THE_END)
+            results |= zip(members, (answer.result for answer in answers), strict=True)
+        return [results[i] for i in range(len(job.requests))]
+
+    def stream(self, prompt: Text, **settings: Any) -> "Stream":
+        """Continues one prompt -> an iterator over pieces of its text; settings as in `generate`."""
+        return Stream(self, self.job([prompt], **settings))
+
+    @overload
+    def chat(self, messages: str | Sequence[Any], *, stream: Literal[False] = False, **settings: Any) -> Result: ...
+
+    @overload
+    def chat(self, messages: str | Sequence[Any], *, stream: Literal[True], **settings: Any) -> "Stream": ...
+
+    def chat(self, messages, *, stream=False, **settings):
+        """Answers a user's message, or a list of {"role", "content"}; settings as in `generate`.
+
+        stream: gives a `Stream` in place of a `Result`.
+        """
+        prompt = self.chat_prompt(messages)
+        return self.stream(prompt, **settings) if stream else self.generate(prompt, **settings)[0]
+
+    def chat_prompt(self, messages: str | Sequence[Any]) -> np.ndarray:
+        """Token ids int32 [T] that ask the target to answer: its chat template, with the generation prompt."""
+        if isinstance(messages, str):
+            messages = [Message("user", messages)]
+        require(len(messages) > 0, "messages: there must be at least one")
+        return encode_prompt(self.target.tokenizer, [_message(message) for message in messages])
+
+    def warm_up(self, prompts: Text | Sequence[Text], **settings: Any) -> None:
+        """Compiles all that `generate`, or `stream`, needs with these arguments; decodes one round."""
+        job = self.job(prompts, **settings)
+        for members in job.batches():
+            next(self.run(job, members, rounds=1))
+
+    def resolve(self, speculation: str | Speculation | None) -> Speculation:
+        """What a name, or None, stands for. Raises UserError for an unknown one, and where a drafter is missing."""
+        if speculation is None:
+            speculation = "chain" if self.drafter else "off"
+        if isinstance(speculation, str):
+            names = ", ".join(SPECULATIONS)
+            require(speculation in SPECULATIONS, f"speculation={speculation}: must be one of {names}")
+            speculation = SPECULATIONS[speculation]
+        given = f"speculation={speculation.mode}"
+        require(not speculation.window or self.drafter is not None, f"{given}: needs a drafter, but there is none")
+        return speculation
+
+    def cost_K1(self, speculation: Speculation, rows: int, greedy: bool) -> np.ndarray | None:
+        """What an adaptive window decides by; None for other windows. See `costs`.
+
+        Sampled answers depend on it: they take the costs of one row, whatever the batch.
+        """
+        if not speculation.adaptive:
+            return None
+        key = speculation.window, rows if greedy else 1, greedy
+        if key not in self.costs:
+            log.info("measuring what drafting and verifying cost here, once")
+            L = generate.cache_length(256, 256, key[0])
+            sampling = Sampling.of(0.0 if greedy else 1.0)
+            self.costs[key] = round_costs(self.target, self.drafter, key[0], L, key[1], sampling=sampling)
+        return self.costs[key]
+
+    def job(self, prompts: Text | Sequence[Text], speculation: str | Speculation | None = None, **settings: Any) -> Job:
+        """What `generate` is asked with these arguments, checked."""
+        return Job.of(self.target, prompts, self.resolve(speculation), **settings)
+
+    def begin(self, job: Job, members: Sequence[int]) -> Batch:
+        """Reads the prompts of some requests of a job, at most `job.rows`: a batch that is ready to be decoded."""
+        speculation, positions = job.speculation, self.target.config.max_position_embeddings
+        requests = [job.requests[i] for i in members]
+        sampling = job.sampling_of(members)
+        cost_K1 = self.cost_K1(speculation, job.rows, sampling.greedy)
+        drafter = self.drafter if speculation.window else None
+        prompt_BxP, prompt_B, limit_B, seed_B = arrays(requests, job.rows, positions)
+        longest = max(prompt_BxP.shape[1], min(rung(int(limit_B.max())), positions + 1))
+        L = generate.cache_length(longest, 0, speculation.window)
+        begin = time.perf_counter()
+        rows = prompt_BxP, prompt_B, limit_B, jax.vmap(jax.random.key)(seed_B)
+        state = generate.prefill(
+            self.target.params, self.target.config, drafter, *rows, K=speculation.window, sampling=sampling, L=L
+        )
+        jax.block_until_ready(state.length_B)  # for the clock: nothing comes to the host
+        seconds = time.perf_counter() - begin
+        answers = [Answer(self.target, request, seconds) for request in requests]
+        return Batch(drafter, state, speculation, sampling, cost_K1, answers)
+
+    def run(self, job: Job, members: Sequence[int], rounds: int) -> Iterator[list[Answer]]:
+        """Answers requests as one batch; yields how far they are, every so many rounds and at the end."""
+        batch = self.begin(job, members)
+        begin = time.perf_counter()
+        while not batch.finished:
+            batch.state = generate.decode(
+                self.target.params,
+                self.target.config,
+                batch.drafter,
+                batch.state,
+                rounds,
+                speculation=batch.speculation,
+                sampling=batch.sampling,
+                cost_K1=batch.cost_K1,
+            )
+            batch.look(begin)
+            yield batch.answers
+
+
+class Stream:
+    """Pieces of an answer's text, as the target commits them: joined they are the text of `result`.
+
+    Characters whose bytes are not complete, and what may become a stop text, are held back.
+    result: the whole answer, once the iterator is exhausted; None before.
+    """
+
+    def __init__(self, model: Model, job: Job):
+        self.result: Result | None = None
+        self._pieces = self._iterate(model, job)
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _iterate(self, model: Model, job: Job) -> Iterator[str]:
+        shown = 0
+        for (answer,) in model.run(job, [0], LOOK):
+            piece, self.result = answer.settled[shown:], answer.result
+            if piece:
+                yield piece
+            shown += len(piece)
+
+
+def _message(message: Any) -> Message:
+    if isinstance(message, Message):
+        return message
+    rule = f'message {message!r}: must be {{"role": {" or ".join(ROLES)}, "content": a text}}'
+    require(isinstance(message, Mapping) and set(message) == {"role", "content"}, rule)
+    require(message["role"] in ROLES and isinstance(message["content"], str), rule)
+    return Message(message["role"], message["content"])

@@ -1,0 +1,254 @@
+"""Requests on their way to results: settings of each, batches of them, and answers as they grow."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax.config import require
+from ppow_jax.evaluation.decoding import rung
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import Speculation
+from ppow_jax.weights.targets import Target
+
+Text = str | Sequence[int] | np.ndarray  # of a prompt: text, or token ids
+Stop = str | Sequence[str] | Sequence[Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What speculation did for one request, under vLLM's names. The prefill, and the first token, are in no count.
+
+    num_spec_steps: verifications (steps of plain decoding without speculation). num_draft_tokens: all that were
+    verified, so of a tree all nodes. acceptance_histogram: verifications that accepted 0, 1, .. K drafted tokens; the
+    last one as it was judged, even where the answer ended amid it. mean_acceptance_length: tokens per verification, the
+    target's own included. draft_acceptance_rate: accepted per drafted token. nan where there is nothing to judge by.
+    """
+
+    mean_acceptance_length: float
+    draft_acceptance_rate: float
+    acceptance_histogram: tuple[int, ...]
+    num_spec_steps: int
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+
+    @classmethod
+    def of(cls, histogram_K1: Sequence[int], drafted: int) -> "Stats":
+        """From how many verifications accepted 0..K tokens, and the number of drafted ones."""
+        steps, accepted = sum(histogram_K1), sum(k * count for k, count in enumerate(histogram_K1))
+        mean, rate = 1 + accepted / (steps or math.nan), accepted / (drafted or math.nan)
+        return cls(mean, rate, tuple(histogram_K1), steps, drafted, accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An answer.
+
+    text: without special tokens, and cut before a stop text. token_ids: the new tokens, an end token or those of a stop
+    text included. finish_reason: "stop" after an end token or a stop text; "length" at max_new_tokens, or where the
+    target's positions end. prefill_seconds, decode_seconds: of the whole batch, compilation included.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    prompt_ids: list[int]
+    stats: Stats
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt, token ids [T], and what is its own of the settings. name: for errors."""
+
+    name: str
+    prompt_ids: np.ndarray
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    seed: int
+
+    def check(self, target: Target) -> None:
+        """Raises UserError for what cannot be answered."""
+        ids, config = self.prompt_ids, target.config
+        require(len(ids) > 0, f"{self.name}: has no tokens")
+        known = np.issubdtype(ids.dtype, np.integer) and (ids >= 0).all() and (ids < config.vocab_size).all()
+        require(bool(known), f"{self.name}: token ids must be whole numbers of 0..{config.vocab_size - 1}")
+        most = config.max_position_embeddings
+        require(len(ids) <= most, f"{self.name}: it has {len(ids)} tokens, but {target.name} has {most} positions")
+        require(self.max_new_tokens >= 1, f"{self.name}: max_new_tokens={self.max_new_tokens}: must be at least 1")
+        good = isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**31
+        require(good, f"{self.name}: seed={self.seed}: must be a whole number of 0..{2**31 - 1}")
+        texts = all(isinstance(text, str) and text for text in self.stop)
+        require(texts, f"{self.name}: stop={self.stop}: must be texts that are not empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Requests that are answered in one call. sampling: a row for each."""
+
+    requests: list[Request]
+    sampling: Sampling
+    speculation: Speculation
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        target: Target,
+        prompts: Text | Sequence[Text],
+        speculation: Speculation,
+        *,
+        max_new_tokens: int | Sequence[int] = 256,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        stop: Stop = (),
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 8,
+    ) -> "Job":
+        """The arguments of `Model.generate`, checked. Raises UserError."""
+        require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
+        if isinstance(prompts, str | np.ndarray) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
+            prompts = [prompts]  # type: ignore[assignment, list-item]
+        n = len(prompts)
+        budgets, seeds, stops = _each("max_new_tokens", max_new_tokens, n), _each("seed", seed, n), _stops(stop, n)
+        requests = []
+        for i, prompt in enumerate(prompts):
+            ids = target.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+            name = f"prompt {i}" if n > 1 else "prompt"
+            requests.append(Request(name, np.asarray(ids).reshape(-1), budgets[i], stops[i], seeds[i]))
+            requests[-1].check(target)
+        sampling = Sampling.of(_each("temperature", temperature, n), _each("top_k", top_k, n), _each("top_p", top_p, n))
+        return cls(requests, sampling, speculation, batch_size)
+
+    @property
+    def rows(self) -> int:
+        """Of every batch: the least power of two that all fit in, or batch_size."""
+        return min(self.batch_size, 1 << (len(self.requests) - 1).bit_length())
+
+    def batches(self) -> list[list[int]]:
+        """Indices of the requests that are decoded together: of like lengths."""
+        order = sorted(range(len(self.requests)), key=lambda i: len(self.requests[i].prompt_ids))
+        return [order[i : i + self.rows] for i in range(0, len(order), self.rows)]
+
+    def sampling_of(self, members: Sequence[int]) -> Sampling:
+        """Of a batch, filled up to `rows`."""
+        filled = np.resize(members, self.rows)
+        return jax.tree.map(lambda x: x[filled], self.sampling)
+
+
+class Answer:
+    """An answer as it grows; `result` once it is finished."""
+
+    def __init__(self, target: Target, request: Request, prefill_seconds: float):
+        self.target, self.request, self.prefill_seconds = target, request, prefill_seconds
+        self.ids: list[int] = []
+        self.text = ""
+        self.result: Result | None = None
+
+    def read(self, tokens_L, length, done, healthy, histogram_K1, drafted, *, seconds: float) -> None:
+        """Takes over what the row of a `generate.State` holds, after so many seconds."""
+        prompt_ids = self.request.prompt_ids
+        before, self.ids = len(self.ids), tokens_L[len(prompt_ids) : length].tolist()
+        require(
+            bool(healthy),
+            f"{self.request.name}: after {len(self.ids)} new tokens the logits of {self.target.name} are not finite "
+            "(NaN or infinite): its weights are damaged, or too large for this dtype",
+        )
+        self.text = self.decode(len(self.ids))
+        stopped = self._stop_at(self.text) is not None
+        if stopped:
+            counts = range(before, len(self.ids) + 1)
+            count = next(n for n in counts if self._stop_at(self.decode(n)) is not None)
+            self.ids, self.text = self.ids[:count], self.decode(count)
+            self.text = self.text[: self._stop_at(self.text)]
+        if done or stopped:
+            stopped |= self.ids[-1] in self.target.config.eos_token_ids
+            stats = Stats.of(histogram_K1.tolist(), int(drafted))
+            reason: Literal["stop", "length"] = "stop" if stopped else "length"
+            ids = prompt_ids.tolist()
+            self.result = Result(self.text, self.ids, reason, ids, stats, self.prefill_seconds, seconds)
+
+    @property
+    def settled(self) -> str:
+        """The text that no later token changes and no stop text cuts."""
+        if self.result:
+            return self.text
+        text = self.text.rstrip("\ufffd")  # what a decoder writes for bytes that are no character yet
+        held = (n for stop in self.request.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return text[: len(text) - max(held, default=0)]
+
+    def decode(self, count: int) -> str:
+        """The text of its first `count` tokens."""
+        ids = self.ids[:count]
+        return self.target.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _stop_at(self, text: str) -> int | None:
+        """Where the first stop text begins."""
+        return min((at for stop in self.request.stop if (at := text.find(stop)) >= 0), default=None)
+
+
+@dataclasses.dataclass
+class Batch:
+    """Answers that are decoded together, and how; see `generate.decode`."""
+
+    drafter: Drafter | None
+    state: generate.State
+    speculation: Speculation
+    sampling: Sampling
+    cost_K1: np.ndarray | None
+    answers: list[Answer]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all answers are."""
+        return all(answer.result for answer in self.answers)
+
+    def look(self, begin: float) -> None:
+        """Reads the answers from the state, which has been decoded since `begin`, and ends those with a stop text."""
+        s = self.state
+        rows = jax.device_get((s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B))
+        seconds = time.perf_counter() - begin
+        finished_B = np.array(rows[2])
+        for b, answer in enumerate(self.answers):
+            answer.read(*(row[b] for row in rows), seconds=seconds)
+            finished_B[b] = answer.result is not None
+        self.state = s.replace(done_B=jnp.asarray(finished_B))
+
+
+def arrays(requests: Sequence[Request], B: int, positions: int) -> tuple[np.ndarray, ...]:
+    """(prompt_BxP, prompt_B, limit_B, seed_B); rows without a request are done at once."""
+    P = rung(max(len(request.prompt_ids) for request in requests))
+    prompt_BxP = np.zeros((B, P), np.int32)
+    prompt_B, limit_B, seed_B = np.ones(B, np.int32), np.ones(B, np.int32), np.zeros(B, np.int32)
+    for b, request in enumerate(requests):
+        length = len(request.prompt_ids)
+        prompt_BxP[b, :length] = request.prompt_ids
+        prompt_B[b], seed_B[b] = length, request.seed
+        limit_B[b] = min(length + request.max_new_tokens, positions + 1)
+    return prompt_BxP, prompt_B, limit_B, seed_B
+
+
+def _each(name: str, value: Any, n: int) -> list[Any]:
+    """One value per prompt."""
+    if not isinstance(value, list | tuple | np.ndarray):
+        return [value] * n
+    require(len(value) == n, f"{name}: {len(value)} values for {n} prompts; give one, or one for each")
+    return list(value)
+
+
+def _stops(stop: Stop, n: int) -> list[tuple[str, ...]]:
+    """Stop texts of each prompt."""
+    if isinstance(stop, str):
+        return [(stop,)] * n
+    if all(isinstance(text, str) for text in stop):
+        return [tuple(map(str, stop))] * n
+    return [(texts,) if isinstance(texts, str) else tuple(texts) for texts in _each("stop", stop, n)]
