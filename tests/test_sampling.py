@@ -77,7 +77,7 @@ def test_law_of_each_row_is_its_own(V):
 
 def test_a_number_for_all_rows_is_that_number_for_each():
     logits = random_logits(37)[:, 0].astype(np.float32)
-    for setting in SETTINGS:
+    for setting in SETTINGS[::5]:
         one, each = Sampling.of(*setting), Sampling.of(*(np.full(len(logits), x) for x in setting))
         laws = distribution(logits, one)
         np.testing.assert_array_equal(laws, distribution(logits, each))

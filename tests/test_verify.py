@@ -73,10 +73,9 @@ def extreme_case() -> Case:
 
 
 CASES = {
-    "part of the vocabulary": lambda: random_case(0),
+    "part of the vocabulary": lambda: random_case(0, (3, 0, 2)),
     "one draft token": lambda: random_case(1, (3,)),
     "the whole vocabulary": lambda: random_case(2, tuple(range(V))),
-    "unordered ids": lambda: random_case(3, (3, 0, 2)),
     "far apart": lambda: random_case(4, spread=6.0),
     "equal": equal_case,
     "impossible tokens": extreme_case,
@@ -242,9 +241,7 @@ def while_sure(q_RxK, q_RxKxW):
 
 BIASED = {
     "q ignored when keeping": ("likelihood_ratio", lambda p, q: p),
-    "everything likely kept": ("likelihood_ratio", lambda p, q: 2 * p / jnp.maximum(q, 1e-30)),
     "p instead of the residual": ("residual", lambda p, q, scale: p),
-    "q instead of the residual": ("residual", lambda p, q, scale: q),
 }
 SAMPLED = [s for s, (temperature, top_k, _) in enumerate(SETTINGS.values()) if temperature and top_k != 1]
 
@@ -334,7 +331,8 @@ def test_residual_at_its_corners():
 def test_block_verification_by_hand():
     """One token, P = (1, 2) / 3 and Q = (2, 1) / 3, two drafts (the paper's example, its section 3)."""
     p, q = jnp.array([[1, 2]] * 3) / 3, jnp.array([[2, 1]] * 2) / 3
-    chances = {draft: block_wise(jnp.array(draft), p, q) for draft in itertools.product((0, 1), repeat=2)}
+    rule = jax.jit(block_wise)
+    chances = {draft: rule(jnp.array(draft), p, q) for draft in itertools.product((0, 1), repeat=2)}
     wanted = {  # w_1, w_2, h_1; h_2 = w_2
         (0, 0): (1 / 2, 1 / 4, 0),
         (0, 1): (1 / 2, 1, 0),

@@ -173,10 +173,10 @@ def evaluate(
                     arms = [dataclasses.replace(how, seed=seed) for how in ways]
                     decoded = _all_arms(target, drafter, batch, arms, i, warm, costs_of)
                     plain.add(batch, decoded[0])
-                    for arm, outputs, how, found in zip(fast, answered, arms, decoded[1:], strict=True):
+                    for arm, numbered, how, found in zip(fast, answered, arms, decoded[1:], strict=True):
                         arm.add(batch, found)
-                        for request, *ids in zip(batch, decoded[0].answers, found.answers, strict=True):
-                            outputs.append((request.id, _output(name, request, how, *ids)))
+                        for request, *pair in zip(batch, decoded[0].answers, found.answers, strict=True):
+                            numbered.append((request.id, _output(name, request, how, *pair)))
                     for request, ids in zip(batch, decoded[0].answers, strict=True):
                         request.answer(target, ids)
                     bar.set_postfix(tau=round(fast[0].total.tau, 2), refresh=False)

@@ -28,8 +28,8 @@ def _facts(trace: "Trace") -> str:
         size = f"tree of {how.shape.nodes} nodes, depth {how.shape.depth}, branch {how.shape.branch}"
     else:
         size = {"off": "no speculation", "chain": f"chain of {how.window}"}.get(how.mode, f"up to {how.window} tokens")
-    given = [f"{name.replace('_', ' ')} {value}" for name, value in trace.settings.items() if name != "speculation"]
-    return " · ".join([trace.target, size, *given])
+    given = {"temperature": 0} | {name: value for name, value in trace.settings.items() if name != "speculation"}
+    return " · ".join([trace.target, size, *(f"{name.replace('_', ' ')} {value}" for name, value in given.items())])
 
 
 def _totals(trace: "Trace") -> str:
@@ -45,7 +45,7 @@ def _totals(trace: "Trace") -> str:
     shown = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in tiles)
     share = 100 * draft / seconds if steps else 0
     return f"""<div class="tiles">{shown}</div>
-<div class="split"><i class="draft" style="width:{share:.1f}%"></i><i class="verify" style="width:{100 - share:.1f}%"></i></div>
+<div class="split">{_bar(share, 100 - share)}</div>
 <p class="note"><i class="dot draft"></i>drafting {1000 * draft / count:.1f} ms a step, {share:.0f} %
 <i class="dot verify"></i>verification {1000 * verify / count:.1f} ms a step, {100 - share:.0f} % ·
 reading the prompt {1000 * trace.result.prefill_seconds:.0f} ms</p>"""
@@ -66,23 +66,28 @@ def _answer(trace: "Trace") -> str:
         if not piece and "\ufffd" not in (label := decode([ids[n - 1]])):
             kind, piece = f"{kind} hidden", label  # an end token, or what a stop text cut off
         place = f"step {number}\n" if number else ""
-        spans.append(
-            f'<span class="t {kind}" data-step="{number}" data-tip="{escape(place + tip)}">{escape(piece)}</span>'
-        )
+        about = f'class="t {kind}" data-step="{number}" data-tip="{escape(place + tip)}"'
+        spans.append(f"<span {about}>{escape(piece)}</span>")
     return "".join(spans)
 
 
 def _step(trace: "Trace", number: int) -> str:
     step = trace.steps[number - 1]
     most = max(s.draft_seconds + s.verify_seconds for s in trace.steps)
-    draft, verify = (f"{100 * x / most:.1f}%" for x in (step.draft_seconds, step.verify_seconds))
+    bar = _bar(100 * step.draft_seconds / most, 100 * step.verify_seconds / most)
+    draft, verify = 1000 * step.draft_seconds, 1000 * step.verify_seconds
     window = f"{len(step.accepted)} of {len(step.drafted)}" if step.drafted else "no draft"
+    root = f'<span class="c root">{_label(trace, step.root)}</span>'
     return f"""<div class="step" id="s{number}"><span class="n">{number}</span>
-<div class="window"><div class="node"><span class="c root">{_label(trace, step.root)}</span>{_children(trace, step, 0)}</div></div>
+<div class="window"><div class="node">{root}{_children(trace, step, 0)}</div></div>
 <span class="n">{window}</span>
-<div class="time" data-tip="drafting {1000 * step.draft_seconds:.2f} ms
-verification {1000 * step.verify_seconds:.2f} ms"><div class="bar"><i class="draft" style="width:{draft}"></i><i class="verify" style="width:{verify}"></i></div>
-<span class="n">{1000 * step.draft_seconds:.1f} + {1000 * step.verify_seconds:.1f} ms</span></div></div>"""
+<div class="time" data-tip="drafting {draft:.2f} ms\nverification {verify:.2f} ms"><div class="bar">{bar}</div>
+<span class="n">{draft:.1f} + {verify:.1f} ms</span></div></div>"""
+
+
+def _bar(draft: float, verify: float) -> str:
+    """Both times, in percent of the width."""
+    return f'<i class="draft" style="width:{draft:.1f}%"></i><i class="verify" style="width:{verify:.1f}%"></i>'
 
 
 def _children(trace: "Trace", step: "Step", index: int) -> str:
@@ -93,10 +98,8 @@ def _children(trace: "Trace", step: "Step", index: int) -> str:
     if index == max((n + 1 for n in step.accepted), default=0):
         shown.append(_node("own", _label(trace, step.own), _own_tip(trace, step), ""))
     for n, token in nodes:
-        kind = "ok" if token.accepted else "no"
-        shown.append(
-            _node(kind, _label(trace, token.token), _drafted_tip(trace, step, n), _children(trace, step, n + 1))
-        )
+        kind, label = "ok" if token.accepted else "no", _label(trace, token.token)
+        shown.append(_node(kind, label, _drafted_tip(trace, step, n), _children(trace, step, n + 1)))
     return f'<div class="kids">{"".join(shown)}</div>' if shown else ""
 
 
@@ -107,9 +110,8 @@ def _node(kind: str, label: str, tip: str, children: str) -> str:
 def _drafted_tip(trace: "Trace", step: "Step", n: int) -> str:
     token = step.drafted[n]
     verdict = "accepted" if token.accepted else "rejected"
-    return (
-        f"drafted, {verdict}\ndrafter {_percent(token.drafter)} · target {_percent(token.target)}\ntoken {token.token}"
-    )
+    chances = f"drafter {_percent(token.drafter)} · target {_percent(token.target)}"
+    return f"drafted, {verdict}\n{chances}\ntoken {token.token}"
 
 
 def _own_tip(trace: "Trace", step: "Step") -> str:
@@ -169,7 +171,8 @@ $steps
 
 _STYLE = """
 :root{--bg:#f7f7f5;--card:#fff;--fg:#1d2126;--muted:#68707a;--line:#d9dce0;--ok:#1a7f4b;--ok-bg:#d9f2e3;--own:#1c5fb8;
---own-bg:#dbe8fb;--no:#a8323e;--no-bg:#fbe9ea;--first-bg:#e8e9ec;--draft:#e0a030;--verify:#5b7fb5;color-scheme:light dark}
+--own-bg:#dbe8fb;--no:#a8323e;--no-bg:#fbe9ea;--first-bg:#e8e9ec;--draft:#e0a030;--verify:#5b7fb5;
+color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--bg:#15181c;--card:#1d2126;--fg:#e4e7ea;--muted:#949ca6;--line:#363c44;
 --ok:#6fd39b;--ok-bg:#1d3d2c;--own:#8db9f5;--own-bg:#1e3454;--no:#ee8b94;--no-bg:#3f2226;--first-bg:#31363d;
 --draft:#d79a35;--verify:#6f93c9}}
@@ -194,24 +197,28 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:6px 0 0}
 .step{display:grid;grid-template-columns:36px minmax(0,1fr) 76px 130px;gap:12px;align-items:start;padding:7px 6px;
 border-top:1px solid var(--line);border-radius:4px}
 .step.head{border:0;color:var(--muted);font-size:12px}.step.lit{background:var(--first-bg)}
-.n{font-size:12px;color:var(--muted);text-align:right;font-variant-numeric:tabular-nums;line-height:22px;white-space:nowrap}
-.step .n:first-child{text-align:left}.head .n{line-height:1.4;white-space:normal}.time{padding-top:6px}.time .n{display:block}
+.n{font-size:12px;color:var(--muted);text-align:right;font-variant-numeric:tabular-nums;line-height:22px;
+white-space:nowrap}
+.step .n:first-child{text-align:left}.head .n{line-height:1.4;white-space:normal}.time{padding-top:6px}
+.time .n{display:block}
 .window{overflow-x:auto;padding:0 2px 4px}
 .node{display:flex;align-items:flex-start;position:relative}
 .c{display:inline-block;flex:none;white-space:pre;font:12.5px/20px ui-monospace,Menlo,Consolas,monospace;padding:0 5px;
 border:1px solid var(--line);border-radius:4px;cursor:default}
 .c.ok{background:var(--ok-bg);border-color:var(--ok);color:var(--ok)}
 .c.own{background:var(--own-bg);border-color:var(--own);color:var(--own)}
-.c.no{background:var(--no-bg);border-color:transparent;color:var(--no);text-decoration:line-through}
+.c.no{background:var(--no-bg);border-color:transparent;color:var(--no);text-decoration:line-through;
+text-decoration-color:color-mix(in srgb,currentColor 45%,transparent)}
 .c.root{color:var(--muted);background:var(--first-bg);border-color:transparent}
 .kids{display:flex;flex-direction:column;gap:3px}.kids>.node{padding-left:14px}
 .kids>.node::after{content:"";position:absolute;left:0;top:11px;width:14px;border-top:1px solid var(--line)}
 .kids>.node::before{content:"";position:absolute;left:6px;top:-3px;bottom:0;border-left:1px solid var(--line)}
 .kids>.node:first-child::before{top:11px}.kids>.node:last-child::before{bottom:auto;height:14px}
 .kids>.node:only-child::before{display:none}.kids>.node:not(:first-child)::after{left:6px;width:8px}
-#tip{position:fixed;display:none;max-width:320px;white-space:pre-wrap;pointer-events:none;background:var(--fg);color:var(--bg);
-font-size:12.5px;line-height:1.45;padding:7px 10px;border-radius:6px;z-index:9}
-@media (max-width:640px){.step{grid-template-columns:28px minmax(0,1fr) 60px}.time{grid-column:2/4}.head .n:last-child{display:none}}
+#tip{position:fixed;display:none;max-width:320px;white-space:pre-wrap;pointer-events:none;background:var(--fg);
+color:var(--bg);font-size:12.5px;line-height:1.45;padding:7px 10px;border-radius:6px;z-index:9}
+@media (max-width:640px){.step{grid-template-columns:28px minmax(0,1fr) 60px}.time{grid-column:2/4}
+.head .n:last-child{display:none}}
 """
 
 _SCRIPT = """
