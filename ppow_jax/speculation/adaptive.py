@@ -20,8 +20,7 @@ TRIAL = 4  # rounds that a row drafts before it may rest
 FIRST_REST, LONGEST_REST = 16, 256  # rounds
 
 
-@flax.struct.dataclass
-class Pace:
+class Pace(flax.struct.PyTreeNode):
     """What each row has gained lately. All [B].
 
     tokens, cost, accepted, judged: decayed sums over rounds, of committed tokens, of cost in steps of plain decoding,

@@ -32,8 +32,7 @@ from ppow_jax.speculation.verify import accept_greedy, accept_sampled, block_wis
 Array = jax.Array
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """Everything a generation carries, in fixed shapes; every leaf but none starts with the batch axis.
 
     tokens_BxL: prompt and output. prompt_B, length_B, limit_B: prompt length, committed tokens, and the length at
@@ -203,8 +202,7 @@ def _draw_rows(key_B, position_B, logits_BxV, sampling):
 def _commit_tokens(state: State, token_BxS: Array, count_B: Array, config: ModelConfig) -> State:
     """Appends count_B tokens per row, cut at the first end token and at the row's limit; done rows stand still."""
     S = token_BxS.shape[1]
-    is_end_BxS = functools.reduce(jnp.logical_or, [token_BxS == e for e in config.eos_token_ids], False)
-    is_end_BxS = jnp.broadcast_to(is_end_BxS, token_BxS.shape)
+    is_end_BxS = jnp.isin(token_BxS, jnp.asarray(config.eos_token_ids, jnp.int32))
     first_end_B = jnp.where(is_end_BxS.any(1), jnp.argmax(is_end_BxS, 1), S)
     count_B = jnp.minimum(jnp.minimum(count_B, first_end_B + 1), state.limit_B - state.length_B)
     count_B = jnp.where(state.done_B, 0, count_B)
@@ -267,13 +265,14 @@ def draft_window(
     ]
     anchor_Bx1 = state.length_B[:, None] - 2
     anchored = drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix
+    draft: Draft | Tree
     if speculation.shape:
-        draft = propose_tree(*anchored, speculation.shape)
-        first_B = draft.token_BxN[:, 0]
+        draft = tree = propose_tree(*anchored, speculation.shape)
+        first_B = tree.token_BxN[:, 0]
     else:
         go_on = functools.partial(_go_on, state, cost_K1) if speculation.adaptive else None
-        draft = propose(*anchored, speculation.window, sampling, _keys(state, 0), go_on)
-        first_B = draft.token_BxMxK[:, 0, 0] - NONE  # not negative
+        draft = chain = propose(*anchored, speculation.window, sampling, _keys(state, 0), go_on)
+        first_B = chain.token_BxMxK[:, 0, 0] - NONE  # not negative
     start_B = cache.after(start_B, first_B)
     return state.replace(drafter_kv=cache.write(state.drafter_kv, new, start_B)), draft
 

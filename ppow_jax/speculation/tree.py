@@ -83,7 +83,8 @@ def propose_tree(
     """
     B, X = root_Bx1.shape[0], shape.branch
     logp_BxC, token_BxC, parent_BxC = [], [], []  # of the candidates, level by level
-    g, token_BxM, chain = g_Bx1xE, root_Bx1, ()
+    g, token_BxM = g_Bx1xE, root_Bx1
+    chain: tuple[tuple[Array, Array], ...] = ()
     path_BxM, index_BxM = jnp.zeros((B, 1)), jnp.zeros((B, 1), jnp.int32)  # of what is expanded
     for s in range(shape.depth):
         embed_BxMxE = rows_of(embed_VxD, token_BxM)
@@ -102,7 +103,8 @@ def propose_tree(
         beam_BxM = chosen_BxM // X
         g = _beams(drafting.feed(drafter, out), beam_BxM)
         chain = tuple((_beams(k, beam_BxM), _beams(v, beam_BxM)) for k, v in chain)
-    return _best(*(jnp.concatenate(x, 1) for x in (logp_BxC, token_BxC, parent_BxC)), shape)
+    logp, token, parent = (jnp.concatenate(x, 1) for x in (logp_BxC, token_BxC, parent_BxC))
+    return _best(logp, token, parent, shape)
 
 
 def _beams(x_BxMxX: Array, beam_BxM: Array) -> Array:
