@@ -3,12 +3,15 @@
 import gzip
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from ppow_jax.config import parse
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from ppow_jax.training.settings import TrainSettings
 
 HUMAN_EVAL = {
     "task_id": "HumanEval/0",
@@ -159,3 +162,16 @@ def test_names():
         "sharegpt",
         "builtin",
     }
+
+
+@pytest.mark.parametrize("name", ["tiny", "quick", "smollm2_135m"])
+def test_shipped_flagfiles_name_what_exists(name):
+    path = Path(__file__).parents[1] / "experiments" / "configs" / f"{name}.flags"
+    settings = parse(TrainSettings, [f"--flagfile={path}", "--workdir=anywhere"])
+    assert settings.benchmarks and set(settings.benchmarks) <= set(BENCHMARKS)
+    if name != "smollm2_135m":  # whose benchmarks come from the hub
+        assert all(load_benchmark(b, settings.num_prompts).prompts for b in settings.benchmarks)
+
+
+def test_the_default_benchmarks_exist():
+    assert set(TrainSettings(workdir="anywhere").benchmarks) <= set(BENCHMARKS)

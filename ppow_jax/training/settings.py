@@ -116,7 +116,7 @@ class TrainSettings:
     )
 
     benchmarks: tuple[str, ...] = field(
-        ("human_eval", "sharegpt_held_out"), "Benchmarks, by name or JSONL file.", group="Measuring"
+        ("human_eval", "sharegpt"), "Benchmarks, by name or JSONL file.", group="Measuring"
     )
     benchmark_dir: str | None = field(None, "Directory with NAME.jsonl of benchmarks.", group="Measuring")
     num_prompts: int = field(10, "Prompts per benchmark.", low=1, group="Measuring")
