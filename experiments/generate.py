@@ -1,21 +1,26 @@
-"""Answers one prompt with a drafter or without, and says how fast that was.
+"""Answers a prompt, or chats, with a drafter or without, and says how fast that was.
 
     python -m experiments.generate --prompt="Why is the sky blue?" --compare
+    python -m experiments.generate --chat
+    python -m experiments.generate --prompt="Why is the sky blue?" --speculation=tree --trace=trace.html
 
 For --target=smollm2-135m a drafter comes along (drafters/smollm2-135m); --drafter=none decodes plainly.
 """
 
 import dataclasses
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ppow_jax import cli
+from ppow_jax import cli, files
 from ppow_jax.config import check_fields, field, require
 from ppow_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from ppow_jax.evaluation.decoding import Decoded
-    from ppow_jax.weights.targets import Target
+    from ppow_jax.inference import Model, Result
+    from ppow_jax.speculation.settings import Speculation
+
+QUIT = "/quit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +30,11 @@ class Settings:
     prompt: str | None = field(None, "What to answer.", group="Prompt")
     prompt_file: str | None = field(None, "A text file with it, instead.", group="Prompt")
     raw: bool = field(False, "Continue the prompt as it stands, without chat template.", group="Prompt")
-
-    target: str = field(
-        "smollm2-135m", "smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Models"
+    chat: bool = field(
+        False, f"Chat: a line from standard input, an answer, and so on; {QUIT} ends it.", group="Prompt"
     )
+
+    target: str = field("smollm2-135m", "smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Models")
     drafter: str | None = field(
         "auto",
         "The drafter's directory; none decodes plainly. auto: drafters/TARGET, if there is one.",
@@ -36,53 +42,96 @@ class Settings:
     )
     dtype: str = field("bfloat16", "Of all matrices.", choices=("bfloat16", "float32"), group="Models")
 
+    speculation: str | None = field(
+        None,
+        "How rounds draft. By default chain, if there is a drafter.",
+        choices=("off", "chain", "tree", "adaptive"),
+        group="Speculation",
+    )
+    window: int | None = field(
+        None, "Drafted tokens per round, K, of a chain; at most, if adaptive.", low=1, high=64, group="Speculation"
+    )
+    tree_branch: int | None = field(
+        None, "Children drafted per node, and nodes that get some.", low=1, group="Speculation"
+    )
+    tree_depth: int | None = field(None, "Levels of a tree.", low=1, high=64, group="Speculation")
+    tree_nodes: int | None = field(None, "Nodes of a tree that are verified.", low=1, group="Speculation")
+    compare: bool = field(False, "Decode plainly too, and compare.", group="Speculation")
+
     max_new_tokens: int = field(256, "Longest answer.", low=1, group="Decoding")
-    window: int = field(7, "Drafted tokens per round, K.", low=1, high=64, group="Decoding")
     temperature: float = field(0.0, "0 is greedy.", low=0, high=100, group="Decoding")
+    top_k: int = field(0, "Draw from this many most probable tokens; 0 takes all.", low=0, group="Decoding")
+    top_p: float = field(1.0, "Draw from this share of the probability.", high=1, group="Decoding")
     seed: int = field(0, "Of sampling.", low=0, high=2**31 - 1, group="Decoding")
-    compare: bool = field(False, "Decode with and without the drafter, and compare.", group="Decoding")
+    stop: str | None = field(None, r"A text that ends the answer; \n is a line break.", group="Decoding")
+
+    stream: bool = field(False, "Print the answer while it is written.", group="Output")
+    trace: str | None = field(None, "HTML file that shows the answer step by step.", group="Output")
 
     def __post_init__(self):
         check_fields(self)
-        given = (self.prompt is not None) + (self.prompt_file is not None)
-        require(given == 1, "--prompt=TEXT or --prompt_file=FILE: one of them must be given")
+        given = (self.prompt is not None) + (self.prompt_file is not None) + self.chat
+        require(given == 1, "--prompt=TEXT or --prompt_file=FILE: one of them must be given, or --chat")
+        require(self.top_p > 0, f"--top_p={self.top_p}: must be above 0")
+        require(self.stop != "", "--stop: must not be empty")
+        for flag, others in {"chat": ("raw", "compare", "trace"), "trace": ("compare", "stream")}.items():
+            for other in others:
+                both = getattr(self, flag) and getattr(self, other)
+                require(not both, f"--{flag}: cannot be combined with --{other}")
         require(
             not self.compare or self.drafter is not None,
             "--compare: needs a drafter to compare with, but --drafter=none",
         )
+        require(not self.compare or self.speculation != "off", "--compare: needs another mode than --speculation=off")
+        is_tree = self.speculation == "tree"
+        for name in ("tree_branch", "tree_depth", "tree_nodes"):
+            require(getattr(self, name) is None or is_tree, f"--{name}={getattr(self, name)}: needs --speculation=tree")
+        require(self.window is None or not is_tree, f"--window={self.window}: a tree has --tree_depth instead")
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """What `Model.generate` takes, without the speculation."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+        stop = () if self.stop is None else self.stop.replace(r"\n", "\n").replace(r"\t", "\t")
+        return {name: getattr(self, name) for name in names} | {"stop": stop}
 
 
 def main(settings: Settings) -> None:
     """Prints the answer, then its speed."""
-    text = read_prompt(settings)
+    text = None if settings.chat else read_prompt(settings)
+    if settings.trace is not None:
+        check_output("--trace", settings.trace)
 
-    from ppow_jax.evaluation import decoding, loading  # slow to import: after the settings' checks
-    from ppow_jax.speculation.settings import chain
-    from ppow_jax.weights import targets
+    from ppow_jax import inference  # slow to import: after the settings' checks
+    from ppow_jax.evaluation import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)
-    require(
-        not settings.compare or directory is not None,
-        f"--compare: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR",
-    )
-    target = targets.load(settings.target, settings.dtype)
-    drafter = loading.load_drafter(directory, target, settings.dtype) if directory else None
-    tokens = encode(target, text, settings.raw)
-    how = decoding.Decoding(
-        chain(settings.window), settings.temperature, settings.max_new_tokens, seed=settings.seed
-    )
-    source = "--prompt" if settings.prompt_file is None else f"--prompt_file={settings.prompt_file}"
-    decoding.require_room(target, len(tokens), how, source)
+    mode = settings.speculation or ("off" if directory is None else "chain")
+    for flag, needed in (("compare", settings.compare), (f"speculation={mode}", mode != "off")):
+        missing = f"--{flag}: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
+        require(not needed or directory is not None, missing)
+    how = settings.decoding | {"speculation": speculation(settings, inference.SPECULATIONS[mode])}
+    model = inference.load(settings.target, str(directory) if directory else None, settings.dtype)
+    if settings.chat:
+        return chat(model, how)
 
-    arms = (None, drafter) if settings.compare else (drafter,)
-    for arm in arms:  # compiles
-        decoding.decode(target, arm, [tokens], how, rounds=1)
-    runs = [decoding.decode(target, arm, [tokens], how) for arm in arms]
-    answer = runs[-1]
-    print(target.tokenizer.decode(answer.answers[0].tolist(), skip_special_tokens=True))
-    print(f"\n{summary(answer, 'with the drafter' if drafter else 'without a drafter')}")
+    prompt = text if settings.raw else model.chat_prompt(text)
+    if settings.trace is not None:
+        from ppow_jax.evaluation import trace
+
+        traced = trace.record(model, prompt, **how)
+        traced.write(settings.trace)
+        print(f"{traced.result.text}\n\n{settings.trace}: open it in a browser")
+        return None
+    plain_how = how | {"speculation": "off"}
+    model.warm_up(prompt, **how)
     if settings.compare:
-        print(comparison(runs[0], answer, settings.temperature))
+        model.warm_up(prompt, **plain_how)
+    result = answer(model, prompt, how, settings.stream)
+    print(f"\n{summary(result, 'without a drafter' if mode == 'off' else 'with the drafter')}")
+    if settings.compare:
+        print(comparison(model.generate(prompt, **plain_how)[0], result, settings.temperature))
+    return None
 
 
 def read_prompt(settings: Settings) -> str:
@@ -100,37 +149,72 @@ def read_prompt(settings: Settings) -> str:
     return text
 
 
-def encode(target: "Target", text: str, raw: bool):
-    """Token ids int32 [T] of a user's message and the generation prompt, or with `raw` of the text itself."""
-    import numpy as np
-
-    from ppow_jax.data.conversations import Message
-    from ppow_jax.data.encoding import encode_prompt
-
-    if raw:
-        return np.asarray(target.tokenizer(text)["input_ids"], np.int32)
-    return encode_prompt(target.tokenizer, [Message("user", text)])
+def check_output(flag: str, path: str) -> None:
+    """Raises UserError unless a file can be written there."""
+    require(not Path(path).is_dir(), f"{flag}={path}: must be a file, but is a directory")
+    try:
+        files.writable_directory(Path(path).parent)
+    except UserError as error:
+        raise UserError(f"{flag}={path}: {error}") from None
 
 
-def summary(run: "Decoded", name: str) -> str:
-    """One line: tokens, speed, and tau where there was a drafter."""
-    speed = run.decode_tokens / run.decode_seconds if run.decode_tokens else 0.0
-    line = f"{len(run.answers[0])} tokens {name}, {speed:.1f} token/s (prefill {run.prefill_seconds:.2f} s)"
-    if run.accepted_BxK1.shape[1] == 1 or not run.verifications:
-        return line
-    return f"{line}, tau {run.decode_tokens / run.verifications:.2f}"
+def speculation(settings: Settings, default: "Speculation") -> "Speculation":
+    """The flags' sizes in place of the default ones."""
+    if default.shape:
+        given = {name: getattr(settings, f"tree_{name}") for name in ("branch", "depth", "nodes")}
+        shape = dataclasses.replace(default.shape, **{name: size for name, size in given.items() if size})
+        return dataclasses.replace(default, window=shape.depth, shape=shape)
+    return dataclasses.replace(default, window=settings.window) if settings.window and default.window else default
 
 
-def comparison(plain: "Decoded", fast: "Decoded", temperature: float) -> str:
+def answer(model: "Model", prompt: Any, how: dict[str, Any], stream: bool) -> "Result":
+    """Prints the answer, at once or as it is written."""
+    if not stream:
+        result = model.generate(prompt, **how)[0]
+        print(result.text)
+        return result
+    pieces = model.stream(prompt, **how)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return pieces.result
+
+
+def chat(model: "Model", how: dict[str, Any]) -> None:
+    """Answers line after line of standard input, each with all that was said before, until `/quit` or its end."""
+    messages: list[dict[str, str]] = []
+    if sys.stdin.isatty():
+        print(f"{QUIT} ends the chat; the first answers take longer, they compile.")
+    while True:
+        if sys.stdin.isatty():
+            print("\n> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == QUIT:
+            return
+        if line.strip():
+            messages.append({"role": "user", "content": line.strip()})
+            result = answer(model, model.chat_prompt(messages), how, stream=True)
+            messages.append({"role": "assistant", "content": result.text.strip()})
+
+
+def summary(result: "Result", name: str) -> str:
+    """One line: tokens, speed, and tau where tokens were drafted. The first token is the prefill's, and not counted."""
+    gained, steps = len(result.token_ids) - 1, result.stats.num_spec_steps
+    speed = gained / result.decode_seconds if gained else 0.0
+    line = f"{gained + 1} tokens {name}, {speed:.1f} token/s (prefill {result.prefill_seconds:.2f} s)"
+    return f"{line}, tau {gained / steps:.2f}" if result.stats.num_draft_tokens else line
+
+
+def comparison(plain: "Result", fast: "Result", temperature: float) -> str:
     """Plain decoding's line, and what the drafter gained."""
     lines = [summary(plain, "without a drafter")]
-    if plain.decode_tokens and fast.decode_tokens:
-        seconds = [run.decode_seconds / run.decode_tokens for run in (plain, fast)]
+    counts = [len(result.token_ids) - 1 for result in (plain, fast)]
+    if all(counts):
+        seconds = [result.decode_seconds / n for result, n in zip((plain, fast), counts, strict=True)]
         lines.append(f"speedup {seconds[0] / seconds[1]:.2f}")
     if temperature == 0:
-        same = plain.answers[0].tolist() == fast.answers[0].tolist()
         differ = "the outputs differ, by rounding: --dtype=float32 makes them identical"
-        lines.append("the outputs are identical" if same else differ)
+        lines.append("the outputs are identical" if plain.token_ids == fast.token_ids else differ)
     return "\n".join(lines)
 
 

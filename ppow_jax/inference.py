@@ -66,9 +66,9 @@ def load(target: str, drafter: str | None = "auto", dtype: str = "bfloat16") -> 
 class Model:
     """A target, and a drafter or None. See `load`.
 
-    costs: of adaptive windows, per (window, rows, greedy), what `evaluation.costs.round_costs` measures when it is first
-    needed. At temperature > 0 the law of an answer does not depend on it, but which one a seed draws does: keep it to
-    repeat that elsewhere.
+    costs: of adaptive windows, per (window, rows, greedy): what `evaluation.costs.round_costs` measures when it is
+    first needed. At temperature > 0 the law of an answer does not depend on it, but which one a seed draws does: keep
+    it to repeat that elsewhere.
     """
 
     target: Target

@@ -116,12 +116,11 @@ class Job:
     ) -> "Job":
         """The arguments of `Model.generate`, checked. Raises UserError."""
         require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
-        if isinstance(prompts, str | np.ndarray) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-            prompts = [prompts]  # type: ignore[assignment, list-item]
-        n = len(prompts)
+        several = prompts if _are_several(prompts) else [prompts]
+        n = len(several)
         budgets, seeds, stops = _each("max_new_tokens", max_new_tokens, n), _each("seed", seed, n), _stops(stop, n)
         requests = []
-        for i, prompt in enumerate(prompts):
+        for i, prompt in enumerate(several):
             ids = target.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
             name = f"prompt {i}" if n > 1 else "prompt"
             requests.append(Request(name, np.asarray(ids).reshape(-1), budgets[i], stops[i], seeds[i]))
@@ -221,7 +220,7 @@ class Batch:
         for b, answer in enumerate(self.answers):
             answer.read(*(row[b] for row in rows), seconds=seconds)
             finished_B[b] = answer.result is not None
-        self.state = s.replace(done_B=jnp.asarray(finished_B))
+        self.state = dataclasses.replace(s, done_B=jnp.asarray(finished_B))
 
 
 def arrays(requests: Sequence[Request], B: int, positions: int) -> tuple[np.ndarray, ...]:
@@ -235,6 +234,11 @@ def arrays(requests: Sequence[Request], B: int, positions: int) -> tuple[np.ndar
         prompt_B[b], seed_B[b] = length, request.seed
         limit_B[b] = min(length + request.max_new_tokens, positions + 1)
     return prompt_BxP, prompt_B, limit_B, seed_B
+
+
+def _are_several(prompts: Text | Sequence[Text]) -> bool:
+    """Whether it is prompts, and not one text or one list of token ids."""
+    return not isinstance(prompts, str) and all(isinstance(prompt, str) or np.ndim(prompt) for prompt in prompts)
 
 
 def _each(name: str, value: Any, n: int) -> list[Any]:

@@ -1,5 +1,6 @@
 """experiments.evaluate and experiments.generate from the command line, on the tiny target."""
 
+import io
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate
-from ppow_jax import cli
+from ppow_jax import cli, inference
 from ppow_jax.evaluation import loading
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import DrafterConfig
@@ -110,8 +111,48 @@ def test_generate(run, drafter, tmp_path):
     assert re.search(r"tokens with the drafter, .*, tau \d\.\d\d\n", both)
     assert both.splitlines()[0] == plain.splitlines()[0]  # the same text
 
+    code, streamed, _ = run(generate, *flags, "--stream")
+    assert code == 0 and streamed.splitlines()[0] == plain.splitlines()[0]
+    stop = plain[2:4]
+    assert "\n" not in stop
+    code, stopped, _ = run(generate, *flags, f"--stop={stop}")
+    assert code == 0 and stopped.startswith(plain[: plain.find(stop)] + "\n\n")
+
     code, raw, _ = run(generate, *flags, "--raw")
     assert code == 0 and raw.splitlines()[0] != plain.splitlines()[0]
+
+
+def test_generate_writes_a_trace(run, drafter, tmp_path):
+    page = tmp_path / "new" / "trace.html"
+    sizes = ("--speculation=tree", "--tree_branch=2", "--tree_depth=2", "--tree_nodes=4", "--max_new_tokens=8")
+    code, out, _ = run(
+        generate, "--target=tiny", "--dtype=float32", f"--drafter={drafter}", *sizes, "--prompt=a", f"--trace={page}"
+    )
+    assert code == 0 and f"{page}: open it in a browser" in out
+    assert "tree of 4 nodes, depth 2, branch 2" in page.read_text(encoding="utf-8")
+
+
+def test_chat(run, monkeypatch):
+    asked = []
+    plain = inference.Model.chat_prompt
+
+    def ask(model, messages):
+        asked.append([dict(message) for message in messages])
+        return plain(model, messages)
+
+    monkeypatch.setattr(inference.Model, "chat_prompt", ask)
+    for text, turns in (("hi\n\nwhat?\n/quit\nnever\n", 2), ("hi", 1), ("", 0)):
+        asked.clear()
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        code, out, _ = run(generate, *SHAPES, "--chat")
+        assert code == 0 and len(asked) == turns and bool(out) == bool(turns)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand?\n"))
+    asked.clear()
+    code, out, _ = run(generate, *SHAPES, "--chat")
+    first, second = asked
+    assert first == [{"role": "user", "content": "hi"}]
+    assert [message["role"] for message in second] == ["user", "assistant", "user"]
+    assert out.strip().startswith(second[1]["content"]) and second[2]["content"] == "and?"
 
 
 def test_a_drafter_of_the_target_s_name_is_the_default(tmp_path, monkeypatch):
@@ -159,6 +200,18 @@ GENERATE_MISTAKES = [
     (("--prompt=a", "--compare"), "--compare: needs a drafter, but --target=tiny has none"),
     (("--prompt=a", "--drafter=nowhere"), "--drafter=nowhere: there is no such directory"),
     (("--prompt=a", "--window=0"), "--window=0: must be at least 1"),
+    (("--prompt=a", "--speculation=trees"), "--speculation=trees: must be one of off, chain, tree, adaptive"),
+    (("--prompt=a", "--speculation=tree"), "--speculation=tree: needs a drafter, but --target=tiny has none"),
+    (("--prompt=a", "--tree_depth=3"), "--tree_depth=3: needs --speculation=tree"),
+    (("--prompt=a", "--speculation=tree", "--window=3"), "--window=3: a tree has --tree_depth instead"),
+    (("--prompt=a", "--speculation=tree", "--drafter=DRAFTER", "--tree_nodes=900"), "tree nodes 900: must be 1 to 68"),
+    (("--prompt=a", "--compare", "--speculation=off"), "--compare: needs another mode than --speculation=off"),
+    (("--prompt=a", "--top_p=0"), "--top_p=0.0: must be above 0"),
+    (("--prompt=a", "--stop="), "--stop: must not be empty"),
+    (("--prompt=a", "--chat"), "one of them must be given, or --chat"),
+    (("--chat", "--compare"), "--chat: cannot be combined with --compare"),
+    (("--prompt=a", "--trace=a.html", "--stream"), "--trace: cannot be combined with --stream"),
+    (("--prompt=a", "--trace=EMPTY"), "--trace=EMPTY: must be a file"),
 ]
 
 
@@ -176,6 +229,7 @@ def test_mistakes_cost_no_loading(module, flags, message, run, drafter, tmp_path
         "BROKEN": write(tmp_path / "broken.jsonl", '{"prompt": "a"}\n{"prompt": \n'),
         "BLANK": write(tmp_path / "blank.txt", "\n"),
         "BINARY": str(tmp_path / "binary.txt"),
+        "DRAFTER": drafter,
     }
     for name, place in places.items():
         flags, message = tuple(flag.replace(name, place) for flag in flags), message.replace(name, place)

@@ -11,64 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_world
+from small_model import CONFIG, MODES, NEW, POSITIONS, model, tokenizer
 
 import ppow_jax
+from ppow_jax import inference
 from ppow_jax.data.conversations import Message
-from ppow_jax.data.encoding import encode_prompt, tiny_tokenizer
+from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.errors import UserError
 from ppow_jax.inference import SPECULATIONS, Model
-from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
-from ppow_jax.models.config import DrafterConfig
-from ppow_jax.models.drafter import Drafter
 from ppow_jax.requests import Answer, Request
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import adaptive, chain, off, tree
-from ppow_jax.weights.targets import Target
+from ppow_jax.speculation.settings import adaptive, off
 
-POSITIONS, NEW = 1200, 30
-CONFIG = dataclasses.replace(
-    small_world.CONFIG, vocab_size=259, num_layers=2, max_position_embeddings=POSITIONS, eos_token_ids=(258,)
-)
-MODES = {"off": off(), "chain": chain(3), "adaptive": adaptive(3), "tree": tree(3, 3, 9)}
-DEAR = np.array([1.0, 2.0, 2.6, 3.3], np.float32)  # so that adaptive rows take all widths, and rest
-
-
-@functools.cache
-def tokenizer():
-    return tiny_tokenizer()
-
-
-@functools.cache
-def model() -> Model:
-    """Writes few different tokens, among them the bytes of two characters, so that drafts are right now and then."""
-    written = sorted({*tokenizer()("abcd é€")["input_ids"], 258})
-    params = dict(transformer.init(jax.random.key(1), CONFIG, scale=0.3))
-    often_V = np.isin(np.arange(CONFIG.vocab_size), written)
-    params["lm_head"] = params["lm_head"] * np.where(often_V, 1.5, 0.0)[:, None].astype(np.float32)
-    config = DrafterConfig(
-        vocab_size=CONFIG.vocab_size,
-        draft_vocab_size=len(written),
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=POSITIONS,
-        target_hidden_size=32,
-        feature_layers=(0, 1, 2),
-        fc_norm=True,
-    )
-    drafter = Drafter(config, drafting.init(jax.random.key(2), config, scale=0.2), jnp.array(written))
-    costs = {(3, rows, greedy): DEAR for rows in (1, 2, 4, 8) for greedy in (True, False)}
-    return Model(Target("small", CONFIG, params, tokenizer()), drafter, costs)
-
-
-PROMPTS = ["a", "Once upon a time", "b" * 70, "é€ and more", "zz top", "The end?", "x = 3", "d" * 20]
+PROMPTS = ["a", "Once upon a time", "b" * 30, "é€ and more", "zz top", "The end?", "x = 3", "d" * 20]
 SETTINGS = {
     "temperature": [0.0, 1.0, 1.3, 0.0, 0.8, 1.0, 0.7, 1.0],
     "top_k": [0, 0, 5, 3, 0, 12, 0, 1],
@@ -98,12 +55,29 @@ def together(mode: str) -> tuple:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_request_depends_neither_on_its_neighbours_nor_on_its_place(mode):
+def test_a_request_does_not_depend_on_its_place(mode):
     order = [5, 2, 7, 0, 6, 3, 1, 4]
     assert repr(answers(order, mode)) == repr([together(mode)[i] for i in order])  # nan is not equal to itself
-    alone = answers(range(8), mode, batch_size=1)
-    assert repr(alone) == repr(list(together(mode)))
-    assert len({tuple(result.token_ids) for result in alone}) == 8
+    assert len({tuple(result.token_ids) for result in together(mode)}) == 8
+
+
+@pytest.mark.parametrize("mode", ["chain", "adaptive", "tree"])
+def test_a_request_does_not_depend_on_its_neighbours(mode):
+    assert repr(answers(range(8), mode, batch_size=1)) == repr(list(together(mode)))
+
+
+def test_a_longer_neighbour_changes_nothing():
+    prompts = [*PROMPTS[:4], "b" * 70, *PROMPTS[5:]]  # all caches are longer
+    results = model().generate(prompts, **pick(range(8)), speculation=MODES["chain"])
+    for i in {*range(8)} - {4}:
+        assert repr(without_times(results[i])) == repr(together("chain")[i])
+
+
+def test_adaptive_rows_rest_and_draft_at_their_own_pace():
+    """Otherwise the test above would show little."""
+    stats = [result.stats for result in together("adaptive") if result.stats.num_spec_steps >= 14]
+    assert any(0 < s.num_draft_tokens < s.num_spec_steps for s in stats)
+    assert len({s.num_draft_tokens for s in stats}) > 2
 
 
 def test_greedy_answers_are_the_same_in_every_mode():
@@ -140,7 +114,7 @@ def test_stats_are_those_of_vllm():
                 assert len(result.token_ids) == 1 and math.isnan(stats.mean_acceptance_length)
                 continue
             assert stats.mean_acceptance_length == 1 + accepted / steps
-            assert stats.num_draft_tokens == {"off": 0, "chain": 3 * steps, "tree": 9 * steps}.get(
+            assert stats.num_draft_tokens == {"off": 0, "chain": 2 * steps, "tree": 8 * steps}.get(
                 mode, stats.num_draft_tokens
             )
             if stats.num_draft_tokens:
@@ -163,44 +137,48 @@ def cut(whole, stops) -> tuple[str, list[int], str]:
 
 
 def test_stop_texts_cut_at_the_first_occurrence():
-    how = {"max_new_tokens": NEW, "temperature": 1.0, "speculation": MODES["chain"]}
-    prompts = [prompt for prompt in PROMPTS if len(prompt) < 60]
-    seeds = list(range(len(prompts)))
-    wholes = model().generate(prompts, seed=seeds, **how)
+    how = pick(range(8)) | {"speculation": MODES["chain"]}
+    wholes = model().generate(PROMPTS, **how | {"stop": ()})
     rng = np.random.default_rng(0)
     ways = set()
     for _ in range(12):
         stops = []
         for whole in wholes:
             at, size = rng.integers(0, max(1, len(whole.text))), rng.integers(1, 5)
-            stops.append([whole.text[at : at + size] or "?", "not there"])
-        for whole, stop, result in zip(
-            wholes, stops, model().generate(prompts, seed=seeds, stop=stops, **how), strict=True
-        ):
+            part = whole.text[at : at + size].strip("\ufffd")  # which stands for half a character
+            stops.append([part if part and "\ufffd" not in part else "?", "not there"])
+        results = model().generate(PROMPTS, **how | {"stop": stops})
+        for whole, stop, result in zip(wholes, stops, results, strict=True):
             assert (result.text, result.token_ids, result.finish_reason) == cut(whole, stop)
             ways.add((result.finish_reason, len(result.token_ids) < len(whole.token_ids)))
     assert ("stop", True) in ways
 
 
-def test_one_stop_text_serves_all_prompts():
-    how = {"max_new_tokens": NEW, "speculation": "off", "temperature": 1.0}
-    wholes = model().generate(PROMPTS[:2], **how)
-    for stop, stops in (("a", ("a",)), (["c", "b"], ("c", "b")), ([["a"], []], None)):
-        results = model().generate(PROMPTS[:2], stop=stop, **how)
-        for whole, result, each in zip(wholes, results, [stops] * 2 if stops else [("a",), ()], strict=True):
-            assert (result.text, result.token_ids, result.finish_reason) == cut(whole, each)
+def test_stop_texts_are_given_for_all_prompts_or_for_each():
+    def stops(stop):
+        return [request.stop for request in model().job(["a", "b"], stop=stop).requests]
+
+    assert stops(()) == [(), ()]
+    assert stops("xy") == [("xy",), ("xy",)]
+    assert stops(["x", "y"]) == [("x", "y"), ("x", "y")]
+    assert stops([["x", "y"], []]) == [("x", "y"), ()]
+    assert stops([("x",), "yz"]) == [("x",), ("yz",)]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_streamed_pieces_are_the_answer(mode):
-    for i in (0, 1, 3, 5):
-        (settings,) = [{name: values[0] for name, values in pick([i]).items()}]
-        stream = model().stream(PROMPTS[i], **settings, speculation=MODES[mode])
+@pytest.mark.parametrize("stop", [False, True])
+def test_streamed_pieces_are_the_answer(stop):
+    for i in (0, 5):
+        settings = {name: values[0] for name, values in pick([i]).items()} | {"speculation": MODES["chain"]}
+        expected = together("chain")[i]
+        if stop:
+            settings["stop"] = expected.text[9:11]
+            expected = without_times(model().generate(PROMPTS[i], **settings)[0])
+            assert expected.finish_reason == "stop" and settings["stop"] not in expected.text
+        stream = model().stream(PROMPTS[i], **settings)
         assert stream.result is None
         pieces = list(stream)
         assert "".join(pieces) == stream.result.text and all(pieces)
-        got, expected = without_times(stream.result), together(mode)[i]
-        assert dataclasses.replace(got, stats=None) == dataclasses.replace(expected, stats=None)
+        assert repr(without_times(stream.result)) == repr(expected)
         if len(expected.token_ids) > 20:
             assert len(pieces) > 1
 
@@ -237,7 +215,7 @@ def test_a_request_without_stop_text_is_one_program():
 
 
 def test_prompts_of_a_rung_share_their_programs_and_nothing_is_left_behind():
-    how = {"speculation": MODES["chain"], "batch_size": 4}
+    how = {"speculation": "off", "batch_size": 4}
     rng = np.random.default_rng(3)
 
     def run(n: int) -> None:
@@ -252,6 +230,20 @@ def test_prompts_of_a_rung_share_their_programs_and_nothing_is_left_behind():
     assert (generate.decode._cache_size(), generate.prefill._cache_size(), len(jax.live_arrays())) == before
 
 
+def test_costs_of_adaptive_windows_are_measured_once():
+    fresh, measured = dataclasses.replace(model(), costs={}), []
+
+    def measure(target, drafter, K, L, batch, *, sampling):
+        measured.append((K, batch, sampling.greedy))
+        return np.ones(K + 1, np.float32)
+
+    with mock.patch.object(inference, "round_costs", measure):
+        assert fresh.cost_K1(MODES["chain"], 4, True) is None
+        for rows, greedy in ((4, True), (4, True), (8, True), (4, False), (8, False)):  # sampled: as if alone
+            assert fresh.cost_K1(adaptive(3), rows, greedy).shape == (4,)
+    assert measured == [(3, 4, True), (3, 8, True), (3, 1, False)]
+
+
 # ---------------------------------------------------------------- chats
 
 
@@ -263,7 +255,7 @@ def test_chat():
     stream = model().chat("hi", stream=True, **how)
     assert "".join(stream) == said.text == stream.result.text
     history = [Message("user", "hi"), {"role": "assistant", "content": "ho"}, {"role": "user", "content": "and?"}]
-    ids = model().chat(history, **how).prompt_ids
+    ids = model().chat_prompt(history)
     assert "ho" in tokenizer().decode(ids) and len(ids) > len(said.prompt_ids)
 
 
@@ -279,15 +271,13 @@ def test_prompts_may_be_token_ids():
 # ---------------------------------------------------------------- limits and mistakes
 
 
-@pytest.mark.parametrize("mode", ["off", "chain", "tree"])
+@pytest.mark.parametrize("mode", ["off", "tree"])
 def test_prompts_up_to_the_targets_positions(mode):
     how = {"speculation": MODES[mode], "max_new_tokens": 5}
     ids = np.arange(POSITIONS) % 200
     whole = jax.jit(functools.partial(transformer.forward, config=CONFIG))
-    found = {n: model().generate(ids[:n], **how)[0] for n in (1, POSITIONS - 2, POSITIONS)}
-    assert len(found[1].token_ids) <= 5
     for n, expected in ((POSITIONS - 2, 3), (POSITIONS, 1)):  # the last token needs no position
-        result = found[n]
+        result = model().generate(ids[:n], **how)[0]
         assert len(result.token_ids) == expected and result.finish_reason == "length"
         text = np.r_[ids[:n], result.token_ids][None, :POSITIONS]
         position = np.arange(text.shape[1])[None]
@@ -349,28 +339,29 @@ def test_mistakes_of_chats_and_models():
         ppow_jax.load("tiny", drafter="nowhere")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("mode", MODES)
-def test_logits_that_are_no_numbers_are_caught(mode, value):
+@pytest.mark.parametrize("mode", ["chain", "adaptive"])
+def test_logits_that_are_no_numbers_are_caught(mode):
     """A token whose embedding is broken: in the prompt, or written by the target itself."""
     target = model().target
     expected = together(mode)[0].token_ids
     written = next(token for token in expected[1:-1] if token != expected[0])
-    for token, count in ((tokenizer()("z")["input_ids"][0], 1), (written, None)):
-        params = target.params | {"embed": target.params["embed"].at[token].set(value)}
-        broken = dataclasses.replace(model(), target=dataclasses.replace(target, params=params))
-        prompts = ["a", "zz"] if count else "a"
-        name = "prompt 1" if count else "prompt"
-        with pytest.raises(UserError, match=f"{name}: after {count or '.*'} new tokens .* of small are not finite"):
-            broken.generate(prompts, max_new_tokens=NEW, speculation=MODES[mode])
+    z = tokenizer()("z")["input_ids"][0]
+    for value in (np.nan, np.inf):
+        for token, prompts, place in (
+            (z, ["a", "zz"], "prompt 1: after 0"),
+            (written, ["a", "a"], "prompt 0: after .*"),
+        ):
+            params = target.params | {"embed": target.params["embed"].at[token].set(value)}
+            broken = dataclasses.replace(model(), target=dataclasses.replace(target, params=params))
+            with pytest.raises(UserError, match=f"{place} new tokens .* of small are not finite"):
+                broken.generate(prompts, max_new_tokens=NEW, speculation=MODES[mode])
 
 
 # ---------------------------------------------------------------- prompts in pieces
 
 
-@pytest.mark.parametrize("speculation", [off(), chain(3)], ids=["plain", "chain"])
-def test_long_prompts_are_read_in_pieces(speculation):
-    drafter = model().drafter if speculation.window else None
+def test_long_prompts_are_read_in_pieces():
+    speculation, drafter = MODES["chain"], model().drafter
     rng = np.random.default_rng(0)
     prompt_B = np.array([700, 513, 30, 256, 257], np.int32)
     B, P, K = len(prompt_B), 768, speculation.window
@@ -386,26 +377,23 @@ def test_long_prompts_are_read_in_pieces(speculation):
                 lambda *x: plain(model().target.params, drafter=drafter, **dict(zip(names, x, strict=True)))
             )(*begin)
 
-    whole = read(WHOLE=P)
-    params = model().target.params
-    how = {"speculation": speculation, "sampling": Sampling()}
-    expected = generate.decode(params, CONFIG, drafter, whole.replace(key_B=whole.key_B), NEW, **how).tokens_BxL
-    whole = read(WHOLE=P)  # the first was donated
-    for sizes in ({}, {"WHOLE": 100, "PIECE": 100}):  # the second divides no length
-        state = read(**sizes)
+    params, how = model().target.params, {"speculation": speculation, "sampling": Sampling()}
+    whole = read(WHOLE=P, PIECE=P)
+    states = [read(WHOLE=512, PIECE=256), read(WHOLE=100, PIECE=100)]  # the latter divides no length
+    for state in states:
         np.testing.assert_array_equal(state.tokens_BxL, whole.tokens_BxL)
+        np.testing.assert_allclose(state.features_BxK1xF, whole.features_BxK1xF, rtol=1e-4, atol=1e-4)
         assert state.healthy_B.all()
-        if drafter:
-            np.testing.assert_allclose(state.features_BxK1xF, whole.features_BxK1xF, rtol=1e-4, atol=1e-4)
-        pairs = list(zip(state.target_kv, whole.target_kv, strict=True))
-        for mine, theirs in [*pairs, *([(state.drafter_kv, whole.drafter_kv)] if drafter else [])]:
+        caches = zip((*state.target_kv, state.drafter_kv), (*whole.target_kv, whole.drafter_kv), strict=True)
+        for mine, theirs in caches:
             for b, n in enumerate(prompt_B - 1):  # the slots that count
-                np.testing.assert_allclose(
-                    mine.k_BxKvxdxL[b, :, :, :n], theirs.k_BxKvxdxL[b, :, :, :n], rtol=1e-4, atol=1e-4
-                )
-                np.testing.assert_allclose(mine.v_BxKvxLxd[b, :, :n], theirs.v_BxKvxLxd[b, :, :n], rtol=1e-4, atol=1e-4)
-        done = generate.decode(params, CONFIG, drafter, state, NEW, **how)
-        np.testing.assert_array_equal(done.tokens_BxL, expected)
+                near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+                near(mine.k_BxKvxdxL[b, ..., :n], theirs.k_BxKvxdxL[b, ..., :n])
+                near(mine.v_BxKvxLxd[b, :, :n], theirs.v_BxKvxLxd[b, :, :n])
+    expected, *found = (generate.decode(params, CONFIG, drafter, state, NEW, **how) for state in (whole, *states))
+    for state in found:
+        np.testing.assert_array_equal(state.tokens_BxL, expected.tokens_BxL)
+        np.testing.assert_array_equal(state.histogram_BxK1, expected.histogram_BxK1)
 
 
 # ---------------------------------------------------------------- the package

@@ -67,7 +67,8 @@ def _answer(trace: "Trace") -> str:
             kind, piece = f"{kind} hidden", label  # an end token, or what a stop text cut off
         place = f"step {number}\n" if number else ""
         about = f'class="t {kind}" data-step="{number}" data-tip="{escape(place + tip)}"'
-        spans.append(f"<span {about}>{escape(piece)}</span>")
+        written = escape(piece).replace("\r", "&#13;")  # which a browser would take for a line break
+        spans.append(f"<span {about}>{written}</span>")
     return "".join(spans)
 
 

@@ -390,7 +390,9 @@ def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:
 def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, speculation, sampling):
     """(accepted_B, token_BxK1)."""
     if draft is None:
-        token_B = _draw_rows(state.key_B, state.length_B, logits_BxK1xV[:, 0], sampling)
+        # With the key of `accept_sampled`: a row that drafts nothing draws the same token beside one that drafts.
+        key_B = jax.vmap(lambda key: jax.random.split(key)[1])(_keys(state, 1))
+        token_B = draw(key_B, logits_BxK1xV[:, 0], sampling)[0]
         return jnp.zeros_like(token_B), token_B[:, None]
     if sampling.greedy:
         return accept_greedy(draft.token_BxMxK[:, 0], argmax(logits_BxK1xV))

@@ -1,0 +1,57 @@
+"""A model of the Python API that compiles in seconds, and writes few different tokens."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import small_world
+
+from ppow_jax.data.encoding import tiny_tokenizer
+from ppow_jax.inference import Model
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models import transformer
+from ppow_jax.models.config import DrafterConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation.settings import adaptive, chain, off, tree
+from ppow_jax.weights.targets import Target
+
+POSITIONS, NEW = 1200, 30
+CONFIG = dataclasses.replace(
+    small_world.CONFIG, vocab_size=259, num_layers=2, max_position_embeddings=POSITIONS, eos_token_ids=(258,)
+)
+MODES = {"off": off(), "chain": chain(2), "adaptive": adaptive(2), "tree": tree(3, 2, 8)}
+DEAR = np.array([1.0, 1.15, 1.2], np.float32)  # so that some adaptive rows rest while others draft
+
+
+@functools.cache
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@functools.cache
+def model() -> Model:
+    """Writes few different tokens, among them the bytes of two characters, so that drafts are right now and then."""
+    written = sorted({*tokenizer()("abcd é€")["input_ids"], 258})
+    params = dict(transformer.init(jax.random.key(1), CONFIG, scale=0.3))
+    often_V = np.isin(np.arange(CONFIG.vocab_size), written)
+    params["lm_head"] = params["lm_head"] * np.where(often_V, 1.5, 0.0)[:, None].astype(np.float32)
+    config = DrafterConfig(
+        vocab_size=CONFIG.vocab_size,
+        draft_vocab_size=len(written),
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        max_position_embeddings=POSITIONS,
+        target_hidden_size=32,
+        feature_layers=(0, 1, 2),
+        fc_norm=True,
+    )
+    drafter = Drafter(config, drafting.init(jax.random.key(2), config, scale=0.2), jnp.array(written))
+    costs = {(2, rows, greedy): DEAR for rows in (1, 2, 4, 8) for greedy in (True, False)}
+    return Model(Target("small", CONFIG, params, tokenizer()), drafter, costs)
