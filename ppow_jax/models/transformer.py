@@ -51,16 +51,31 @@ def forward(
     features, kv = {}, []
     for n, layer in enumerate(params["layers"]):
         features[n] = x_BxSxD
+        blocks = [Keys(context.kv[n], context.mask_BxSxL) for context in contexts]
         with jax.named_scope(f"layer_{n}"):
-            blocks = [Keys(context.kv[n], context.mask_BxSxL) for context in contexts]
-            attended, new_kv = _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks)
-            x_BxSxD += attended
-            h_BxSxD = rms_norm(x_BxSxD, layer["post_norm"], config.rms_norm_eps)
-            x_BxSxD += swiglu(h_BxSxD, layer["gate_proj"], layer["up_proj"], layer["down_proj"])
+            x_BxSxD, new_kv = decoder_layer(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks)
         kv.append(new_kv)
     features[config.num_layers] = x_BxSxD
     chosen = jnp.concatenate([features[n] for n in feature_layers], -1) if feature_layers else None
     return Outputs(rms_norm(x_BxSxD, params["norm"], config.rms_norm_eps), chosen, tuple(kv))
+
+
+def decoder_layer(
+    layer: dict,
+    config: ModelConfig,
+    x_BxSxD: Array,
+    rotary: tuple[Array, Array],
+    self_mask_BxSxS: Array,
+    blocks: Sequence[Keys],
+) -> tuple[Array, KV]:
+    """One layer's parameters applied to the residual stream: (x_BxSxD, the new tokens' keys and values).
+
+    rotary: see `layers.rotation`. blocks: this layer's keys of earlier tokens. Nothing depends on which layer it is.
+    """
+    attended_BxSxD, new_kv = _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks)
+    x_BxSxD += attended_BxSxD
+    h_BxSxD = rms_norm(x_BxSxD, layer["post_norm"], config.rms_norm_eps)
+    return x_BxSxD + swiglu(h_BxSxD, layer["gate_proj"], layer["up_proj"], layer["down_proj"]), new_kv
 
 
 def _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks):
