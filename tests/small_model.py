@@ -12,8 +12,8 @@ from ppow_jax.data.encoding import tiny_tokenizer
 from ppow_jax.inference import Model
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
-from ppow_jax.models.config import DrafterConfig
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation.settings import adaptive, chain, off, tree
 from ppow_jax.weights.targets import Target
 

@@ -1,17 +1,9 @@
-"""Model and drafter descriptions: what is read, what is refused and how."""
-
-import dataclasses
+"""Model descriptions: what is read, what is refused and how."""
 
 import pytest
 
 from ppow_jax.errors import UserError
-from ppow_jax.models.config import (
-    DrafterConfig,
-    ModelConfig,
-    check_feature_layers,
-    default_feature_layers,
-    validate_fit,
-)
+from ppow_jax.models.config import ModelConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -28,21 +20,6 @@ LLAMA = {
     "tie_word_embeddings": True,
     "eos_token_id": 2,
 }
-DRAFTER = DrafterConfig(
-    vocab_size=49152,
-    draft_vocab_size=8192,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    rope_theta=1e5,
-    max_position_embeddings=8192,
-    target_hidden_size=576,
-    feature_layers=(2, 15, 27),
-    fc_norm=False,
-)
 
 
 def read(**changes):
@@ -148,41 +125,3 @@ def test_transformers_reads_ours_and_we_read_its():
     theirs = transformers.LlamaConfig.from_dict(config.to_hf())
     assert (theirs.head_dim, theirs.num_key_value_heads) == (32, 3)
     assert ModelConfig.from_hf(theirs.to_dict(), "x") == config
-
-
-def test_default_feature_layers():
-    assert default_feature_layers(30) == (2, 15, 27)
-    assert default_feature_layers(7) == (2, 3, 4)
-    with pytest.raises(UserError, match=r"--feature_layers: a target of 6 layers"):
-        default_feature_layers(6)
-
-
-@pytest.mark.parametrize("layers", [(0, 1, 2), (2, 15, 30)])
-def test_feature_layers_of_all_depths(layers):
-    check_feature_layers(layers, 30, "x")
-
-
-@pytest.mark.parametrize("layers", [(2, 15), (2, 15, 31), (-1, 15, 27), (15, 2, 27), (2, 2, 27), ()])
-def test_bad_feature_layers(layers):
-    with pytest.raises(UserError, match=r"--f: feature layers .* of 0\.\.30"):
-        check_feature_layers(layers, 30, "--f")
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({}, None),
-        ({"vocab_size": 49153}, "vocabulary of 49153 tokens, the target has 49152"),
-        ({"draft_vocab_size": 49153}, "draft vocabulary of 49153 tokens"),
-        ({"target_hidden_size": 577}, "features of width 577, the target's are 576"),
-        ({"hidden_size": 512}, "the drafter is 512 wide"),
-        ({"feature_layers": (2, 16, 31)}, "the target has 30 layers"),
-    ],
-)
-def test_validate_fit(changes, said):
-    drafter = dataclasses.replace(DRAFTER, **changes)
-    if said is None:
-        return validate_fit(drafter, read(), "--drafter=D")
-    with pytest.raises(UserError) as caught:
-        validate_fit(drafter, read(), "--drafter=D")
-    assert str(caught.value).startswith("--drafter=D: ") and said in str(caught.value)

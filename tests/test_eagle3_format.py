@@ -13,7 +13,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from ppow_jax.errors import UserError
-from ppow_jax.models.config import DrafterConfig
+from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.weights.card import write_card
 from ppow_jax.weights.eagle3 import export_drafter, import_drafter, tensor_shapes
 

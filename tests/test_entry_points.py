@@ -17,7 +17,7 @@ from experiments import evaluate, generate
 from ppow_jax import cli, inference
 from ppow_jax.evaluation import loading
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.config import DrafterConfig
+from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.weights import targets, tiny
 from ppow_jax.weights.eagle3 import export_drafter
 

@@ -17,8 +17,8 @@ from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
-from ppow_jax.models.config import DrafterConfig
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.layers import Keys
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.propose import Draft, propose

@@ -16,8 +16,8 @@ from ppow_jax.evaluation import decoding, measure, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
-from ppow_jax.models.config import DrafterConfig
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.settings import adaptive, chain, tree
 from ppow_jax.weights import targets

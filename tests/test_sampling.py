@@ -13,8 +13,8 @@ from scipy import stats
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.decoding import Decoding
 from ppow_jax.models import transformer
-from ppow_jax.models.config import DrafterConfig
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling, draw, log_distribution, sample
 from ppow_jax.speculation.settings import chain

@@ -5,8 +5,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from ppow_jax.errors import UserError
-from ppow_jax.models.config import validate_fit
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import validate_fit
 from ppow_jax.weights.eagle3 import import_drafter
 from ppow_jax.weights.huggingface import CONFIG
 from ppow_jax.weights.targets import DTYPES, Target

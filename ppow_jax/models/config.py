@@ -1,8 +1,7 @@
-"""Descriptions of the target model and of the EAGLE-3 drafter, read from Hugging Face config files."""
+"""The description of a target model, read from Hugging Face config files; helpers that a drafter's config shares."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ppow_jax.errors import UserError
@@ -69,86 +68,6 @@ class ModelConfig:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class DrafterConfig:
-    """A one-layer EAGLE-3 drafter and the target it belongs to. Hashable.
-
-    `feature_layers` holds the three target layers whose *inputs* are the features, in ascending order: id i
-    means Hugging Face's `hidden_states[i]`, 0 is the embedding. `fc_norm` turns on EAGLE-3.1: a norm on each
-    feature, and the post-norm vector fed back.
-    """
-
-    vocab_size: int
-    draft_vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
-    target_hidden_size: int
-    feature_layers: tuple[int, int, int]
-    fc_norm: bool
-    norm_before_residual: bool = False
-
-
-def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
-    """EAGLE-3's choice of target layers ("input of layer" ids): low, middle and high.
-
-    Raises:
-      UserError: if the target has fewer than 7 layers, where the rule yields no three sensible layers.
-    """
-    if num_layers < 7:
-        raise UserError(
-            f"--feature_layers: a target of {num_layers} layers has no default choice (it takes 7 or more);"
-            f" name three ascending ids of 0..{num_layers}, where id i is the input of layer i"
-        )
-    return 2, num_layers // 2, num_layers - 3
-
-
-def check_feature_layers(layers: Sequence[int], num_layers: int | None, where: str) -> None:
-    """Raises UserError unless `layers` are three ascending ids of 0..num_layers (no upper bound if None)."""
-    highest = math.inf if num_layers is None else num_layers
-    ascending = all(low < high for low, high in zip(layers, layers[1:], strict=False))
-    if len(layers) != 3 or not ascending or layers[0] < 0 or layers[-1] > highest:
-        limit = "0 or more" if num_layers is None else f"0..{num_layers} (the target has {num_layers} layers)"
-        raise UserError(f"{where}: feature layers {list(layers)} must be three ascending ids of {limit}")
-
-
-def validate_fit(drafter: DrafterConfig, target: ModelConfig, where: str) -> None:
-    """Checks that a drafter was made for this target.
-
-    Args:
-      where: the place to name in errors: the drafter's directory, or a flag.
-
-    Raises:
-      UserError: if vocabulary, width or feature layers do not fit.
-    """
-    if drafter.vocab_size != target.vocab_size:
-        raise UserError(
-            f"{where}: the drafter is for a vocabulary of {drafter.vocab_size} tokens, "
-            f"the target has {target.vocab_size}"
-        )
-    if drafter.draft_vocab_size > target.vocab_size:
-        raise UserError(
-            f"{where}: a draft vocabulary of {drafter.draft_vocab_size} tokens cannot exceed "
-            f"the target's {target.vocab_size}"
-        )
-    if drafter.target_hidden_size != target.hidden_size:
-        raise UserError(
-            f"{where}: the drafter takes features of width {drafter.target_hidden_size}, "
-            f"the target's are {target.hidden_size} wide"
-        )
-    if drafter.hidden_size != target.hidden_size:
-        raise UserError(
-            f"{where}: the drafter is {drafter.hidden_size} wide, but uses the target's embedding, "
-            f"which is {target.hidden_size} wide"
-        )
-    check_feature_layers(drafter.feature_layers, target.num_layers, where)
-
-
 def layer_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields that ModelConfig and DrafterConfig share, from a Hugging Face config of Llama's kind.
 
@@ -182,8 +101,8 @@ def layer_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def layer_fields_to_hf(config: ModelConfig | DrafterConfig) -> dict[str, Any]:
-    """The inverse of `layer_fields`, in the keys that every loader knows."""
+def layer_fields_to_hf(config: Any) -> dict[str, Any]:
+    """The inverse of `layer_fields` (for a ModelConfig or DrafterConfig), in the keys that every loader knows."""
     return {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models.config import DrafterConfig
+from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.layers import (
     KV,
     Keys,

@@ -10,8 +10,9 @@ from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
-from ppow_jax.models.config import DrafterConfig, ModelConfig, check_feature_layers, default_feature_layers
+from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import DrafterConfig, check_feature_layers, default_feature_layers
 
 
 def choose_vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -> np.ndarray:

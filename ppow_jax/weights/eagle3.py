@@ -14,7 +14,7 @@ import numpy as np
 
 from ppow_jax.errors import UserError
 from ppow_jax.models import config as models
-from ppow_jax.models.config import DrafterConfig
+from ppow_jax.models.drafter_config import DrafterConfig, check_feature_layers, default_feature_layers
 from ppow_jax.weights import huggingface as hf
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
@@ -235,11 +235,11 @@ def _feature_layers(config: Mapping[str, Any], num_layers: int | None, where: st
     if ids is None and num_layers is None:
         raise UserError(f"{where}: {key} is missing; name the target, whose depth tells the default")
     if ids is None:
-        return models.default_feature_layers(num_layers)
+        return default_feature_layers(num_layers)
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise UserError(f"{where}: {key} = {ids!r} must be a list of layer ids")
     layers = tuple(i + shift for i in ids)
-    models.check_feature_layers(layers, num_layers, f"{where}: {key} = {ids}")
+    check_feature_layers(layers, num_layers, f"{where}: {key} = {ids}")
     return layers
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ppow_jax.models.config import DrafterConfig
+from ppow_jax.models.drafter_config import DrafterConfig
 
 
 def eagle3(

@@ -7,7 +7,8 @@ import functools
 
 import numpy as np
 
-from ppow_jax.models.config import DrafterConfig, ModelConfig
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter_config import DrafterConfig
 
 _target = functools.partial(ModelConfig, architecture="LlamaForCausalLM", max_position_embeddings=128)
 TARGETS = {
