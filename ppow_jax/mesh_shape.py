@@ -1,0 +1,57 @@
+"""How many devices each axis of the mesh has, as `--mesh` spells it. Importing this starts no JAX."""
+
+import dataclasses
+import math
+
+from ppow_jax.config import require
+
+AXES = ("data", "fsdp", "tensor", "expert")
+HELP = "Devices per axis, as data:4,fsdp:1,tensor:2 (axes: data, fsdp, tensor, expert); none: all on data."
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """data: copies of everything, each with its own rows. fsdp: rows too, with matrices cut along their hidden axis.
+    tensor: heads, the width of MLPs, and the vocabulary. expert: experts of a mixture, and rows outside of it.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None, where: str = "--mesh") -> "MeshShape | None":
+        """From `data:4,tensor:2`, axes that are not named being 1; None for None: as many on data as there are.
+
+        Raises UserError for anything else.
+        """
+        if text is None:
+            return None
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            axis, _, number = (word.strip() for word in part.partition(":"))
+            given, form = f"{where}={text}", "must be AXIS:NUMBER,... such as data:4,tensor:2"
+            require(axis in AXES, f"{given}: {form}; the axes are {', '.join(AXES)}, not {axis!r}")
+            require(axis not in sizes, f"{given}: names {axis} twice")
+            require(number.isdecimal() and int(number) > 0, f"{given}: {form}; {axis} is {number!r}")
+            sizes[axis] = int(number)
+        return cls(**sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the axes, in the order of AXES."""
+        return dataclasses.astuple(self)
+
+    @property
+    def devices(self) -> int:
+        """How many it takes."""
+        return math.prod(self.sizes)
+
+    @property
+    def rows(self) -> int:
+        """Parts that the rows of a batch are cut into."""
+        return self.data * self.fsdp * self.expert
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}:{size}" for axis, size in zip(AXES, self.sizes, strict=True))

@@ -1,0 +1,204 @@
+"""Where every array lies: one mesh of devices, one table from logical axes to its axes.
+
+Programs are written for whole arrays and jitted; XLA cuts them up (SPMD) as their inputs lie, which `NamedSharding`s
+say, and adds the communication. That is what `pjit` became. `pmap` is not used: it maps over a leading axis of devices
+that programs would have to carry, knows one axis where a mesh has four, and runs replicas only, so that neither a
+target larger than one device nor a decoding loop over cut caches can be written with it.
+
+A program finds the mesh around it (`jax.set_mesh`, here `use`); without one, or with a mesh of one device, everything
+here leaves arrays alone. What an array's axes mean is read off its name: `PARAMETERS` for parameters, and so for the
+moments of optimisers, which carry the same names; the suffix of shapes for all else, as in `k_BxKvxdxL`.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ppow_jax.config import require
+from ppow_jax.mesh_shape import AXES, MeshShape
+
+__all__ = ["AXES", "Mesh", "MeshShape"]
+
+T = TypeVar("T")
+
+# Logical axis -> mesh axes. One that these do not divide is left whole, and so is what is not named: window (K), tokens
+# (T, S, L), head_dim (d), and the vocabulary of logits. Head axes are cut between heads only.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "hidden": ("fsdp",),
+    "experts": ("expert",),
+}
+
+# Parameters of target and drafter -> logical axes. In front of these an array may have stacked layers and experts.
+PARAMETERS: dict[str, tuple[str | None, ...]] = {
+    "embed": ("vocab", "hidden"),
+    "lm_head": ("vocab", "hidden"),
+    "q_proj": ("heads", "hidden"),
+    "k_proj": ("kv_heads", "hidden"),
+    "v_proj": ("kv_heads", "hidden"),
+    "o_proj": ("hidden", "heads"),
+    "q_bias": ("heads",),
+    "k_bias": ("kv_heads",),
+    "v_bias": ("kv_heads",),
+    "gate_proj": ("mlp", "hidden"),
+    "up_proj": ("mlp", "hidden"),
+    "down_proj": ("hidden", "mlp"),
+    "fc": ("hidden", None),
+}
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+_STACKED = "stacked"  # a path with this name in it: layers lie stacked along the first axis
+
+# Letters of a shape suffix -> logical axes.
+_LETTERS = {"B": "batch", "H": "heads", "Kv": "kv_heads"}
+_SUFFIX = re.compile(r"(?:.*_)?([A-Z][a-z]?\d*(?:x(?:[A-Z][a-z]?|[a-z])\d*)*)")
+
+
+def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices`, by default all there are, of every process; without a shape all of them on data.
+
+    Raises:
+      UserError: the shape takes another number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = shape or MeshShape(data=len(devices))
+    rule = f"takes {shape.devices} devices (the product), but there are {len(devices)}"
+    require(shape.devices == len(devices), f"--mesh={shape}: {rule}")
+    return jax.make_mesh(shape.sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None) -> Iterator[None]:
+    """Programs inside of the `with` run on the mesh; on none, they run on the default device."""
+    if mesh is None or mesh.size == 1:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+def current() -> Mesh | None:
+    """The mesh in use, outside of jitted programs; None on a single device."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def _sizes() -> dict[str, int]:
+    """Axis sizes of the mesh in use, inside and outside of programs; empty on a single device."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int], counts: Mapping[str, int]) -> P:
+    """Logical axes of an array -> its PartitionSpec on a mesh of these sizes.
+
+    counts: numbers of heads: an axis of H * d values is cut between heads or not at all.
+    """
+    cut: list[tuple[str, ...] | None] = []
+    for axis, length in zip(axes, shape, strict=True):
+        names = tuple(name for name in RULES.get(axis or "", ()) if sizes.get(name, 1) > 1)
+        parts = math.prod(sizes[name] for name in names)
+        cut.append(names if names and counts.get(axis, length) % parts == 0 and length % parts == 0 else None)
+    return P(*cut)
+
+
+def logical_axes(name: str, ndim: int, stacked: bool = False) -> tuple[str | None, ...]:
+    """What the axes of an array of this name are; those of unknown arrays are None, that is whole."""
+    axes = PARAMETERS.get(name)
+    if axes is None:
+        found = _SUFFIX.fullmatch(name)
+        letters = found[1].split("x") if found else []
+        return tuple(map(_LETTERS.get, letters)) if len(letters) == ndim else (None,) * ndim
+    in_front: tuple[str | None, ...] = (None,) * stacked
+    if name in _OF_EXPERTS and ndim - len(in_front) > len(axes):
+        in_front += ("experts",)
+    return (*in_front, *axes) if len(in_front) + len(axes) == ndim else (None,) * ndim
+
+
+def specs(tree: T, sizes: Mapping[str, int], config: Any = None) -> T:
+    """The PartitionSpec of every leaf of a tree of arrays (or of their shapes), by its name.
+
+    config: of the model that the tree belongs to (num_heads, num_kv_heads).
+    """
+    counts = {} if config is None else {"heads": config.num_heads, "kv_heads": config.num_kv_heads}
+
+    def of(path, leaf):
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        named = [name for name in names if name and not name.isdecimal()]
+        axes = logical_axes(named[-1] if named else "", leaf.ndim, _STACKED in named)
+        return spec(axes, leaf.shape, sizes, counts)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def shardings(tree: T, mesh: Mesh, config: Any = None) -> T:
+    """The NamedSharding of every leaf; see `specs`."""
+    found = specs(tree, dict(mesh.shape), config)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, leaf), found, is_leaf=lambda x: isinstance(x, P))
+
+
+def abstract(tree: T, mesh: Mesh | None, config: Any = None) -> T:
+    """Shapes and dtypes with shardings: what programs are lowered from without arrays, and what is restored into."""
+    if mesh is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(tree, mesh, config)
+    )
+
+
+def born(make: Callable[..., T], *args: Any, config: Any = None) -> T:
+    """make(*args), compiled so that each device makes only what it holds of the result."""
+    mesh = current()
+    if mesh is None:
+        return jax.jit(make)(*args)
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *args), mesh, config))(*args)
+
+
+def place(tree: T, config: Any = None) -> T:
+    """Arrays of the host (the same on every process) or of devices, put where their names say."""
+    mesh = current()
+    if mesh is None:
+        return tree
+    return jax.tree.map(put, tree, shardings(tree, mesh, config))
+
+
+def put(x: Any, where: NamedSharding) -> jax.Array:
+    """One array under a sharding; of what the host holds, only what this process's devices need is copied."""
+    if isinstance(x, jax.Array) and (not x.is_fully_addressable or jax.process_count() == 1):
+        return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = np.asarray(jax.random.key_data(x))
+        return jax.jit(jax.random.wrap_key_data, out_shardings=where)(data)
+    return jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__)
+
+
+def constrain(tree: T, config: Any = None) -> T:
+    """Inside a program: the same arrays, lying where their names say."""
+    sizes = _sizes()
+    if not sizes:
+        return tree
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs(tree, sizes, config))
+
+
+def pin(x: jax.Array, letters: str) -> jax.Array:
+    """Inside a program: an array lying as its shape says, such as "BxK1xV": rows cut, window and vocabulary whole."""
+    sizes = _sizes()
+    if not sizes:
+        return x
+    axes = tuple(map(_LETTERS.get, letters.split("x")))
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes, {}))
+
+
+def row_parts(B: int) -> int:
+    """Into how many equal parts B rows are cut: devices that hold different ones."""
+    parts = math.prod(size for axis, size in _sizes().items() if axis in RULES["batch"])
+    return parts if B % parts == 0 else 1
