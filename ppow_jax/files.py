@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import shutil
 import tempfile
+from collections.abc import Callable
 
 from ppow_jax.errors import UserError
 
@@ -37,3 +39,15 @@ def writable_directory(path: str | os.PathLike) -> pathlib.Path:
             f"{directory}: must be a directory that can be written to ({error.strerror})"
         ) from None
     return directory
+
+
+def replace_directory(directory: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Puts what `write` makes of a path in the place of `directory`; a kill leaves no half of either."""
+    new, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
+    for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    write(new)
+    if directory.exists():
+        directory.rename(old)
+    new.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)

@@ -16,15 +16,17 @@ import optax
 import pytest
 
 from experiments import train
-from ppow_jax import cli, config
+from ppow_jax import cli, config, files
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
-from ppow_jax.training import loop, pipeline
+from ppow_jax.training import corpus, loop, pipeline, results, stages
 from ppow_jax.training.checkpoint import Checkpoints
 from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, read_metrics
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.settings import TrainSettings
+from ppow_jax.training.start import find_start, keep_start
 from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.workdir import open_workdir
 from ppow_jax.weights import targets
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -220,7 +222,7 @@ def run_here(cache, monkeypatch):
             measured.append(sum(len(b.prompts) for b in benchmarks))
             return [{"benchmark": b.name, "tau": 1.5, "speedup": 1.25} for b in benchmarks]
 
-        monkeypatch.setattr(pipeline, "evaluate", evaluate)
+        monkeypatch.setattr(results, "evaluate", evaluate)
         argv = arguments(workdir, **{"benchmarks": cache / "prompts.jsonl", "stages": stages} | changes)
         return pipeline.run(config.parse(TrainSettings, argv)), measured
 
@@ -286,8 +288,8 @@ def test_stage_2_and_baselines_begin_where_stage_1_ended(finished, run_here, mon
         begun.append((stage, float(drafter.params["fc"][0, 0])))
         return drafter.replace(params=drafter.params | {"fc": drafter.params["fc"] + 1})
 
-    monkeypatch.setattr(pipeline, "_supervised", train)
-    monkeypatch.setattr(pipeline, "_ppow", train)
+    monkeypatch.setattr(stages, "_supervised", train)
+    monkeypatch.setattr(stages, "_ppow", train)
     shutil.rmtree(finished / "ppow")
     assert run_here(finished, "ppow,evaluate", baselines="cst") == (0, [1, 1, 1])
     (_, first), *others = begun
@@ -313,9 +315,9 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path, monkeypatch):
 
         return fill
 
-    pipeline._replace_directory(place, write("old"))
+    files.replace_directory(place, write("old"))
     with pytest.raises(KeyboardInterrupt):
-        pipeline._replace_directory(place, write("half", then=KeyboardInterrupt))
+        files.replace_directory(place, write("half", then=KeyboardInterrupt))
     assert (place / "config.json").read_text() == "old"
 
     rename = pathlib.Path.rename
@@ -329,9 +331,9 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pathlib.Path, "rename", dying)
         with pytest.raises(KeyboardInterrupt):
-            pipeline._replace_directory(place, write("new"))
+            files.replace_directory(place, write("new"))
     assert not place.exists()  # none, rather than half of one
-    pipeline._replace_directory(place, write("new"))
+    files.replace_directory(place, write("new"))
     assert (place / "config.json").read_text() == "new" and list(tmp_path.iterdir()) == [place]
 
 
@@ -339,13 +341,13 @@ def test_a_run_keeps_the_drafter_that_it_started_from(whole, tmp_path):
     source = shutil.copytree(whole / "drafter", tmp_path / "source")
     argv = arguments(tmp_path / "run", drafter=source, draft_vocab_size=8192)  # the default: not asked for
     settings, target = config.parse(TrainSettings, argv), targets.load("tiny", "float32")
-    start = pipeline._start(settings, tmp_path, target)
+    start = find_start(settings, tmp_path, target)
     assert start.config.draft_vocab_size == 64
-    pipeline._keep_start(start, tmp_path)
+    keep_start(start, tmp_path)
     shutil.rmtree(source)
-    again = pipeline._start(settings, tmp_path, target)
-    assert again.config == start.config and pipeline._checksum(again) == pipeline._checksum(start)
-    assert pipeline._start(dataclasses.replace(settings, drafter=None, draft_vocab_size=9), tmp_path, target) is None
+    again = find_start(settings, tmp_path, target)
+    assert again.config == start.config and results.checksum(again) == results.checksum(start)
+    assert find_start(dataclasses.replace(settings, drafter=None, draft_vocab_size=9), tmp_path, target) is None
 
 
 # Bad input: one message, exit code 2, before anything is made or compiled.
@@ -356,7 +358,7 @@ def refuse(argv, monkeypatch, capsys):
     targets.load("tiny", "float32")  # what importing transformers says is none of our business
     capsys.readouterr()
     monkeypatch.setattr(cli, "setup_logging", lambda: None)
-    monkeypatch.setattr(pipeline, "_data", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(pipeline, "load_batches", lambda *_: pytest.fail("it went on"))
     with pytest.raises(SystemExit) as stop:
         cli.run(train.main, TrainSettings, argv=argv)
     assert stop.value.code == 2
@@ -406,7 +408,7 @@ def test_a_workdir_of_other_settings_is_refused(whole, tmp_path, monkeypatch, ca
     assert "--learning_rate" in message and "--group" not in message
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     (tmp_path / ".flags.txt.17.tmp").write_text("what a kill may leave")
-    assert pipeline._open_workdir(config.parse(TrainSettings, arguments(tmp_path))) == tmp_path
+    assert open_workdir(config.parse(TrainSettings, arguments(tmp_path))) == tmp_path
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not empty and holds no run" in refuse(arguments(tmp_path), monkeypatch, capsys)
     assert "--workdir: must name the directory" in refuse(arguments("none"), monkeypatch, capsys)
@@ -437,12 +439,12 @@ def test_whole_conversations_are_held_out():
         return Example(np.zeros(3, np.int32), np.ones(3, bool), f"a turn b:{conversation} turn {turn}")
 
     examples = [example(c, t) for c in range(20) for t in (0, 2)]
-    held_out, rest = pipeline.split(examples, 8, seed=1)
+    held_out, rest = corpus.split(examples, 8, seed=1)
     sources = [{e.source.rsplit(" turn ", 1)[0] for e in part} for part in (held_out, rest)]
     assert len(held_out) == 8 and len(rest) == 32 and not sources[0] & sources[1]
-    assert [e.source for e in pipeline.split(examples, 8, seed=1)[0]] == [e.source for e in held_out]
-    assert [e.source for e in pipeline.split(examples, 8, seed=2)[0]] != [e.source for e in held_out]
-    assert len(pipeline.split(examples, 1, seed=0)[0]) == 2  # at least one conversation
+    assert [e.source for e in corpus.split(examples, 8, seed=1)[0]] == [e.source for e in held_out]
+    assert [e.source for e in corpus.split(examples, 8, seed=2)[0]] != [e.source for e in held_out]
+    assert len(corpus.split(examples, 1, seed=0)[0]) == 2  # at least one conversation
 
 
 # The loop, with a step that needs no compiling.

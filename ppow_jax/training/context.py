@@ -1,0 +1,37 @@
+"""What every stage of a run is given."""
+
+import dataclasses
+from pathlib import Path
+
+from ppow_jax.data.batches import Batches
+from ppow_jax.training.metrics import MetricsWriter
+from ppow_jax.training.preemption import StopSignal
+from ppow_jax.training.settings import TrainSettings
+from ppow_jax.weights.targets import Target
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; what it has done is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Settings, directory, models and data of a run, the place of its metrics, and the signal that ends it."""
+
+    settings: TrainSettings
+    workdir: Path
+    target: Target
+    train: Batches
+    held_out: Batches
+    metrics: MetricsWriter
+    stop: StopSignal
+
+    @property
+    def greedy_text(self) -> bool:
+        """Whether every answer is the target's own at temperature 0."""
+        return self.settings.answer_temperature == 0 and not self.settings.recorded
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the drafter's products are computed in bfloat16."""
+        return self.settings.dtype == "bfloat16"

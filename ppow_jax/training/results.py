@@ -1,0 +1,107 @@
+"""What a run leaves for others: measurements of every arm, report, drafters in the EAGLE-3 format."""
+
+import json
+import logging
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax import config as config_lib
+from ppow_jax import files
+from ppow_jax.evaluation import report
+from ppow_jax.evaluation.benchmarks import Benchmark
+from ppow_jax.evaluation.measure import environment, evaluate
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation.settings import chain
+from ppow_jax.training.context import Context, Stopped
+from ppow_jax.training.metrics import read_metrics
+from ppow_jax.training.settings import TrainSettings
+from ppow_jax.weights.card import write_card
+from ppow_jax.weights.eagle3 import export_drafter
+from ppow_jax.weights.targets import DTYPES
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[Benchmark]) -> None:
+    """Measures every arm, prints the table, writes report.json, report.md and plots.
+
+    An arm that report.json has already, of the same drafter under the same conditions, is not measured again.
+    """
+    s, workdir = context.settings, context.workdir
+    about, speculations = environment(s.dtype), [chain(s.window)]
+    conditions = zlib.crc32(repr((about, s.target, speculations, s.max_new_tokens, benchmarks)).encode())
+    settings = {spec.name: getattr(s, spec.name) for spec in config_lib.specs(TrainSettings)}
+    former, done = former_arms(workdir), []
+    for name, drafter in arms.items():
+        made_of = {"drafter": checksum(drafter), "conditions": conditions}
+        arm = former.get(name, {})
+        if {key: arm.get(key) for key in made_of} == made_of:
+            log.info("%s: measured before (without report.json, it would be measured again)", name)
+        else:
+            log.info("measuring %s", name)
+            rows = evaluate(
+                context.target,
+                cast(drafter, s.dtype),
+                benchmarks,
+                speculations=speculations,
+                max_new_tokens=s.max_new_tokens,
+                skip_long_prompts=True,
+                stop=lambda: context.stop.requested,
+            )
+            if not rows:
+                raise Stopped
+            arm = report.arm(name, rows) | made_of
+        done.append(arm)
+        result = about | {"settings": settings, "arms": done}
+        report.write_json(workdir / "report.json", result)
+    report.plot_results(workdir / "results.png", result)
+    curves = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
+    report.plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), curves)
+    report.write_markdown(workdir / "report.md", result, ["results.png", "curves.png"])
+    print(report.result_table(result))
+    print(f"\nreport and plots: {workdir}")
+
+
+def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
+    """Writes workdir/name, with a model card that has the arm's figures where this very drafter was measured."""
+    s, workdir = context.settings, context.workdir
+    measured = former_arms(workdir).get(arm, {})
+    figures = measured["results"] if measured.get("drafter") == checksum(drafter) else []
+
+    def write(directory: Path) -> None:
+        params, ids_W = jax.device_get(drafter.params), np.asarray(drafter.target_ids_W)
+        export_drafter(directory, drafter.config, params, ids_W, target_name=s.target)
+        write_card(
+            directory,
+            title=f"EAGLE-3 drafter for {s.target}",
+            target=s.target,
+            figures=figures,
+            command=f"python -m experiments.train --flagfile={workdir.name}/flags.txt",
+        )
+
+    files.replace_directory(workdir / name, write)
+    log.info("exported %s: %s", arm, workdir / name)
+
+
+def cast(drafter: Drafter, dtype: str) -> Drafter:
+    """The drafter as decoding wants it: matrices in `dtype`, norms in float32."""
+    params = {k: v if "norm" in k else jnp.asarray(v, DTYPES[dtype]) for k, v in drafter.params.items()}
+    return drafter.replace(params=params, mixed=False)
+
+
+def former_arms(workdir: Path) -> dict[str, dict]:
+    """The arms in report.json, by name."""
+    path = workdir / "report.json"
+    return {arm["name"]: arm for arm in json.loads(path.read_text())["arms"]} if path.exists() else {}
+
+
+def checksum(drafter: Drafter) -> int:
+    """Of all that makes a drafter: equal for equal ones."""
+    checksum = zlib.crc32(np.asarray(drafter.target_ids_W), zlib.crc32(repr(drafter.config).encode()))
+    for _, value in sorted(drafter.params.items()):
+        checksum = zlib.crc32(np.ascontiguousarray(value), checksum)
+    return checksum

@@ -1,0 +1,189 @@
+"""Stages 1 and 2, and which drafters they make of which."""
+
+import dataclasses
+import functools
+import json
+import logging
+
+import jax
+
+from ppow_jax import files
+from ppow_jax.evaluation.measure import measure_costs
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.objectives.rewards import CostModel
+from ppow_jax.speculation.settings import chain
+from ppow_jax.training import loop, ppow, supervised
+from ppow_jax.training.checkpoint import Best
+from ppow_jax.training.context import Context, Stopped
+from ppow_jax.training.features import FeatureStore
+from ppow_jax.training.optimizers import make_optimizer
+from ppow_jax.training.results import cast, export_arm
+from ppow_jax.training.rollout import RolloutSettings
+from ppow_jax.training.start import new_drafter
+from ppow_jax.training.workdir import has_best
+
+log = logging.getLogger(__name__)
+
+
+def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
+    """The drafters of this run by the name of their stage: trained where the stage was chosen, else read back.
+
+    Stage 2 and the baselines begin where stage 1 ended. In a run without stage 1 they begin at the first drafter, which
+    then is an arm of its own, "start".
+    """
+    s, chosen = context.settings, set(context.settings.stages)
+    if "ppow" in chosen:
+        chosen |= set(s.baselines)
+        if (context.workdir / "supervised").exists():
+            chosen.add("supervised")  # stage 2 waits for its end
+    first = start or new_drafter(context)
+    stage_1 = _arm(context, "supervised", first, chosen)
+    if "supervised" in chosen:
+        export_arm(context, "supervised", stage_1, "drafter_supervised")
+    arms = {"supervised": stage_1} if stage_1 else {"start": first}
+    for name in ("ppow", *s.baselines):
+        arms[name] = _arm(context, name, stage_1 or first, chosen)
+    return {name: drafter for name, drafter in arms.items() if drafter is not None}
+
+
+def _arm(context: Context, stage: str, begin: Drafter, chosen: set[str]) -> Drafter | None:
+    """What a stage makes of `begin`; of a stage that was not chosen, its best checkpoint, or None."""
+    if stage in chosen:
+        return _ppow(context, begin) if stage == "ppow" else _supervised(context, begin, stage)
+    if not has_best(context.workdir, stage):
+        return None
+    with Best(context.workdir / stage / "best") as best:
+        step, params, _ = best.restore(jax.eval_shape(lambda: begin.params))
+    log.info("%s: best checkpoint, of step %d, read back", stage, step)
+    return begin.replace(params=params)
+
+
+def _supervised(context: Context, drafter: Drafter, stage: str) -> Drafter:
+    """Stage 1; or as `cst`, continued supervised training for as many steps and at the rate of stage 2."""
+    s = context.settings
+    total, rate, warmup = s.supervised_steps, s.learning_rate, s.warmup_steps
+    if stage == "cst":
+        total, rate, warmup = s.ppow_steps, s.ppow_learning_rate, 0
+    optimizer = make_optimizer(context, drafter, rate, total, warmup)
+    step = functools.partial(
+        supervised.train_step,
+        config=context.target.config,
+        optimizer=optimizer,
+        steps=s.ttt_steps,
+        decay=s.ttt_decay,
+        greedy_text=context.greedy_text,
+    )
+    shell = drafter.replace(params={}, mixed=context.mixed)
+    offset = s.supervised_steps if stage == "cst" else 0
+
+    store = _features(context, drafter) if s.cache_features else None
+
+    def one(state, index):
+        batch = context.train.at(offset + index)
+        cached = store.at(offset + index, batch) if store else None
+        return step(state, shell, context.target.params, batch, cached)
+
+    return _train(context, drafter, stage, one, total, optimizer)
+
+
+def _features(context: Context, drafter: Drafter) -> FeatureStore:
+    target, stop = context.target, context.stop
+    store = FeatureStore(
+        context.workdir / "features",
+        context.train,
+        target.params,
+        target.config,
+        drafter.config.feature_layers,
+        lambda: stop.requested,
+    )
+    if not store.complete:
+        raise Stopped
+    return store
+
+
+def _ppow(context: Context, drafter: Drafter) -> Drafter:
+    s = context.settings
+    optimizer = make_optimizer(context, drafter, s.ppow_learning_rate, s.ppow_steps * s.passes, 0)
+    rollouts = RolloutSettings(
+        window=s.window,
+        group=s.group,
+        windows=s.windows,
+        rollout_temperature=s.rollout_temperature,
+        verify_temperature=0.0 if s.acceptance == "greedy" else s.acceptance_temperature,
+        eta=s.eta,
+        eps=s.eps,
+        adaw=s.adaw,
+        adaw_start=s.adaw_start,
+        greedy_reference=not context.greedy_text,
+        costs=CostModel(_gamma(context, drafter), s.general_cost, s.verify_cost, s.rollback_cost, s.bonus),
+    )
+    step = functools.partial(
+        ppow.train_step,
+        config=context.target.config,
+        optimizer=optimizer,
+        rollouts=rollouts,
+        policy=ppow.PolicySettings(s.clip, s.kl_weight, s.passes),
+        greedy_text=context.greedy_text,
+    )
+    shell = drafter.replace(params={}, mixed=context.mixed)
+    key = jax.random.fold_in(jax.random.key(s.seed), 2)
+    offset = s.supervised_steps if (context.workdir / "supervised").exists() else 0  # go on in the data
+
+    def one(state, index):
+        batch = context.train.at(offset + index)
+        return step(state, shell, context.target.params, batch, jax.random.fold_in(key, index))
+
+    return _train(context, drafter, "ppow", one, s.ppow_steps, optimizer)
+
+
+def _gamma(context: Context, drafter: Drafter) -> float:
+    """The flag's gamma, or the one measured here: once a workdir, so that a resumed run has the same rewards."""
+    s = context.settings
+    if s.gamma >= 0:
+        return s.gamma
+    path = context.workdir / "costs.json"
+    if not path.exists():
+        costs = measure_costs(context.target, cast(drafter, s.dtype), chain(s.window), s.row_length)
+        measured = dataclasses.asdict(costs) | {"gamma": costs.gamma, "verify_ratio": costs.verify_ratio}
+        files.write_atomic(path, json.dumps(measured, indent=1))
+    gamma = round(json.loads(path.read_text())["gamma"], 4)
+    log.info("ppow: a draft step costs %.3f steps of the target here (--gamma)", gamma)
+    return gamma
+
+
+def _train(context: Context, drafter: Drafter, stage: str, step, total: int, optimizer) -> Drafter:
+    drafter = drafter.replace(mixed=context.mixed)
+    s = context.settings
+    stage_loop = loop.Loop(
+        stage=stage,
+        total=total,
+        step=step,
+        measure=_measure(context, drafter),
+        score="held_out_tau_sim",
+        checkpoint_every=s.checkpoint_every,
+        evaluate_every=s.evaluate_every,
+    )
+    state = supervised.TrainState.create(drafter.params, optimizer)
+    params, complete = loop.run(stage_loop, state, context.workdir / stage, context.metrics, context.stop)
+    if not complete:
+        raise Stopped
+    return drafter.replace(params=params, mixed=False)
+
+
+def _measure(context: Context, drafter: Drafter):
+    """parameters -> simulated acceptance on the held-out answers."""
+    s = context.settings
+    number = context.held_out.steps_of_epochs(1)
+    batches = [context.held_out.at(i) for i in range(number)]
+
+    def measure(params: dict) -> dict:
+        return supervised.evaluate(
+            drafter.replace(params=params),
+            context.target.params,
+            batches,
+            config=context.target.config,
+            K=s.window,
+            greedy_text=s.answer_temperature == 0,
+        )
+
+    return measure

@@ -1,0 +1,78 @@
+"""The drafter that a run begins with: one that --drafter names, or a new one."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ppow_jax import config as config_lib
+from ppow_jax import files
+from ppow_jax.data.batches import PackedBatch
+from ppow_jax.evaluation.loading import find_drafter, load_drafter
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.transformer import forward
+from ppow_jax.training import initialise
+from ppow_jax.training.context import Context
+from ppow_jax.training.scoring import row_mask
+from ppow_jax.training.settings import TrainSettings
+from ppow_jax.weights.eagle3 import export_drafter
+from ppow_jax.weights.targets import Target
+
+
+def find_start(settings: TrainSettings, workdir: Path, target: Target) -> Drafter | None:
+    """The drafter that --drafter names, in float32; None where a new one is wanted.
+
+    Raises UserError when there is none, and for flags that a new drafter, or this one, cannot have.
+    """
+    if settings.drafter is None:
+        initialise.drafter_config(target.config, settings.draft_vocab_size, settings.feature_layers)
+        return None
+    kept = workdir / "drafter_start"
+    directory = kept if kept.exists() else find_drafter(settings.drafter, settings.target)
+    rule = f"there is none for --target={settings.target}; name a directory, or none for a new drafter"
+    config_lib.require(directory is not None, f"--drafter={settings.drafter}: {rule}")
+    drafter = load_drafter(directory, target, "float32")
+    others = []
+    for spec in config_lib.specs(TrainSettings):
+        if spec.name in ("draft_vocab_size", "feature_layers", "fc_norm"):
+            asked, its = getattr(settings, spec.name), getattr(drafter.config, spec.name)
+            if asked not in (spec.default, its):
+                others.append(f"--{spec.name}={spec.format(asked)} (it has {spec.format(its)})")
+    rule = f"cannot be changed by {', '.join(others)}; leave these flags out"
+    config_lib.require(not others, f"--drafter={settings.drafter}: {rule}")
+    return drafter
+
+
+def keep_start(start: Drafter | None, workdir: Path) -> None:
+    """Copies the drafter to start from: the run goes on with it, whatever becomes of the original."""
+    directory = workdir / "drafter_start"
+    if start is not None and not directory.exists():
+        ids_W = np.asarray(start.target_ids_W)
+        files.replace_directory(
+            directory, lambda new: export_drafter(new, start.config, start.params, ids_W, dtype="float32")
+        )
+
+
+def new_drafter(context: Context) -> Drafter:
+    """A drafter for this target and these answers (see `initialise.new_drafter`)."""
+    s, target = context.settings, context.target
+    config = initialise.drafter_config(target.config, s.draft_vocab_size, s.feature_layers, s.fc_norm)
+    ids_W = initialise.choose_vocabulary(context.train.examples, target.config.vocab_size, s.draft_vocab_size)
+    scale = initialise.feature_scale(features_seen(context, config.feature_layers))
+    return initialise.new_drafter(jax.random.key(s.seed), config, target.params, ids_W, scale)
+
+
+def features_seen(context: Context, layers: tuple[int, ...]) -> np.ndarray:
+    """The target's features [N, F] of the first batch's tokens: what their sizes are measured on."""
+    target, batch = context.target, context.train.at(0)
+    features_BxTxF = _look(target.params, batch, config=target.config, layers=layers)
+    return np.asarray(features_BxTxF)[batch.segment_BxT > 0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layers"))
+def _look(params: dict, batch: PackedBatch, *, config: ModelConfig, layers: tuple[int, ...]):
+    mask = row_mask(batch.segment_BxT)
+    out = forward(params, config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=layers)
+    return out.features_BxSxF

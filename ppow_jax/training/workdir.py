@@ -1,0 +1,38 @@
+"""The directory of a run: new, or with what an earlier command of the same settings left there."""
+
+from pathlib import Path
+
+from ppow_jax import config as config_lib
+from ppow_jax import files
+from ppow_jax.errors import UserError
+from ppow_jax.training.settings import FREE, TrainSettings
+
+TRAINED = ("supervised", "ppow")  # the stages that make a drafter
+
+
+def open_workdir(settings: TrainSettings) -> Path:
+    """Creates the workdir, or checks that it holds a run of the same settings."""
+    config_lib.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
+    workdir = files.writable_directory(settings.workdir)
+    flagfile = workdir / "flags.txt"
+    if flagfile.exists():
+        before = config_lib.read_flagfile(TrainSettings, flagfile)
+        changed = config_lib.differences(before, settings, ignore=FREE)
+        if changed:
+            raise UserError(
+                f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory"
+            )
+    elif any(not path.name.startswith(".") for path in workdir.iterdir()):
+        raise UserError(
+            f"--workdir={settings.workdir}: is not empty and holds no run (no flags.txt); take another directory"
+        )
+    stages, trained = set(settings.stages), [s for s in TRAINED if has_best(workdir, s)]
+    if stages & {"evaluate", "export"} and not stages & set(TRAINED) and not trained:
+        rule = f"--workdir={settings.workdir} holds no checkpoint of {' or '.join(TRAINED)}; name a stage that trains"
+        raise UserError(f"--stages={','.join(settings.stages)}: {rule}")
+    return workdir
+
+
+def has_best(workdir: Path, stage: str) -> bool:
+    """Whether a stage has left a best checkpoint."""
+    return any(path.name.isdigit() for path in (workdir / stage / "best").glob("*"))
