@@ -81,7 +81,7 @@ def test_continuing_from_a_cache_equals_one_pass(monkeypatch, query_block):
         rest = T - cut
         context = Context(first.kv, jnp.ones((B, rest, cut), bool))
         second = run("untied", tokens[:, cut:], (1, 3), [context], start=cut)
-        np.testing.assert_allclose(second.hidden_BxSxD, whole.hidden_BxSxD[:, cut:], atol=1e-5)
+        np.testing.assert_allclose(second.hidden_BxSxD, whole.hidden_BxSxD[:, cut:], rtol=0, atol=3e-5)
         np.testing.assert_allclose(second.features_BxSxF, whole.features_BxSxF[:, cut:], atol=1e-4)
 
 

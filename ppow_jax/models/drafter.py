@@ -55,7 +55,7 @@ class Drafter(flax.struct.PyTreeNode):
 
     def rotation(self, position_BxM: Array) -> tuple[Array, Array]:
         """The rotary embedding of positions; see `layers.rotation`."""
-        return rotation(position_BxM, self.config.head_dim, self.config.rope_theta)
+        return rotation(position_BxM, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
 
     def norm(self, x: Array, name: str) -> Array:
         """Root-mean-square norm with one of the drafter's scales."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.rope import Scaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class DrafterConfig:
     feature_layers: tuple[int, int, int]
     fc_norm: bool
     norm_before_residual: bool = False
+    rope_scaling: Scaling | None = None
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:

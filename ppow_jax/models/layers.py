@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from ppow_jax.models.rope import Scaling
+
 Array = jax.Array
 QUERY_BLOCK = 128
 NEGATIVE = -1e30  # masks scores; finite, so that a row without any key gives no NaN
@@ -104,12 +106,17 @@ def _product_bf16_bwd(saved, g_MxO):
 _product_bf16.defvjp(_product_bf16_fwd, _product_bf16_bwd)
 
 
-def rotation(position_BxS: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rotation(
+    position_BxS: Array, head_dim: int, theta: float, scaling: Scaling | None = None
+) -> tuple[Array, Array]:
     """Cosine and sine of rotary position embedding (RoFormer, 2104.09864): [B, S, 1, d/2] each."""
     half = head_dim // 2
     frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is not None:
+        frequency_h = scaling.scale(frequency_h, theta)
     angle_BxSx1xh = (position_BxS[..., None].astype(jnp.float32) * frequency_h)[:, :, None]
-    return jnp.cos(angle_BxSx1xh), jnp.sin(angle_BxSx1xh)
+    cos, sin = jnp.cos(angle_BxSx1xh), jnp.sin(angle_BxSx1xh)
+    return (cos, sin) if scaling is None else (cos * scaling.attention_factor, sin * scaling.attention_factor)
 
 
 def rope(x_BxSxHxd: Array, rotation: tuple[Array, Array]) -> Array:
@@ -171,6 +178,12 @@ def _attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
         out += weighted_values(p[..., start : start + part.shape[-1]], block.kv.v_BxKvxLxd)
         start += part.shape[-1]
     return out
+
+
+def biased(x: Array, params: dict, name: str) -> Array:
+    """x times the matrix `name`_proj of `params`, plus `name`_bias where there is one."""
+    y, bias_O = linear(x, params[f"{name}_proj"]), params.get(f"{name}_bias")
+    return y if bias_O is None else y + bias_O.astype(jnp.float32)
 
 
 def swiglu(x: Array, gate_IxD: Array, up_IxD: Array, down_DxI: Array, product=linear) -> Array:

@@ -1,4 +1,7 @@
-"""The frozen target: a decoder-only transformer as pure functions of (parameters, tokens, visible keys)."""
+"""The frozen target: a decoder-only transformer as pure functions of (parameters, tokens, visible keys).
+
+Llama and Qwen, dense and with experts, are one code: what a layer does follows from the parameters that it has.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.layers import KV, Keys, attention, heads, linear, rms_norm, rope, rotation, rows_of, swiglu
+from ppow_jax.models.experts import mixture, route
+from ppow_jax.models.layers import KV, Keys, attention, biased, heads, linear, rms_norm, rope, rotation, rows_of
 
 Array = jax.Array
 
@@ -16,19 +20,25 @@ class Outputs(NamedTuple):
     """What a forward pass gives for S new tokens.
 
     hidden_BxSxD: the final hidden state, normed (input of the head). features_BxSxF: the hidden states that
-    enter the chosen layers, side by side (F = 3 * D). kv: per layer, the new tokens' keys and values.
+    enter the chosen layers, side by side (F = 3 * D). kv: per layer, the new tokens' keys and values. experts: per
+    layer that has them, the experts of each token, [B, S, experts per token].
     """
 
     hidden_BxSxD: Array
     features_BxSxF: Array | None
     kv: tuple[KV, ...]
+    experts: tuple[Array, ...] = ()
 
 
 class Context(NamedTuple):
-    """Keys of earlier tokens: per layer a `KV` of length L, and mask_BxSxL of what each new token sees."""
+    """Keys of earlier tokens: per layer a `KV` of length L, and mask_BxSxL of what each new token sees.
+
+    position_BxL: of those tokens (or [L], or [1, L], the same for all rows); only sliding windows need it.
+    """
 
     kv: Sequence[KV]
     mask_BxSxL: Array
+    position_BxL: Array | None = None
 
 
 def forward(
@@ -42,22 +52,47 @@ def forward(
 ) -> Outputs:
     """Runs the target over S new tokens that see the contexts and, through self_mask, each other.
 
-    self_mask_BxSxS: a new token may see itself and earlier ones of the S, never later ones.
-    feature_layers: indices in the "input of layer" convention (N = the output of the last layer, before the
-    norm). The pass writes nothing: the caller decides which of the returned keys to keep.
+    self_mask_BxSxS: a new token may see itself and earlier ones of the S, never later ones. Layers with a sliding
+    window see less than the masks say. feature_layers: indices in the "input of layer" convention (N = the output of
+    the last layer, before the norm). The pass writes nothing: the caller decides which of the returned keys to keep.
     """
     x_BxSxD = rows_of(params["embed"], tokens_BxS)
-    rotary = rotation(position_BxS, config.head_dim, config.rope_theta)
-    features, kv = {}, []
+    rotary = rotation(position_BxS, config.head_dim, config.rope_theta, config.rope_scaling)
+    masks = self_mask_BxSxS, [context.mask_BxSxL for context in contexts]
+    sliding_masks = masks
+    if config.sliding_layers:
+        sliding_masks = (
+            self_mask_BxSxS & _near(config, position_BxS, position_BxS),
+            [c.mask_BxSxL & _near(config, position_BxS, c.position_BxL) for c in contexts],
+        )
+    features, kv, experts = {}, [], []
     for n, layer in enumerate(params["layers"]):
         features[n] = x_BxSxD
-        blocks = [Keys(context.kv[n], context.mask_BxSxL) for context in contexts]
+        own_mask, context_masks = masks if config.window(n) is None else sliding_masks
+        blocks = [Keys(context.kv[n], mask) for context, mask in zip(contexts, context_masks, strict=True)]
         with jax.named_scope(f"layer_{n}"):
-            x_BxSxD, new_kv = decoder_layer(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks)
+            x_BxSxD, new_kv, chosen_BxSxX = decoder_layer(layer, config, x_BxSxD, rotary, own_mask, blocks)
         kv.append(new_kv)
+        experts += [] if chosen_BxSxX is None else [chosen_BxSxX]
     features[config.num_layers] = x_BxSxD
     chosen = jnp.concatenate([features[n] for n in feature_layers], -1) if feature_layers else None
-    return Outputs(rms_norm(x_BxSxD, params["norm"], config.rms_norm_eps), chosen, tuple(kv))
+    return Outputs(rms_norm(x_BxSxD, params["norm"], config.rms_norm_eps), chosen, tuple(kv), tuple(experts))
+
+
+def _near(config: ModelConfig, position_BxS: Array, position_BxL: Array | None) -> Array:
+    """[B, S, L]: whether a query's sliding window reaches back to a key."""
+    if position_BxL is None:
+        raise ValueError("a target with sliding windows needs the positions of every context")
+    distance_BxSxL = position_BxS[..., None] - jnp.atleast_2d(position_BxL)[:, None]
+    return distance_BxSxL < config.sliding_window
+
+
+class LayerOutputs(NamedTuple):
+    """The residual stream after a layer, the new tokens' keys and values, and, with experts, those of each token."""
+
+    x_BxSxD: Array
+    kv: KV
+    experts_BxSxX: Array | None
 
 
 def decoder_layer(
@@ -67,25 +102,32 @@ def decoder_layer(
     rotary: tuple[Array, Array],
     self_mask_BxSxS: Array,
     blocks: Sequence[Keys],
-) -> tuple[Array, KV]:
-    """One layer's parameters applied to the residual stream: (x_BxSxD, the new tokens' keys and values).
+) -> LayerOutputs:
+    """One layer's parameters applied to the residual stream.
 
-    rotary: see `layers.rotation`. blocks: this layer's keys of earlier tokens. Nothing depends on which layer it is.
+    rotary: see `layers.rotation`. blocks: this layer's keys of earlier tokens, masked as this layer sees them. Nothing
+    depends on which layer it is.
     """
-    attended_BxSxD, new_kv = _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks)
+    attended_BxSxD, kv = _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks)
     x_BxSxD += attended_BxSxD
     h_BxSxD = rms_norm(x_BxSxD, layer["post_norm"], config.rms_norm_eps)
-    return x_BxSxD + swiglu(h_BxSxD, layer["gate_proj"], layer["up_proj"], layer["down_proj"]), new_kv
+    if "router" not in layer:
+        gate, up = jax.nn.silu(biased(h_BxSxD, layer, "gate")), biased(h_BxSxD, layer, "up")
+        return LayerOutputs(x_BxSxD + biased(gate * up, layer, "down"), kv, None)
+    h_MxD = h_BxSxD.reshape(-1, h_BxSxD.shape[-1])
+    routes = route(h_MxD, layer["router"], config.experts)
+    x_BxSxD += mixture(layer, h_MxD, routes).reshape(x_BxSxD.shape)
+    return LayerOutputs(x_BxSxD, kv, routes.expert_MxX.reshape(*x_BxSxD.shape[:2], -1))
 
 
 def _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks):
     h_BxSxD = rms_norm(x_BxSxD, layer["input_norm"], config.rms_norm_eps)
-    q = rope(heads(linear(h_BxSxD, layer["q_proj"]), config.head_dim), rotary)
-    k = rope(heads(linear(h_BxSxD, layer["k_proj"]), config.head_dim), rotary)
-    v = heads(linear(h_BxSxD, layer["v_proj"]), config.head_dim)
-    new = KV.of(k, v)
+    q, k, v = (heads(biased(h_BxSxD, layer, name), config.head_dim) for name in "qkv")
+    if config.qk_norm:
+        q, k = (rms_norm(x, layer[f"{name}_norm"], config.rms_norm_eps) for name, x in (("q", q), ("k", k)))
+    q, new = rope(q, rotary), KV.of(rope(k, rotary), v)
     out_BxSxHxd = attention(q, blocks, Keys(new, self_mask_BxSxS))
-    return linear(out_BxSxHxd.reshape(*x_BxSxD.shape[:2], -1), layer["o_proj"]), new
+    return biased(out_BxSxHxd.reshape(*x_BxSxD.shape[:2], -1), layer, "o"), new
 
 
 def head(params: dict) -> Array:
@@ -103,30 +145,42 @@ def causal_mask(B: int, S: int) -> Array:
     return jnp.broadcast_to(jnp.tril(jnp.ones((S, S), bool)), (B, S, S))
 
 
+def shapes(config: ModelConfig) -> dict:
+    """Shape of every parameter, in the structure of the parameters themselves."""
+    D, V, q, kv = config.hidden_size, config.vocab_size, config.num_heads, config.num_kv_heads
+    q, kv = q * config.head_dim, kv * config.head_dim
+
+    def layer(n: int) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {"input_norm": (D,), "q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D)}
+        found |= {"o_proj": (D, q), "post_norm": (D,)}
+        if config.experts and n in config.experts.layers:
+            E, I = config.experts.number, config.experts.intermediate_size
+            found |= {"router": (E, D), "gate_proj": (E, I, D), "up_proj": (E, I, D), "down_proj": (E, D, I)}
+        else:
+            I = config.intermediate_size
+            found |= {"gate_proj": (I, D), "up_proj": (I, D), "down_proj": (D, I)}
+        biases = ["q", "k", "v"] * config.qkv_bias + ["o"] * config.o_bias + ["gate", "up", "down"] * config.mlp_bias
+        found |= {f"{name}_bias": found[f"{name}_proj"][:1] for name in biases}
+        return found | ({"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)} if config.qk_norm else {})
+
+    result = {"embed": (V, D), "layers": [layer(n) for n in range(config.num_layers)], "norm": (D,)}
+    return result if config.tie_word_embeddings else result | {"lm_head": (V, D)}
+
+
 def init(key: Array, config: ModelConfig, dtype=jnp.float32, scale: float = 0.02) -> dict:
-    """Random parameters (for tests and the tiny target)."""
-    D, d, intermediate = config.hidden_size, config.head_dim, config.intermediate_size
+    """Random parameters (for tests and the tiny target). Norms are 1; biases are random, so that they count."""
     keys = iter(jax.random.split(key, 8 * config.num_layers + 2))
+    bias_keys = iter(jax.random.split(jax.random.fold_in(key, 1), 7 * config.num_layers))
 
-    def matrix(*shape):
-        return (jax.random.normal(next(keys), shape) * scale).astype(dtype)
+    def value(name: str, shape: tuple[int, ...]) -> Array:
+        if name.endswith("norm"):
+            return jnp.ones(shape, dtype)
+        random = jax.random.normal(next(bias_keys if name.endswith("bias") else keys), shape)
+        return (random * scale).astype(dtype)
 
-    def layer():
+    def values(shapes: dict) -> dict:
         return {
-            "input_norm": jnp.ones(D, dtype),
-            "q_proj": matrix(config.num_heads * d, D),
-            "k_proj": matrix(config.num_kv_heads * d, D),
-            "v_proj": matrix(config.num_kv_heads * d, D),
-            "o_proj": matrix(D, config.num_heads * d),
-            "post_norm": jnp.ones(D, dtype),
-            "gate_proj": matrix(intermediate, D),
-            "up_proj": matrix(intermediate, D),
-            "down_proj": matrix(D, intermediate),
+            name: [values(layer) for layer in x] if name == "layers" else value(name, x) for name, x in shapes.items()
         }
 
-    params = {
-        "embed": matrix(config.vocab_size, D),
-        "layers": [layer() for _ in range(config.num_layers)],
-        "norm": jnp.ones(D, dtype),
-    }
-    return params if config.tie_word_embeddings else params | {"lm_head": matrix(config.vocab_size, D)}
+    return values(shapes(config))

@@ -162,7 +162,7 @@ def _read(
     start_B = jnp.full(B, start)
     position_BxS = start + jnp.broadcast_to(jnp.arange(S), (B, S))
     tokens_BxS1 = jax.lax.dynamic_slice_in_dim(tokens_BxP1, start, S + 1, 1)
-    contexts = [Context(prompt.target_kv, cache.visible(P, start_B, S))] if S < P else []
+    contexts = [Context(prompt.target_kv, cache.visible(P, start_B, S), jnp.arange(P))] if S < P else []
     layers = drafter.config.feature_layers if drafter else ()
     out = transformer.forward(
         params, config, tokens_BxS1[:, :S], position_BxS, transformer.causal_mask(B, S), contexts, layers
@@ -353,7 +353,7 @@ def _judge(
         window.token_BxN1,
         root_B[:, None] + window.depth_BxN1,
         window.seen_BxN1xN1,
-        [Context(state.target_kv, cache.visible(L, root_B, window.token_BxN1.shape[1]))],
+        [Context(state.target_kv, cache.visible(L, root_B, window.token_BxN1.shape[1]), jnp.arange(L))],
         drafter.config.feature_layers if drafter else (),
     )
     logits = transformer.logits(params, out.hidden_BxSxD)

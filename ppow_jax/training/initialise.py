@@ -47,6 +47,7 @@ def drafter_config(
         head_dim=target.head_dim,
         rms_norm_eps=target.rms_norm_eps,
         rope_theta=target.rope_theta,
+        rope_scaling=target.rope_scaling,
         max_position_embeddings=target.max_position_embeddings,
         target_hidden_size=target.hidden_size,
         feature_layers=(low, middle, high),
@@ -67,10 +68,10 @@ def new_drafter(
     feature_scale, see there); the layer's feature half, its MLP, its norms and the head are the target's, so everything
     stays in the basis and at the size of the target's residual stream; only the embedding half is new. With fc_norm the
     features come normed, and what the layer adds is made as small as they are. A drafter whose sizes differ from the
-    target's keeps random values where shapes do not fit.
+    target's keeps random values where shapes do not fit, as the MLP does where the target has experts.
     """
     params = drafting.init(key, config)
-    last = jax.tree.map(lambda x: np.asarray(x, np.float32), target_params["layers"][-1])
+    last = {name: np.asarray(x, np.float32) for name, x in target_params["layers"][-1].items() if x.ndim < 3}
     head_VxD = transformer.head(target_params)
     E, D = config.hidden_size, config.target_hidden_size
     scale = np.ones(3) if config.fc_norm else np.asarray(feature_scale) / feature_scale[2]
@@ -82,17 +83,29 @@ def new_drafter(
             "hidden_norm": last["input_norm"],
             "o_proj": last["o_proj"] * added,
             "post_norm": last["post_norm"],
-            "gate_proj": last["gate_proj"],
-            "up_proj": last["up_proj"],
-            "down_proj": last["down_proj"] * added,
+            **{name: last[name] for name in ("gate_proj", "up_proj") if name in last},
             "norm": np.asarray(target_params["norm"], np.float32),
             "lm_head": np.asarray(head_VxD[target_ids_W], np.float32),
         }
+        if "down_proj" in last:  # a mixture of experts has no one MLP to start from
+            start["down_proj"] = last["down_proj"] * added
         params |= {name: jnp.asarray(x) for name, x in start.items() if params[name].shape == x.shape}
         for name in ("q_proj", "k_proj", "v_proj"):
             if params[name].shape[0] == last[name].shape[0]:
-                params[name] = params[name].at[:, E:].set(last[name])
+                params[name] = params[name].at[:, E:].set(_without_norm(last, name))
     return Drafter(config=config, params=params, target_ids_W=jnp.asarray(target_ids_W))
+
+
+def _without_norm(last: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """The target's matrix for a layer without norms of queries and keys: they become as large as those of a typical
+    input are with the norms, where the target has them.
+    """
+    scale_d = last.get(name.replace("proj", "norm"))
+    if scale_d is None:
+        return last[name]
+    w_HxdxD = last[name].reshape(-1, len(scale_d), last[name].shape[1])
+    size_Hx1x1 = np.sqrt(np.mean(np.sum((w_HxdxD * last["input_norm"]) ** 2, -1), -1))[:, None, None]
+    return (w_HxdxD / np.maximum(size_Hx1x1, 1e-6) * scale_d[:, None]).reshape(last[name].shape)
 
 
 def feature_scale(features_NxF: np.ndarray) -> np.ndarray:

@@ -185,7 +185,7 @@ def _prefix_context(scored: Scored, anchor_BxX: Array) -> Context:
     mask = (segment_BxX[..., None] == scored.windows.segment_BxT[:, None]) & (
         jnp.arange(T) <= root_BxX[..., None]
     )
-    return Context(scored.kv, mask)
+    return Context(scored.kv, mask, scored.windows.position_BxT)
 
 
 def _verify(target_params, config, scored: Scored, anchor_BxX, token_BxXxK, hidden_BxAxD, G) -> Array:
@@ -206,7 +206,7 @@ def _verify(target_params, config, scored: Scored, anchor_BxX, token_BxXxK, hidd
         token_BxXxK[:, :, :-1].reshape(B, S),
         position.reshape(B, S),
         jnp.broadcast_to(own, (B, S, S)),
-        [Context(prefix.kv, jnp.repeat(prefix.mask_BxSxL, K - 1, axis=1))],
+        [prefix._replace(mask_BxSxL=jnp.repeat(prefix.mask_BxSxL, K - 1, axis=1))],
     )
     return jnp.concatenate([first, out.hidden_BxSxD.reshape(B, X, K - 1, -1)], axis=2)
 
@@ -267,7 +267,7 @@ def _decode_reference(target_params, config, scored: Scored, chosen_BxA, hidden_
         z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * rows_of(head_VxD, surveyed.argmax_N), -1)
         total_BxA += (z - surveyed.logsumexp_N).reshape(B, A)
         if s < K - 1:
-            contexts = [prefix, *(Context(kv, own_AxA) for kv in past)]
+            contexts = [prefix, *(Context(kv, own_AxA, position_BxA + r) for r, kv in enumerate(past))]
             out = transformer.forward(target_params, config, token_BxA, position_BxA + s, own_AxA, contexts)
             past.append(out.kv)
             hidden = out.hidden_BxSxD

@@ -1,0 +1,69 @@
+"""Mixture of experts: every token goes to its best experts, none is dropped, all shapes are fixed.
+
+The (token, expert) pairs are sorted by expert and cut into blocks that belong to one expert each. A loop over the
+blocks that are there multiplies each with its expert's matrices, so time and memory traffic follow the experts that are
+touched, not all there are: what counts when a window of a few tokens is verified.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models.families import Experts
+from ppow_jax.models.layers import linear, swiglu
+
+Array = jax.Array
+BLOCK = 128  # rows of a block where there are many tokens
+
+
+class Routes(NamedTuple):
+    """expert_MxX: the X experts of each token, best first. weight_MxX: their shares, float32."""
+
+    expert_MxX: Array
+    weight_MxX: Array
+
+
+def route(x_MxD: Array, router_ExD: Array, experts: Experts) -> Routes:
+    """Softmax over all experts in float32, then the best `per_token`; ties go to the lower number."""
+    share_MxE = jax.nn.softmax(linear(x_MxD, router_ExD), axis=-1)
+    weight_MxX, expert_MxX = jax.lax.top_k(share_MxE, experts.per_token)
+    if experts.normalize:
+        weight_MxX /= weight_MxX.sum(-1, keepdims=True)
+    return Routes(expert_MxX, weight_MxX)
+
+
+def mixture(layer: dict, x_MxD: Array, routes: Routes, first: Array | int = 0) -> Array:
+    """sum_i weight_i expert_i(x), float32 [M, D].
+
+    layer: gate_proj, up_proj [E, I, D] and down_proj [E, D, I]. They may hold a part of the experts, from number
+    `first` on, as one device of several does: the result is then what these add to the sum.
+    """
+    M, X = routes.expert_MxX.shape
+    E, N = layer["gate_proj"].shape[0], M * X
+    S = min(BLOCK, max(8, 1 << (N // E).bit_length()))  # rows of a block: about what one expert gets
+    number_N = routes.expert_MxX.reshape(N) - first
+    number_N = jnp.where((number_N >= 0) & (number_N < E), number_N, E)  # E: not one of these
+    order_N = jnp.argsort(number_N, stable=True)
+
+    # Expert e has the sorted pairs start_e .. start_e + size_e - 1, in ceil(size_e / S) blocks that end at block end_e.
+    size_E = jnp.zeros(E + 1, jnp.int32).at[number_N].add(1)[:E]
+    start_E = jnp.cumsum(size_E) - size_E
+    blocks_E = -(-size_E // S)
+    end_E = jnp.cumsum(blocks_E)
+
+    def one_block(i: Array, y_MxD: Array) -> Array:
+        e = jnp.searchsorted(end_E, i, side="right")
+        offset = (i - (end_E[e] - blocks_E[e])) * S + jnp.arange(S)
+        inside_S = offset < size_E[e]
+        pair_S = order_N[jnp.minimum(start_E[e] + offset, N - 1)]
+        token_S = jnp.where(inside_S, pair_S // X, M)  # what points behind the end is not added
+        weight_S = routes.weight_MxX.reshape(N)[pair_S]
+        matrices = [jax.lax.dynamic_index_in_dim(layer[f"{name}_proj"], e, keepdims=False) for name in _MATRICES]
+        out_SxD = swiglu(x_MxD[pair_S // X], *matrices) * weight_S[:, None]
+        return y_MxD.at[token_S].add(out_SxD, mode="drop")
+
+    return jax.lax.fori_loop(0, end_E[-1], one_block, jnp.zeros(x_MxD.shape, jnp.float32))
+
+
+_MATRICES = ("gate", "up", "down")

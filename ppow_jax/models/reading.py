@@ -1,0 +1,56 @@
+"""Values out of Hugging Face config files, each checked where it is read."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ppow_jax.errors import UserError
+
+MAX_SIZE = 1 << 31  # no dimension of a real model comes near; a larger one is a broken file
+
+
+def positive_int(
+    config: Mapping[str, Any], key: str, where: str, default: int | None = None, limit: int = MAX_SIZE
+) -> int:
+    """`config[key]`, an integer of 1..limit; absent or null it is `default`, if there is one."""
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value <= limit:
+        rule = "must be a positive integer" if limit == MAX_SIZE else f"must be an integer of 1..{limit}"
+        raise UserError(f"{where}: {key} = {value!r} {rule}")
+    return value
+
+
+def boolean(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    """`config[key]`, true or false; absent or null it is `default`."""
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not bool:
+        raise UserError(f"{where}: {key} = {value!r} must be true or false")
+    return value
+
+
+def positive_float(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    """`config[key]`, a finite number above 0; absent or null it is `default`, if there is one."""
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise UserError(f"{where}: {key} = {value!r} must be a positive number")
+    return float(value)
+
+
+def indices(config: Mapping[str, Any], key: str, where: str, below: int) -> tuple[int, ...]:
+    """`config[key]`, a list of integers of 0..below-1, in ascending order; absent or null it is empty."""
+    value = config.get(key)
+    value = [] if value is None else value
+    if not isinstance(value, Sequence) or not all(type(i) is int and 0 <= i < below for i in value):
+        raise UserError(f"{where}: {key} = {value!r} must be a list of integers of 0..{below - 1}")
+    return tuple(sorted(set(value)))
+
+
+def refuse_options(config: Mapping[str, Any], where: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises UserError if a key is present with another value than the supported ones."""
+    for key, values in supported.items():
+        value = config.get(key)
+        if not any(type(value) is type(v) and value == v for v in (*values, None)):
+            choice = " or ".join(map(repr, values)) or "absence"
+            raise UserError(f"{where}: {key} = {value!r} is not supported, only {choice}")
