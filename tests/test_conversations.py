@@ -1,6 +1,9 @@
 """Every record shape, every place a conversation may come from, and what is said when it is wrong."""
 
+import ast
+import bisect
 import gzip
+import inspect
 import io
 import json
 import logging
@@ -262,3 +265,17 @@ def test_builtin_chats():
         len(load_conversations("builtin")) == conv.BUILTIN_COUNT
         and len(load_conversations("builtin[:7]")) == 7
     )
+
+
+def test_the_standard_library_gives_programming_tasks():
+    found = load_conversations("stdlib[:300]")
+    assert len({c.messages for c in found}) == 300
+    assert all([m.role for m in c.messages] == ["user"] for c in found)
+    assert load_conversations("stdlib[:300]") == found  # the same in every run
+    (task,) = [c for c in load_conversations("stdlib") if "def insort_right(" in c.messages[0].content]
+    code = task.messages[0].content.partition("```python\n")[2].removesuffix("\n```")
+    function = ast.parse(code).body[0]
+    assert [a.arg for a in function.args.args] == ["a", "x", "lo", "hi"]
+    original = next(f for f in ast.parse(inspect.getsource(bisect)).body if getattr(f, "name", "") == "insort_right")
+    assert ast.get_docstring(function) == ast.get_docstring(original)
+    assert len(function.body) == 1 and task.source.startswith("stdlib/bisect.py:")

