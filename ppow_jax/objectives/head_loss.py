@@ -17,13 +17,14 @@ Array = jax.Array
 
 class HeadLoss(NamedTuple):
     """total: sum of weight * loss, the one differentiable part. loss_BxM: cross-entropy against p. match_BxM: whether
-    the label has the highest logit. overlap_BxM: sum_v min(p, q).
+    the label has the highest logit. overlap_BxM: sum_v min(p, q). log_q_BxM: of the label, -inf where it is unknown.
     """
 
     total: Array
     loss_BxM: Array
     match_BxM: Array
     overlap_BxM: Array
+    log_q_BxM: Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -36,7 +37,7 @@ def head_loss(
     target's argmax (-1: unknown, never matches). weight_BxM: of each loss in `total`; constant. dtype: of the products.
     """
     rows = [
-        _row(h, w_WxE, p, label, dtype)[:3] for h, p, label in zip(h_BxMxE, p_BxMxW, label_BxM, strict=True)
+        _row(h, w_WxE, p, label, dtype)[:4] for h, p, label in zip(h_BxMxE, p_BxMxW, label_BxM, strict=True)
     ]
     return _gather(rows, weight_BxM)
 
@@ -46,17 +47,19 @@ def _row(h_MxE, w_WxE, p_MxW, label_M, dtype):
     top_M = z_MxW.max(-1)
     e_MxW = jnp.exp(z_MxW - top_M[:, None])
     total_M = e_MxW.sum(-1)
-    loss_M = top_M + jnp.log(total_M) - jnp.sum(p_MxW * z_MxW, -1)
+    logsumexp_M = top_M + jnp.log(total_M)
+    loss_M = logsumexp_M - jnp.sum(p_MxW * z_MxW, -1)
     q_MxW = e_MxW / total_M[:, None]
     label_z_M = jnp.take_along_axis(z_MxW, jnp.maximum(label_M, 0)[:, None], 1)[:, 0]
-    return loss_M, (label_M >= 0) & (label_z_M >= top_M), jnp.minimum(p_MxW, q_MxW).sum(-1), q_MxW
+    known_M = label_M >= 0
+    log_q_M = jnp.where(known_M, label_z_M - logsumexp_M, -jnp.inf)
+    return loss_M, known_M & (label_z_M >= top_M), jnp.minimum(p_MxW, q_MxW).sum(-1), log_q_M, q_MxW
 
 
 def _gather(rows, weight_BxM):
-    loss_BxM, match_BxM, overlap_BxM = (jnp.stack(x) for x in zip(*rows, strict=True))
-    return HeadLoss(
-        jnp.sum(jnp.where(weight_BxM > 0, weight_BxM * loss_BxM, 0.0)), loss_BxM, match_BxM, overlap_BxM
-    )
+    loss_BxM, match_BxM, overlap_BxM, log_q_BxM = (jnp.stack(x) for x in zip(*rows, strict=True))
+    total = jnp.sum(jnp.where(weight_BxM > 0, weight_BxM * loss_BxM, 0.0))
+    return HeadLoss(total, loss_BxM, match_BxM, overlap_BxM, log_q_BxM)
 
 
 def _forward(h_BxMxE, w_WxE, p_BxMxW, label_BxM, weight_BxM, dtype):

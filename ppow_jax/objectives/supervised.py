@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV, Keys, rows_of
-from ppow_jax.objectives.head_loss import head_loss
+from ppow_jax.objectives.head_loss import HeadLoss, head_loss
 
 Array = jax.Array
 
@@ -68,10 +68,21 @@ def anchor_mask(windows: Windows, anchor_BxM: Array) -> Array:
     return same & (jnp.arange(T) <= anchor_BxM[..., None])
 
 
-def training_time_test(
-    drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int, decay: float
-) -> StepScores:
-    """Unrolls `steps` draft steps from every anchor; see `StepScores` (each field stacked over steps)."""
+class DraftStep(NamedTuple):
+    """Draft step s of every anchor's window, over the text's own tokens.
+
+    hidden_BxMxE: the drafter's normed output. label_BxM, probability_BxMxW: what the target wants there, see `Windows`.
+    valid_BxM: the step's token belongs to the anchor's answer.
+    """
+
+    hidden_BxMxE: Array
+    label_BxM: Array
+    probability_BxMxW: Array
+    valid_BxM: Array
+
+
+def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> list[DraftStep]:
+    """`steps` draft steps from every anchor, tokens from the text, features the drafter's own from step 1 on."""
     M, T = windows.anchor_BxM.shape[1], windows.tokens_BxT.shape[1]
     g_BxTxE, kv = prefix(drafter, embed_VxD, windows)
     keys = [Keys(kv, anchor_mask(windows, windows.anchor_BxM))]
@@ -81,29 +92,37 @@ def training_time_test(
     def ahead(x, s):  # what anchor m + s holds: anchors of an answer are consecutive
         return jnp.pad(x, ((0, 0), (0, s)) + ((0, 0),) * (x.ndim - 2))[:, s : s + M]
 
-    chain, scores = (), []
+    chain, unrolled = (), []
     for s in range(steps):
         token_BxM = jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 1 + s, T - 1), 1)
         embed_BxMxE = rows_of(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, keys, chain, first=s == 0)
         g_BxMxE = drafting.feed(drafter, out)
-        label_BxM = ahead(windows.label_BxM, s)
         valid_BxM = windows.anchor_mask_BxM & ahead(windows.anchor_mask_BxM, s)
         valid_BxM &= ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s
-        counted_BxM = (valid_BxM & (label_BxM >= 0)).astype(jnp.float32)
-        weight_BxM = decay**s * counted_BxM / jnp.maximum(counted_BxM.sum(), 1.0)
-        judged = head_loss(
-            drafter.norm(out, "norm"),
-            drafter.params["lm_head"],
-            ahead(windows.probability_BxMxW, s),
-            label_BxM,
-            weight_BxM,
-            jnp.bfloat16 if drafter.mixed else drafter.params["lm_head"].dtype,
-        )
+        label_BxM, probability_BxMxW = ahead(windows.label_BxM, s), ahead(windows.probability_BxMxW, s)
+        unrolled.append(DraftStep(drafter.norm(out, "norm"), label_BxM, probability_BxMxW, valid_BxM))
+    return unrolled
+
+
+def judge(drafter: Drafter, step: DraftStep, weight_BxM: Array) -> HeadLoss:
+    """The head's loss against the step's probabilities, see `head_loss`."""
+    head_WxE = drafter.params["lm_head"]
+    dtype = jnp.bfloat16 if drafter.mixed else head_WxE.dtype
+    return head_loss(step.hidden_BxMxE, head_WxE, step.probability_BxMxW, step.label_BxM, weight_BxM, dtype)
+
+
+def training_time_test(
+    drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int, decay: float
+) -> StepScores:
+    """Unrolls `steps` draft steps from every anchor; see `StepScores` (each field stacked over steps)."""
+    scores = []
+    for s, step in enumerate(unroll(drafter, embed_VxD, windows, steps)):
+        counted_BxM = (step.valid_BxM & (step.label_BxM >= 0)).astype(jnp.float32)
+        judged = judge(drafter, step, decay**s * counted_BxM / jnp.maximum(counted_BxM.sum(), 1.0))
+        known_BxM = step.label_BxM >= 0
         scores.append(
-            StepScores(
-                judged.total, judged.loss_BxM, judged.match_BxM, valid_BxM, label_BxM >= 0, judged.overlap_BxM
-            )
+            StepScores(judged.total, judged.loss_BxM, judged.match_BxM, step.valid_BxM, known_BxM, judged.overlap_BxM)
         )
     return StepScores(*(jnp.stack(x) for x in zip(*scores, strict=True)))
 

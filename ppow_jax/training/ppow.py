@@ -13,11 +13,13 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import Keys, rows_of
 from ppow_jax.objectives import supervised
-from ppow_jax.objectives.criticality import divergence
+from ppow_jax.objectives.criticality import divergence, window_means
+from ppow_jax.objectives.expected import window_loss
 from ppow_jax.objectives.policy import clipped_surrogate, decisive_tokens
+from ppow_jax.objectives.rewards import speedup_reward
 from ppow_jax.objectives.supervised import Windows
-from ppow_jax.training.rollout import Rollout, RolloutSettings, rollout
-from ppow_jax.training.scoring import score
+from ppow_jax.training.rollout import Rollout, RolloutSettings, criticality_of, rollout
+from ppow_jax.training.scoring import Scored, score
 from ppow_jax.training.supervised import TrainState
 
 Array = jax.Array
@@ -26,12 +28,14 @@ Array = jax.Array
 @dataclasses.dataclass(frozen=True)
 class PolicySettings:
     """Hashable. clip: of the window's ratio. kl_weight: beta of KL(target || drafter). passes: optimiser passes over
-    the rollouts of a step.
+    the rollouts of a step. exact: the expected reward of every window of the text in place of sampled ones, see
+    `objectives.expected`; for text that the target wrote at temperature 0, and greedy acceptance.
     """
 
     clip: float
     kl_weight: float
     passes: int
+    exact: bool = False
 
 
 @functools.partial(
@@ -45,6 +49,7 @@ def train_step(
     target_params: dict,
     batch: PackedBatch,
     key: Array,
+    cached: tuple[Array, Array] | None = None,
     *,
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -52,22 +57,49 @@ def train_step(
     policy: PolicySettings,
     greedy_text: bool,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's."""
+    """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's.
+
+    cached: the target's pass over the batch, where it was made before (`training.features`); enough for exact steps.
+    """
     scored = score(
-        target_params, config, drafter.config.feature_layers, drafter.target_ids_W, batch, greedy_text
+        target_params, config, drafter.config.feature_layers, drafter.target_ids_W, batch, greedy_text, cached
     )
     behaviour = drafter.replace(params=jax.lax.stop_gradient(state.params))
-    windows, metrics = rollout(key, state.step, behaviour, target_params, config, scored, rollouts)
+    embed = target_params["embed"]
+    metrics: dict[str, Array] = {}
+    if policy.exact:
+        priority_BxM = _priority(behaviour, embed, config, scored, state.step, rollouts)
+        objective = functools.partial(_exact_loss, drafter, embed, scored.windows, priority_BxM, rollouts, policy)
+    else:
+        windows, metrics = rollout(key, state.step, behaviour, target_params, config, scored, rollouts)
+        objective = functools.partial(_loss, drafter, target_params, scored.windows, windows, rollouts, policy)
     params, opt_state = state.params, state.opt_state
     for _ in range(policy.passes):
-        objective = functools.partial(
-            _loss, drafter, target_params, scored.windows, windows, rollouts, policy
-        )
         gradient, details = jax.grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         params = optax.apply_updates(params, updates)
     metrics |= details | {"gradient_norm": optax.tree.norm(gradient)}
     return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _priority(drafter, embed, config, scored: Scored, step, rollouts: RolloutSettings) -> Array:
+    """Weight of the window at each anchor: equal ones, its criticality once ADAW has begun. Mean 1 over the anchors."""
+    mask_BxM = scored.windows.anchor_mask_BxM
+    if not rollouts.adaw:
+        return mask_BxM.astype(jnp.float32)
+    g_BxTxE, kv = supervised.prefix(drafter, embed, scored.windows)
+    v_BxM = window_means(criticality_of(drafter, embed, config, scored, g_BxTxE, kv), rollouts.window)
+    v_BxM = jnp.where(mask_BxM, jnp.where(step >= rollouts.adaw_start, v_BxM, 1.0), 0.0)
+    return v_BxM * mask_BxM.sum() / jnp.maximum(v_BxM.sum(), 1e-9)
+
+
+def _exact_loss(
+    drafter, embed, text: Windows, priority_BxM, rollouts: RolloutSettings, policy: PolicySettings, params
+):
+    drafter, K = drafter.replace(params=params), rollouts.window
+    reward_K1 = speedup_reward(jnp.arange(K + 1), K, rollouts.costs)
+    steps = supervised.unroll(drafter, embed, text, K)
+    return window_loss(drafter, steps, reward_K1, policy.kl_weight, priority_BxM)
 
 
 def _loss(drafter, target_params, text: Windows, windows: Rollout, rollouts: RolloutSettings, policy, params):

@@ -81,7 +81,7 @@ def rollout(
     windows, G, K = scored.windows, settings.group, settings.window
     choose_key, draft_key, accept_key = jax.random.split(key, 3)
     g_BxTxE, kv = supervised.prefix(drafter, target_params["embed"], windows)
-    v_BxM = _criticality(drafter, target_params, config, scored, g_BxTxE, kv)
+    v_BxM = criticality_of(drafter, target_params["embed"], config, scored, g_BxTxE, kv)
     chosen_BxA, valid_BxA, chosen_v = _choose(choose_key, step, windows, v_BxM, settings)
 
     def beams(x_BxM, index_BxA=chosen_BxA):
@@ -150,14 +150,16 @@ def rollout(
     return jax.lax.stop_gradient(result), metrics
 
 
-def _criticality(drafter, target_params, config, scored: Scored, g_BxTxE, kv) -> Array:
-    """v_BxM of every anchor, with the drafter's first step as Q."""
+def criticality_of(
+    drafter: Drafter, embed_VxD: Array, config: ModelConfig, scored: Scored, g_BxTxE: Array, kv: KV
+) -> Array:
+    """v_BxM of every anchor, with the drafter's first step as Q. g_BxTxE, kv: see `supervised.prefix`."""
     windows = scored.windows
-    embed = target_params["embed"][jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1)]
+    embed = rows_of(embed_VxD, jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1))
     g_BxMxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxM[..., None], 1)
     position_BxM = jnp.take_along_axis(windows.position_BxT, windows.anchor_BxM, 1)
     keys = [Keys(kv, supervised.anchor_mask(windows, windows.anchor_BxM))]
-    out, _ = drafting.step(drafter, g_BxMxE, embed.astype(jnp.float32), position_BxM, keys)
+    out, _ = drafting.step(drafter, g_BxMxE, embed, position_BxM, keys)
     kl_BxM = divergence(windows.probability_BxMxW, drafting.logits(drafter, out))
     entropy_BxM = scored.survey.entropy_N.reshape(kl_BxM.shape)
     return jnp.where(windows.anchor_mask_BxM, criticality(entropy_BxM, kl_BxM, config.vocab_size), 0.0)
