@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SHORTEST, LONGEST = 60, 1200  # characters of a docstring that says enough, and no more than a prompt should hold
-TASK = "Complete the following Python function:\n\n```python\n{code}\n```"  # as `evaluation.benchmarks` asks HumanEval's
+TASK = "Complete the following Python function:\n\n```python\n{code}\n```"  # worded as HumanEval's here
 
 
 def stdlib_tasks() -> Iterator[tuple[str, str]]:

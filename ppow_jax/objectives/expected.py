@@ -1,7 +1,7 @@
 """PPOW's objective without sampling noise: the expected reward of a window, in closed form.
 
 On text that the target wrote at temperature 0, greedy acceptance keeps a drafted token exactly while it is the text's
-own, y. A window drawn from the drafter is then accepted for at least k tokens with probability prod_{j<=k} q_j(y_j), and
+own, y. At least k tokens of a window drawn from the drafter are accepted with probability prod_{j<=k} q_j(y_j), and
 
     E[R] = sum_k (R(k) - R(k-1)) prod_{j<=k} q_j(y_j).
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives import supervised
-from ppow_jax.objectives.supervised import DraftStep, Windows
+from ppow_jax.objectives.supervised import DraftStep
 
 Array = jax.Array
 

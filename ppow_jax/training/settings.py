@@ -76,6 +76,13 @@ class TrainSettings:
     group: int = field(8, "Windows sampled from one prefix, G.", group="Stage 2, PPOW")
     windows: int = field(6, "Prefixes per row and step.", low=1, group="Stage 2, PPOW")
     rollout_temperature: float = field(1.0, "Temperature of the sampled drafts.", group="Stage 2, PPOW")
+    estimator: str = field(
+        "sampled",
+        "Of the reward's gradient: from sampled windows, as in the paper; or exact, in closed form over all windows of"
+        " the text (answers at temperature 0, greedy acceptance; without R_dist).",
+        choices=("sampled", "exact"),
+        group="Stage 2, PPOW",
+    )
     acceptance: str = field(
         "greedy",
         "Rule of the reward: greedy, or p/q rejection.",
@@ -129,6 +136,10 @@ class TrainSettings:
             self.group >= 2,
             f"--group={self.group}: must be at least 2, advantages compare windows of one prefix",
         )
+        exact = "--estimator=exact: has a closed form only"
+        for name, needed in (("acceptance", "greedy"), ("answer_temperature", 0.0), ("recorded", "")):
+            fits = self.estimator == "sampled" or getattr(self, name) == needed
+            require(fits, f"{exact} with --{name}={needed}, not {getattr(self, name)}")
         require(self.rollout_temperature > 0, f"--rollout_temperature={self.rollout_temperature}: must be above 0")
         rule = "must be above 0 (for greedy acceptance: --acceptance=greedy)"
         require(self.acceptance_temperature > 0, f"--acceptance_temperature={self.acceptance_temperature}: {rule}")

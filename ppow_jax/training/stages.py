@@ -122,16 +122,18 @@ def _ppow(context: Context, drafter: Drafter) -> Drafter:
         config=context.target.config,
         optimizer=optimizer,
         rollouts=rollouts,
-        policy=ppow.PolicySettings(s.clip, s.kl_weight, s.passes),
+        policy=ppow.PolicySettings(s.clip, s.kl_weight, s.passes, exact=s.estimator == "exact"),
         greedy_text=context.greedy_text,
     )
     shell = drafter.replace(params={}, mixed=context.mixed)
     key = jax.random.fold_in(jax.random.key(s.seed), 2)
     offset = s.supervised_steps if (context.workdir / "supervised").exists() else 0  # go on in the data
+    store = _features(context, drafter) if s.cache_features and s.estimator == "exact" else None  # sampled: needs keys
 
     def one(state, index):
         batch = context.train.at(offset + index)
-        return step(state, shell, context.target.params, batch, jax.random.fold_in(key, index))
+        cached = store.at(offset + index, batch) if store else None
+        return step(state, shell, context.target.params, batch, jax.random.fold_in(key, index), cached)
 
     return _train(context, drafter, "ppow", one, s.ppow_steps, optimizer)
 
