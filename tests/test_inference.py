@@ -21,7 +21,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.inference import SPECULATIONS, Model
 from ppow_jax.models import transformer
 from ppow_jax.requests import Answer, Request
-from ppow_jax.speculation import generate
+from ppow_jax.speculation import generate, prefill
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import adaptive, off
 
@@ -370,7 +370,7 @@ def test_long_prompts_are_read_in_pieces():
     L = generate.cache_length(P, NEW, K)
 
     def read(**sizes):
-        with mock.patch.multiple(generate, **sizes):
+        with mock.patch.multiple(prefill, **sizes):
             plain = functools.partial(generate.prefill.__wrapped__, config=CONFIG, K=K, L=L, sampling=Sampling())
             names = ("prompt_BxP", "prompt_B", "limit_B", "key_B")
             return jax.jit(

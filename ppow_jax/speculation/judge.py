@@ -1,0 +1,138 @@
+"""The target's pass over a drafted window, and what it accepts of it."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models import cache, transformer
+from ppow_jax.models.layers import KV
+from ppow_jax.models.transformer import Context
+from ppow_jax.models.vocabulary import argmax
+from ppow_jax.speculation.propose import Draft
+from ppow_jax.speculation.sampling import Sampling, draw, log_distribution, sample
+from ppow_jax.speculation.settings import Speculation
+from ppow_jax.speculation.state import State, row_keys, usable
+from ppow_jax.speculation.tree import Tree, children_drawn, compact, follow, remainder
+from ppow_jax.speculation.verify import accept_greedy, accept_sampled, block_wise, emitted, token_wise
+
+Array = jax.Array
+
+
+class Window(NamedTuple):
+    """What one round verifies: the root and N drafted tokens, parents first.
+
+    token_BxN1, depth_BxN1 (0 for the root), seen_BxN1xN1: each index's ancestors and itself.
+    """
+
+    token_BxN1: Array
+    depth_BxN1: Array
+    seen_BxN1xN1: Array
+
+
+class Round(NamedTuple):
+    """What the target made of a window.
+
+    accepted_B. token_BxK1: the accepted tokens, then the target's own, then padding. hidden_BxN1xD: what judged each
+    index. features_BxK1xF, kv: of the root and the accepted path, in its order, then padding. index_BxK1: their window
+    indices. healthy_B: whether all the target's logits were usable.
+    """
+
+    accepted_B: Array
+    token_BxK1: Array
+    hidden_BxN1xD: Array
+    features_BxK1xF: Array | None
+    kv: tuple[KV, ...]
+    index_BxK1: Array
+    healthy_B: Array
+
+
+def judge(
+    params, config, drafter, state: State, speculation: Speculation, sampling, draft, width: int | None = None
+) -> Round:
+    """The target's pass over a window and what it accepts. width: look at so many drafted tokens only."""
+    B, L = state.tokens_BxL.shape
+    root_B = state.length_B - 1
+    root_Bx1 = jnp.take_along_axis(state.tokens_BxL, root_B[:, None], 1)
+    if isinstance(draft, Draft) and width is not None and width < speculation.window:
+        draft = None if width == 0 else jax.tree.map(lambda x: x[:, :, :width], draft)
+    window = _window(root_Bx1, draft)
+    out = transformer.forward(
+        params,
+        config,
+        window.token_BxN1,
+        root_B[:, None] + window.depth_BxN1,
+        window.seen_BxN1xN1,
+        [Context(state.target_kv, cache.visible(L, root_B, window.token_BxN1.shape[1]), jnp.arange(L))],
+        drafter.config.feature_layers if drafter else (),
+    )
+    logits = transformer.logits(params, out.hidden_BxSxD)
+    healthy_B = usable(logits).all(1)
+    if isinstance(draft, Tree):
+        accepted_B, index_BxK1, token_BxK1 = _accept_tree(state, draft, logits, sampling, speculation.window)
+        kv = tuple(compact(new, index_BxK1) for new in out.kv)
+        features = jnp.take_along_axis(out.features_BxSxF, index_BxK1[..., None], 1)
+        return Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B)
+    accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
+    short = speculation.window + 1 - token_BxK1.shape[1]  # of a narrower window; what is padded is never read
+
+    def pad(x, axis):
+        return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)]) if short else x
+
+    index_BxK1 = jnp.broadcast_to(jnp.arange(speculation.window + 1), (B, speculation.window + 1))
+    kv = tuple(KV(pad(k, 3), pad(v, 2)) for k, v in out.kv)
+    features = None if out.features_BxSxF is None else pad(out.features_BxSxF, 1)
+    return Round(accepted_B, pad(token_BxK1, 1), pad(out.hidden_BxSxD, 1), features, kv, index_BxK1, healthy_B)
+
+
+def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:
+    B = root_Bx1.shape[0]
+    if isinstance(draft, Tree):
+        token_BxN1 = jnp.concatenate([root_Bx1, draft.token_BxN], 1)
+        return Window(token_BxN1, draft.depth_BxN1, draft.seen_BxN1xN1)
+    token_BxN1 = root_Bx1
+    if draft is not None:
+        token_BxN1 = jnp.concatenate([root_Bx1, jnp.maximum(draft.token_BxMxK[:, 0], 0)], 1)
+    N1 = token_BxN1.shape[1]
+    return Window(token_BxN1, jnp.broadcast_to(jnp.arange(N1), (B, N1)), transformer.causal_mask(B, N1))
+
+
+def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, speculation, sampling):
+    """(accepted_B, token_BxK1)."""
+    if draft is None:
+        # With the key of `accept_sampled`: a row that drafts nothing draws the same token beside one that drafts.
+        key_B = jax.vmap(lambda key: jax.random.split(key)[1])(row_keys(state, 1))
+        token_B = draw(key_B, logits_BxK1xV[:, 0], sampling)[0]
+        return jnp.zeros_like(token_B), token_B[:, None]
+    if sampling.greedy:
+        return accept_greedy(draft.token_BxMxK[:, 0], argmax(logits_BxK1xV))
+    accept = functools.partial(accept_sampled, rule=block_wise if speculation.block else token_wise)
+    return jax.vmap(accept, in_axes=(0, 0, 0, None, 0))(
+        row_keys(state, 1),
+        jnp.maximum(draft.token_BxMxK[:, 0], 0),
+        draft.log_q_BxMxKxW[:, 0],
+        drafter.target_ids_W,
+        log_distribution(logits_BxK1xV, sampling),
+    )
+
+
+def _accept_tree(state: State, tree: Tree, logits_BxN1xV, sampling: Sampling, depth: int):
+    """(accepted_B, index_BxK1, token_BxK1)."""
+    if sampling.greedy:
+        best_BxN1 = argmax(logits_BxN1xV)
+        drawn_BxN = tree.token_BxN == jnp.take_along_axis(best_BxN1, tree.parent_BxN, 1)
+        path = follow(tree, drawn_BxN, depth)
+        last_Bx1 = jnp.take_along_axis(path.index_BxD1, path.accepted_B[:, None], 1)
+        own_B = jnp.take_along_axis(best_BxN1, last_Bx1, 1)[:, 0]
+    else:
+        log_p_BxN1xV = log_distribution(logits_BxN1xV, sampling)
+        parent_BxNx1 = tree.parent_BxN[..., None]
+        log_p_BxN = jax.vmap(lambda p, i, t: p[i, t])(log_p_BxN1xV, parent_BxNx1[..., 0], tree.token_BxN)
+        u_BxN1 = jax.vmap(lambda key: jax.random.uniform(key, log_p_BxN1xV.shape[1:2]))(row_keys(state, 0))
+        path = follow(tree, children_drawn(tree, jnp.exp(log_p_BxN), u_BxN1), depth)
+        last_B = jnp.take_along_axis(path.index_BxD1, path.accepted_B[:, None], 1)[:, 0]
+        p_BxV = jnp.exp(jnp.take_along_axis(log_p_BxN1xV, last_B[:, None, None], 1)[:, 0])
+        own_B = jax.vmap(sample)(row_keys(state, 1), jnp.log(remainder(tree, last_B, p_BxV)))
+    kept_BxK = jnp.take_along_axis(jnp.pad(tree.token_BxN, ((0, 0), (1, 0))), path.index_BxD1[:, 1:], 1)
+    return path.accepted_B, path.index_BxD1, emitted(kept_BxK, path.accepted_B, own_B)

@@ -1,0 +1,148 @@
+"""Reading prompts: the first of the two programs of a generation."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models import cache, transformer
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.layers import KV
+from ppow_jax.models.transformer import Context
+from ppow_jax.speculation.adaptive import Pace
+from ppow_jax.speculation.sampling import Sampling, draw
+from ppow_jax.speculation.state import State, commit_tokens, usable
+
+Array = jax.Array
+WHOLE, PIECE = 512, 256  # tokens: the longest prompt that is read in one piece, and the pieces of longer ones
+
+
+@functools.partial(jax.jit, static_argnames=("config", "K", "L", "cache_dtype"))
+def prefill(
+    params: dict,
+    config: ModelConfig,
+    drafter: Drafter | None,
+    prompt_BxP: Array,
+    prompt_B: Array,
+    limit_B: Array,
+    key_B: Array,
+    *,
+    K: int,
+    sampling: Sampling,
+    L: int,
+    cache_dtype=jnp.float32,
+) -> State:
+    """Reads right-padded prompts (each of at least one token) and commits the first new token.
+
+    limit_B: total length (prompt and output) at which a row stops; at most L - K - 1. Where P is more than WHOLE,
+    prompts are read PIECE tokens at a time, each piece seeing the cache of those before, up to the longest one's end.
+    """
+    B, P = prompt_BxP.shape
+    S = P if P <= WHOLE else PIECE
+    pieces = -(-P // S)
+    padded_BxP1 = jnp.pad(prompt_BxP, ((0, 0), (0, pieces * S + 1 - P)))
+    read = functools.partial(_read, params, config, drafter, padded_BxP1, prompt_B - 1, S)
+    prompt = _unread(config, drafter, B, pieces * S, cache_dtype)
+    if pieces == 1:
+        prompt = read(0, prompt)
+    else:
+        prompt = jax.lax.fori_loop(0, -(-prompt_B.max() // S), read, prompt)
+    logits_BxV = transformer.logits(params, prompt.hidden_BxD)
+    first_B = _draw_rows(key_B, prompt_B, logits_BxV, sampling)
+    healthy_B = usable(logits_BxV)
+
+    state = State(
+        tokens_BxL=jnp.pad(prompt_BxP, ((0, 0), (0, L - P))),
+        prompt_B=prompt_B,
+        length_B=prompt_B,
+        limit_B=limit_B,
+        done_B=(prompt_B >= limit_B) | ~healthy_B,
+        key_B=key_B,
+        healthy_B=healthy_B,
+        target_kv=tuple(_fit(kv, L) for kv in prompt.target_kv),
+        drafter_kv=None,
+        features_BxK1xF=None,
+        pending_B=jnp.ones(B, jnp.int32),
+        histogram_BxK1=jnp.zeros((B, K + 1), jnp.int32),
+        drafted_B=jnp.zeros(B, jnp.int32),
+        pace=Pace.start(B),
+    )
+    state = commit_tokens(state, first_B[:, None], jnp.ones(B, jnp.int32), config)
+    if drafter is None:
+        return state
+    features_BxK1xF = jnp.pad(prompt.features_BxF[:, None], ((0, 0), (0, K), (0, 0)))
+    return state.replace(drafter_kv=_fit(prompt.drafter_kv, L), features_BxK1xF=features_BxK1xF)
+
+
+class Prompt(NamedTuple):
+    """What prompts have left behind, as far as they are read.
+
+    target_kv (per layer), drafter_kv: caches. hidden_BxD, features_BxF: of each row's last token, once that is read.
+    """
+
+    target_kv: tuple[KV, ...]
+    drafter_kv: KV | None
+    hidden_BxD: Array
+    features_BxF: Array | None
+
+
+def _unread(config: ModelConfig, drafter: Drafter | None, B: int, P: int, cache_dtype) -> Prompt:
+    target_kv = tuple(
+        cache.empty(B, config.num_kv_heads, P, config.head_dim, cache_dtype) for _ in range(config.num_layers)
+    )
+    hidden_BxD = jnp.zeros((B, config.hidden_size))
+    if drafter is None:
+        return Prompt(target_kv, None, hidden_BxD, None)
+    drafter_kv = cache.empty(B, drafter.config.num_kv_heads, P, drafter.config.head_dim)
+    return Prompt(target_kv, drafter_kv, hidden_BxD, jnp.zeros((B, 3 * config.hidden_size)))
+
+
+def _read(
+    params,
+    config: ModelConfig,
+    drafter: Drafter | None,
+    tokens_BxP1: Array,
+    last_B: Array,
+    S: int,
+    piece: Array | int,
+    prompt: Prompt,
+) -> Prompt:
+    """Reads tokens piece * S .. piece * S + S - 1 of every row; what comes after a row's last one never counts."""
+    B, P = tokens_BxP1.shape[0], tokens_BxP1.shape[1] - 1
+    start = piece * S
+    start_B = jnp.full(B, start)
+    position_BxS = start + jnp.broadcast_to(jnp.arange(S), (B, S))
+    tokens_BxS1 = jax.lax.dynamic_slice_in_dim(tokens_BxP1, start, S + 1, 1)
+    contexts = [Context(prompt.target_kv, cache.visible(P, start_B, S), jnp.arange(P))] if S < P else []
+    layers = drafter.config.feature_layers if drafter else ()
+    out = transformer.forward(
+        params, config, tokens_BxS1[:, :S], position_BxS, transformer.causal_mask(B, S), contexts, layers
+    )
+    target_kv = tuple(cache.write(old, new, start_B) for old, new in zip(prompt.target_kv, out.kv, strict=True))
+    index_Bx1 = jnp.clip(last_B - start, 0, S - 1)[:, None]
+    here_Bx1 = (last_B // S == piece)[:, None]
+
+    def last(x_BxSxF, before_BxF):
+        return jnp.where(here_Bx1, jnp.take_along_axis(x_BxSxF, index_Bx1[..., None], 1)[:, 0], before_BxF)
+
+    hidden_BxD = last(out.hidden_BxSxD, prompt.hidden_BxD)
+    if drafter is None:
+        return Prompt(target_kv, None, hidden_BxD, None)
+    g_BxSxE = drafting.fuse(drafter, out.features_BxSxF)
+    embed_BxSxE = params["embed"][tokens_BxS1[:, 1:]].astype(jnp.float32)
+    new = drafting.prefix_keys(drafter, g_BxSxE, embed_BxSxE, position_BxS)
+    drafter_kv = cache.write(prompt.drafter_kv, new, start_B)
+    return Prompt(target_kv, drafter_kv, hidden_BxD, last(out.features_BxSxF, prompt.features_BxF))
+
+
+def _fit(kv: KV, L: int) -> KV:
+    """A prompt's cache as one of length L; slots beyond L hold padding alone."""
+    return cache.grow(KV(kv.k_BxKvxdxL[..., :L], kv.v_BxKvxLxd[:, :, :L]), L, kv.v_BxKvxLxd.dtype)
+
+
+def _draw_rows(key_B, position_B, logits_BxV, sampling):
+    keys = jax.vmap(jax.random.fold_in)(key_B, position_B)
+    return draw(keys, logits_BxV, sampling)[0]

@@ -1,0 +1,71 @@
+"""What a generation carries from round to round.
+
+Invariants of a row with n = length committed tokens x_0..x_{n-1}: the target's cache holds positions < n-1; the last
+token is the *root* of the next window. The drafter's cache holds indices < n-1-pending; `features` hold the target's
+features of the last `pending` indices (those the last verification accepted), which the next round writes first.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.models import cache
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.layers import KV
+from ppow_jax.speculation.adaptive import Pace
+
+Array = jax.Array
+
+
+class State(flax.struct.PyTreeNode):
+    """Everything a generation carries, in fixed shapes; every leaf but none starts with the batch axis.
+
+    tokens_BxL: prompt and output. prompt_B, length_B, limit_B: prompt length, committed tokens, and the length at
+    which the row must stop. done_B. key_B: one PRNG key per row, so that a row's output does not depend on its
+    neighbours. healthy_B: whether the target's logits have been usable, see `usable`; a row stops where they are not.
+    target_kv: per layer. drafter_kv, features_BxK1xF, pending_B: see the module. histogram_BxK1: how
+    many verifications accepted k tokens. drafted_B: tokens that were drafted. pace: see `speculation.adaptive`.
+    """
+
+    tokens_BxL: Array
+    prompt_B: Array
+    length_B: Array
+    limit_B: Array
+    done_B: Array
+    key_B: Array
+    healthy_B: Array
+    target_kv: tuple[KV, ...]
+    drafter_kv: KV | None
+    features_BxK1xF: Array | None
+    pending_B: Array
+    histogram_BxK1: Array
+    drafted_B: Array
+    pace: Pace
+
+
+def cache_length(longest_prompt: int, max_new_tokens: int, K: int) -> int:
+    """Slots that a generation needs: prompt, output, and room for one window past the last token."""
+    return longest_prompt + max_new_tokens + K + 1
+
+
+def usable(logits: Array) -> Array:
+    """Whether logits [..., V] give a distribution: no NaN, and a finite maximum, which the argmax needs anyway."""
+    return jnp.isfinite(logits.max(-1))
+
+
+def row_keys(state: State, use: int) -> Array:
+    """A key per row, for its length and one use."""
+    return jax.vmap(lambda k, n: jax.random.fold_in(jax.random.fold_in(k, n), use))(state.key_B, state.length_B)
+
+
+def commit_tokens(state: State, token_BxS: Array, count_B: Array, config: ModelConfig) -> State:
+    """Appends count_B tokens per row, cut at the first end token and at the row's limit; done rows stand still."""
+    S = token_BxS.shape[1]
+    is_end_BxS = jnp.isin(token_BxS, jnp.asarray(config.eos_token_ids, jnp.int32))
+    first_end_B = jnp.where(is_end_BxS.any(1), jnp.argmax(is_end_BxS, 1), S)
+    count_B = jnp.minimum(jnp.minimum(count_B, first_end_B + 1), state.limit_B - state.length_B)
+    count_B = jnp.where(state.done_B, 0, count_B)
+    length_B = state.length_B + count_B
+    ended_B = (first_end_B < count_B) | (length_B >= state.limit_B)
+    tokens_BxL = cache.write_rows(state.tokens_BxL, token_BxS, state.length_B)
+    return state.replace(tokens_BxL=tokens_BxL, length_B=length_B, done_B=state.done_B | ended_B)
