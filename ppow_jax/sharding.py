@@ -134,7 +134,8 @@ def specs(tree: T, sizes: Mapping[str, int], config: Any = None) -> T:
     def of(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         named = [name for name in names if name and not name.isdecimal()]
-        axes = logical_axes(named[-1] if named else "", leaf.ndim, _STACKED in named)
+        name = named[-1].rpartition(".")[2] if named else ""  # a drafter's later layers: "layers.1.q_proj"
+        axes = logical_axes(name, leaf.ndim, _STACKED in named)
         return spec(axes, leaf.shape, sizes, counts)
 
     return jax.tree_util.tree_map_with_path(of, tree)

@@ -51,6 +51,7 @@ def model() -> Model:
         target_hidden_size=32,
         feature_layers=(0, 1, 2),
         fc_norm=True,
+        norm_output=True,
     )
     drafter = Drafter(config, drafting.init(jax.random.key(2), config, scale=0.2), jnp.array(written))
     costs = {(2, rows, greedy): DEAR for rows in (1, 2, 4, 8) for greedy in (True, False)}

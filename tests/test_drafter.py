@@ -10,12 +10,12 @@ import pytest
 from golden import models
 
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models import layers
-from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import Keys
+from ppow_jax.models import layers, transformer
+from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.drafter_config import parameter_shapes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "drafter.npz")
-VARIANTS = sorted(models.DRAFTERS)  # fc_norm, norm_before_residual
+VARIANTS = sorted(models.DRAFTERS)
 
 
 @functools.cache
@@ -26,8 +26,8 @@ def make(name: str) -> Drafter:
 
 
 @functools.cache
-def inputs() -> tuple[jax.Array, jax.Array]:
-    values = models.drafter_inputs(models.DRAFTERS[VARIANTS[0]])
+def inputs(name: str = "00") -> tuple[jax.Array, jax.Array]:
+    values = models.drafter_inputs(models.DRAFTERS[name])
     return jnp.asarray(values["features_BxTxF"]), jnp.asarray(values["embed_SxBxTxE"])
 
 
@@ -44,10 +44,13 @@ def windows(drafter: Drafter, features_BxTxF, embed_SxBxTxE, anchors=None, mask_
     position_BxT = jnp.broadcast_to(jnp.arange(T), (B, T))
     mask_BxMxT = np.arange(T) <= anchors[:, None] if mask_BxMxT is None else mask_BxMxT
     mask_BxMxT = jnp.broadcast_to(mask_BxMxT, (B, len(anchors), T))
-    prefix = []
+    prefix: list[Prefix] = []
     for block in (slice(0, T),) if split is None else (slice(0, split), slice(split, T)):
-        kv = drafting.prefix_keys(drafter, g_BxTxE[:, block], embed_SxBxTxE[0, :, block], position_BxT[:, block])
-        prefix.append(Keys(kv, mask_BxMxT[..., block]))
+        seen = [Prefix(c.kv, jnp.ones((B, T - split, split), bool)) for c in prefix]
+        own = transformer.causal_mask(B, len(range(T)[block]))
+        g, embed, position = g_BxTxE[:, block], embed_SxBxTxE[0, :, block], position_BxT[:, block]
+        kv = drafting.prefix_keys(drafter, g, embed, position, own, seen)
+        prefix.append(Prefix(kv, mask_BxMxT[..., block]))
     g, chain, outs = g_BxTxE[:, anchors], (), []
     for s, embed_BxTxE in enumerate(embed_SxBxTxE):
         position = position_BxT[:, anchors] + s
@@ -57,11 +60,10 @@ def windows(drafter: Drafter, features_BxTxF, embed_SxBxTxE, anchors=None, mask_
     return jnp.stack(outs)
 
 
-@pytest.mark.parametrize("query_block", [3, 128])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "query_block"), [*((name, 128) for name in VARIANTS), ("00", 3), ("everything", 3)])
 def test_every_tensor_of_three_steps_equals_torch(monkeypatch, name, query_block):
     monkeypatch.setattr(layers, "QUERY_BLOCK", query_block)
-    drafter, (features, embed) = make(name), inputs()
+    drafter, (features, embed) = make(name), inputs(name)
     np.testing.assert_allclose(drafting.fuse(drafter, features), GOLDEN[f"{name}.g"], rtol=0, atol=1e-4)
     out = roll(drafter, features, embed)
     np.testing.assert_allclose(out, GOLDEN[f"{name}.out"], rtol=0, atol=1e-4)
@@ -69,7 +71,7 @@ def test_every_tensor_of_three_steps_equals_torch(monkeypatch, name, query_block
 
 
 def test_variants_differ():
-    outs = [GOLDEN[f"{name}.out"] for name in VARIANTS]
+    outs = [GOLDEN[f"{name}.out"] for name in VARIANTS]  # the inputs of the first ones are the same
     assert all(np.abs(a - b).max() > 0.1 for i, a in enumerate(outs) for b in outs[:i])
 
 
@@ -79,8 +81,9 @@ def test_few_anchors_give_what_all_of_them_give():
     np.testing.assert_allclose(some, roll(drafter, features, embed)[:, :, [4, 1]], atol=1e-5)
 
 
-def test_a_prefix_in_two_blocks_is_one_prefix():
-    drafter, (features, embed) = make("11"), inputs()
+@pytest.mark.parametrize("name", ["11", "everything"])
+def test_a_prefix_in_two_blocks_is_one_prefix(name):
+    drafter, (features, embed) = make(name), inputs(name)
     np.testing.assert_allclose(roll(drafter, features, embed, split=3), roll(drafter, features, embed), atol=1e-5)
 
 
@@ -125,9 +128,14 @@ def test_mixed_precision_comes_close_in_values_and_gradients():
     assert error < 0.05 * norm
 
 
-def test_random_parameters_have_the_shapes_of_the_golden_ones():
+def test_random_parameters_have_the_described_shapes():
     for config in models.DRAFTERS.values():
         shapes = jax.eval_shape(lambda config=config: drafting.init(jax.random.key(0), config))
-        assert {k: v.shape for k, v in shapes.items()} == {
-            k: v.shape for k, v in models.drafter_params(config).items()
-        }
+        assert {k: v.shape for k, v in shapes.items()} == parameter_shapes(config)
+
+
+def test_an_embedding_of_the_drafters_own_comes_before_the_targets():
+    drafter, tokens = make("narrow"), jnp.array([[3, 0]])
+    theirs, own = jnp.ones((30, 24)), jnp.arange(30 * 16.0).reshape(30, 16)
+    np.testing.assert_array_equal(drafter.embed(theirs, tokens), theirs[tokens])
+    np.testing.assert_array_equal(drafter.replace(embed_VxE=own).embed(theirs, tokens), own[tokens])

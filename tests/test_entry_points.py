@@ -19,7 +19,7 @@ from ppow_jax.evaluation import loading
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.weights import targets, tiny
-from ppow_jax.weights.eagle3 import export_drafter
+from ppow_jax.weights.drafters import export_drafter
 
 ROOT = Path(__file__).parent.parent
 SHAPES = ("--target=tiny", "--dtype=float32", "--window=2", "--max_new_tokens=8")  # compiled once for all tests

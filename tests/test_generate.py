@@ -15,16 +15,16 @@ from scipy import stats
 
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
+from ppow_jax.evaluation.loading import load_drafter
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.drafter_config import DrafterConfig
-from ppow_jax.models.layers import Keys
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.propose import Draft, propose
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, adaptive, chain, tree
-from ppow_jax.weights import eagle3, targets
+from ppow_jax.weights import targets
 
 V, N, B, P, NEW = 12, 200, 50, 9, 24  # few tokens, so that random drafters are right now and then
 ENDS = (4, 9)  # written often, so that many answers end early
@@ -46,16 +46,21 @@ DRAFTER = DrafterConfig(
     feature_layers=(0, 1, 2),
     fc_norm=False,
 )
-ARMS = [(1, False, 0), (3, True, 1), (3, True, 2), (5, False, 3)]  # K, EAGLE-3.1, seed
+LAYERED = 6  # the seed of a drafter of two layers, narrower than the target, with an embedding of its own
+ARMS = [(1, False, 0), (3, True, 1), (3, True, 2), (5, False, 3), (3, False, LAYERED)]  # K, EAGLE-3.1, seed
 GREEDY = Sampling()
 PARAMS = jax.tree.map(jnp.asarray, models.target_params(CONFIG, seed=5))
 
 
 @functools.cache
 def drafter(fc_norm: bool, seed: int) -> Drafter:
-    config = dataclasses.replace(DRAFTER, fc_norm=fc_norm, norm_before_residual=fc_norm)
+    config = dataclasses.replace(DRAFTER, fc_norm=fc_norm, norm_output=fc_norm, norm_before_residual=fc_norm)
+    embed_VxE = None
+    if seed == LAYERED:
+        config = dataclasses.replace(config, num_layers=2, qk_norm=True, hidden_size=24, own_embed=True)
+        embed_VxE = jnp.asarray(models.matrix(np.random.RandomState(seed), V, 24))
     weights = jax.tree.map(jnp.asarray, models.drafter_params(config, seed))
-    return Drafter(config, weights, jnp.array([0, 1, 3, 4, 5, 7, 8, 9, 11]))
+    return Drafter(config, weights, jnp.array([0, 1, 3, 4, 5, 7, 8, 9, 11]), embed_VxE=embed_VxE)
 
 
 @functools.cache
@@ -238,8 +243,9 @@ def draft_everywhere(K: int):
         out = transformer.forward(PARAMS, CONFIG, tokens_NxT, position_NxT, mask, feature_layers=layers)
         g_NxTxE = drafting.fuse(drafter_, out.features_BxSxF)
         next_NxT = jnp.roll(tokens_NxT, -1, 1)
-        kv = drafting.prefix_keys(drafter_, g_NxTxE, PARAMS["embed"][next_NxT], position_NxT)
-        keys, prefix = jax.random.split(jax.random.key(0), N), [Keys(kv, mask)]
+        embed_NxTxE = drafter_.embed(PARAMS["embed"], next_NxT)
+        kv = drafting.prefix_keys(drafter_, g_NxTxE, embed_NxTxE, position_NxT, mask)
+        keys, prefix = jax.random.split(jax.random.key(0), N), [Prefix(kv, mask)]
         draft = propose(drafter_, PARAMS["embed"], g_NxTxE, next_NxT, position_NxT, prefix, K, GREEDY, keys)
         return draft.token_BxMxK
 
@@ -408,11 +414,7 @@ DRAFTERS = Path(__file__).parents[1] / "drafters" / "smollm2-135m"
 def smollm2_drafter(target: targets.Target) -> Drafter:
     """The shipped drafter, or a random one as long as there is none."""
     if (DRAFTERS / "config.json").is_file():
-        config, stored, ids_W = eagle3.import_drafter(
-            DRAFTERS, num_target_layers=target.config.num_layers, target_embed_VxD=target.params["embed"]
-        )
-        weights = {name: jnp.asarray(value, jnp.float32) for name, value in stored.items()}
-        return Drafter(config, weights, jnp.asarray(ids_W))
+        return load_drafter(DRAFTERS, target, "float32")
     shared = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
     shared += ("rms_norm_eps", "rope_theta", "max_position_embeddings")
     config = DrafterConfig(

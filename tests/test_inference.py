@@ -384,7 +384,7 @@ def test_long_prompts_are_read_in_pieces():
         np.testing.assert_array_equal(state.tokens_BxL, whole.tokens_BxL)
         np.testing.assert_allclose(state.features_BxK1xF, whole.features_BxK1xF, rtol=1e-4, atol=1e-4)
         assert state.healthy_B.all()
-        caches = zip((*state.target_kv, state.drafter_kv), (*whole.target_kv, whole.drafter_kv), strict=True)
+        caches = zip((*state.target_kv, *state.drafter_kv), (*whole.target_kv, *whole.drafter_kv), strict=True)
         for mine, theirs in caches:
             for b, n in enumerate(prompt_B - 1):  # the slots that count
                 near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)

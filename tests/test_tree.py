@@ -10,7 +10,7 @@ import pytest
 import tests.small_world as world
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.layers import Keys
+from ppow_jax.models.drafter import Prefix
 from ppow_jax.objectives import supervised
 from ppow_jax.speculation.tree import (
     Tree,
@@ -161,7 +161,7 @@ def anchored():
     root_Bx1 = jnp.take_along_axis(windows.tokens_BxT, anchor_Bx1 + 1, 1)
     g_Bx1xE = jnp.take_along_axis(g_BxTxE, anchor_Bx1[..., None], 1)
     position_Bx1 = jnp.take_along_axis(windows.position_BxT, anchor_Bx1, 1)
-    prefix = [Keys(kv, supervised.anchor_mask(windows, anchor_Bx1))]
+    prefix = [Prefix(kv, supervised.anchor_mask(windows, anchor_Bx1))]
     return drafter, embed, g_Bx1xE, root_Bx1, position_Bx1, prefix
 
 

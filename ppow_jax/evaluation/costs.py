@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.models import cache
+from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
@@ -123,7 +124,13 @@ def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("speculation",), donate_argnames=("kv",))
 def _draft(
-    params: dict, drafter: Drafter, kv: KV, state: generate.State, *, speculation: Speculation, sampling: Sampling
+    params: dict,
+    drafter: Drafter,
+    kv: tuple[KV, ...],
+    state: generate.State,
+    *,
+    speculation: Speculation,
+    sampling: Sampling,
 ):
     out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), speculation, sampling)
     return out.drafter_kv, draft
@@ -146,7 +153,9 @@ def _verify(
     return out.target_kv, used
 
 
-def _state(target: Target, drafter: Drafter, K: int, L: int, B: int) -> tuple[generate.State, KV, tuple[KV, ...]]:
+def _state(
+    target: Target, drafter: Drafter, K: int, L: int, B: int
+) -> tuple[generate.State, tuple[KV, ...], tuple[KV, ...]]:
     """A state in the middle of a generation, and its drafter's and target's caches, kept apart."""
     config = target.config
     tokens_key, features_key, key = jax.random.split(jax.random.key(0), 3)
@@ -167,7 +176,6 @@ def _state(target: Target, drafter: Drafter, K: int, L: int, B: int) -> tuple[ge
         drafted_B=0 * row_B,
         pace=Pace.start(B),
     )
-    d = drafter.config
     layers = range(config.num_layers)
     target_kv = tuple(cache.empty(B, config.num_kv_heads, L, config.head_dim) for _ in layers)
-    return state, cache.empty(B, d.num_kv_heads, L, d.head_dim), target_kv
+    return state, drafting.empty_cache(drafter.config, B, L), target_kv

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.drafter_config import validate_fit
-from ppow_jax.weights.eagle3 import import_drafter
+from ppow_jax.models.drafter_config import is_vector, validate_fit
+from ppow_jax.weights.drafters import import_drafter
 from ppow_jax.weights.huggingface import CONFIG
 from ppow_jax.weights.targets import DTYPES, Target
 
@@ -39,11 +39,15 @@ def load_drafter(directory: str | Path, target: Target, dtype: str = "bfloat16")
 
     Raises UserError when the files are broken, or made for another target.
     """
-    config, stored, target_ids_W = import_drafter(
+    stored = import_drafter(
         directory, num_target_layers=target.config.num_layers, target_embed_VxD=target.params["embed"]
     )
-    validate_fit(config, target.config, f"--drafter={directory}")
+    validate_fit(stored.config, target.config, f"--drafter={directory}")
     params = {
-        name: jnp.asarray(value, jnp.float32 if "norm" in name else DTYPES[dtype]) for name, value in stored.items()
+        name: jnp.asarray(value, jnp.float32 if is_vector(name) else DTYPES[dtype])
+        for name, value in stored.params.items()
     }
-    return Drafter(config=config, params=params, target_ids_W=jnp.asarray(target_ids_W))
+    embed_VxE = None if stored.embed_VxE is None else jnp.asarray(stored.embed_VxE)
+    return Drafter(
+        config=stored.config, params=params, target_ids_W=jnp.asarray(stored.target_ids_W), embed_VxE=embed_VxE
+    )

@@ -11,11 +11,17 @@ from ppow_jax.models.rope import Scaling
 
 @dataclasses.dataclass(frozen=True)
 class DrafterConfig:
-    """A one-layer EAGLE-3 drafter and the target it belongs to. Hashable.
+    """An EAGLE-3 drafter and the target it belongs to. Hashable.
 
-    `feature_layers` holds the three target layers whose *inputs* are the features, in ascending order: id i
-    means Hugging Face's `hidden_states[i]`, 0 is the embedding. `fc_norm` turns on EAGLE-3.1: a norm on each
-    feature, and the post-norm vector fed back.
+    hidden_size: E, the drafter's own width; target_hidden_size: D. `feature_layers` holds the three target layers whose
+    *inputs* are the features, in ascending order: id i means Hugging Face's `hidden_states[i]`, 0 is the embedding. It
+    is empty where a file leaves them to the target's depth, which is not known: such a drafter cannot run.
+
+    EAGLE-3.1 is fc_norm (a norm on each feature) with norm_output (the post-norm vector fed back); norm_before_fc is
+    one norm over all three features instead. norm_before_residual: the normed feature is the first layer's residual.
+    attention_bias: q, k and v have biases; output_bias: o too. qk_norm: queries and keys are normed per head, as in
+    Qwen3. num_layers: the first sees feature and embedding, later ones are plain decoder layers. own_embed: the
+    embedding is the drafter's, not the target's.
     """
 
     vocab_size: int
@@ -29,10 +35,63 @@ class DrafterConfig:
     rope_theta: float
     max_position_embeddings: int
     target_hidden_size: int
-    feature_layers: tuple[int, int, int]
+    feature_layers: tuple[int, ...]
     fc_norm: bool
     norm_before_residual: bool = False
     rope_scaling: Scaling | None = None
+    norm_output: bool = False
+    norm_before_fc: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    num_layers: int = 1
+    own_embed: bool = False
+
+
+def layer_name(layer: int, name: str) -> str:
+    """Key of one of a layer's parameters; the first layer's, which nearly always is the only one, have plain names."""
+    return name if layer == 0 else f"layers.{layer}.{name}"
+
+
+def is_vector(name: str) -> bool:
+    """Whether a parameter is a norm's scale or a bias: kept in float32 where matrices are not."""
+    return name.endswith(("norm", "bias"))
+
+
+def parameter_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each of the drafter's parameters by its key; matrices are `[out, in]`. The embedding is not one."""
+    E, D, d, wide = config.hidden_size, config.target_hidden_size, config.head_dim, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {"fc": (E, 3 * D)}
+    if config.fc_norm or config.norm_before_fc:
+        shapes["fc_norm"] = (3, D) if config.fc_norm else (3 * D,)
+    for n in range(config.num_layers):
+        layer = _layer_shapes(config, 2 * E if n == 0 else E, config.num_heads * d, config.num_kv_heads * d, wide)
+        if n == 0:
+            layer["hidden_norm"] = (E,)
+        shapes |= {layer_name(n, name): shape for name, shape in layer.items()}
+    return shapes | {"norm": (E,), "lm_head": (config.draft_vocab_size, E)}
+
+
+def _layer_shapes(config: DrafterConfig, width: int, q: int, kv: int, wide: int) -> dict[str, tuple[int, ...]]:
+    E = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_norm": (E,),
+        "q_proj": (q, width),
+        "k_proj": (kv, width),
+        "v_proj": (kv, width),
+        "o_proj": (E, q),
+        "post_norm": (E,),
+        "gate_proj": (wide, E),
+        "up_proj": (wide, E),
+        "down_proj": (E, wide),
+    }
+    if config.attention_bias:
+        shapes |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
+    if config.output_bias:
+        shapes["o_bias"] = (E,)
+    if config.qk_norm:
+        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+    return shapes
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
@@ -82,7 +141,7 @@ def validate_fit(drafter: DrafterConfig, target: ModelConfig, where: str) -> Non
             f"{where}: the drafter takes features of width {drafter.target_hidden_size}, "
             f"the target's are {target.hidden_size} wide"
         )
-    if drafter.hidden_size != target.hidden_size:
+    if drafter.hidden_size != target.hidden_size and not drafter.own_embed:
         raise UserError(
             f"{where}: the drafter is {drafter.hidden_size} wide, but uses the target's embedding, "
             f"which is {target.hidden_size} wide"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import KV, Keys, rows_of
+from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.layers import KV
 from ppow_jax.objectives.head_loss import HeadLoss, head_loss
 
 Array = jax.Array
@@ -52,12 +52,14 @@ class StepScores(NamedTuple):
     overlap: Array
 
 
-def prefix(drafter: Drafter, embed_VxD: Array, windows: Windows) -> tuple[Array, KV]:
+def prefix(drafter: Drafter, embed_VxD: Array, windows: Windows) -> tuple[Array, tuple[KV, ...]]:
     """Fused features g_BxTxE and the drafter's keys of every index (the embedding is that of the next token)."""
     g_BxTxE = drafting.fuse(drafter, windows.features_BxTxF)
     following_BxT = jnp.concatenate([windows.tokens_BxT[:, 1:], windows.tokens_BxT[:, :1]], 1)
-    embed_BxTxE = rows_of(embed_VxD, following_BxT)
-    return g_BxTxE, drafting.prefix_keys(drafter, g_BxTxE, embed_BxTxE, windows.position_BxT)
+    embed_BxTxE = drafter.embed(embed_VxD, following_BxT)
+    every_BxT = jnp.broadcast_to(jnp.arange(following_BxT.shape[1]), following_BxT.shape)
+    mask_BxTxT = anchor_mask(windows, every_BxT)  # which counts for drafters of several layers alone
+    return g_BxTxE, drafting.prefix_keys(drafter, g_BxTxE, embed_BxTxE, windows.position_BxT, mask_BxTxT)
 
 
 def anchor_mask(windows: Windows, anchor_BxM: Array) -> Array:
@@ -85,17 +87,18 @@ def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> 
     """`steps` draft steps from every anchor, tokens from the text, features the drafter's own from step 1 on."""
     M, T = windows.anchor_BxM.shape[1], windows.tokens_BxT.shape[1]
     g_BxTxE, kv = prefix(drafter, embed_VxD, windows)
-    keys = [Keys(kv, anchor_mask(windows, windows.anchor_BxM))]
+    keys = [Prefix(kv, anchor_mask(windows, windows.anchor_BxM))]
     g_BxMxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxM[..., None], 1)
     position_BxM = jnp.take_along_axis(windows.position_BxT, windows.anchor_BxM, 1)
 
     def ahead(x, s):  # what anchor m + s holds: anchors of an answer are consecutive
         return jnp.pad(x, ((0, 0), (0, s)) + ((0, 0),) * (x.ndim - 2))[:, s : s + M]
 
-    chain, unrolled = (), []
+    chain: tuple = ()
+    unrolled = []
     for s in range(steps):
         token_BxM = jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 1 + s, T - 1), 1)
-        embed_BxMxE = rows_of(embed_VxD, token_BxM)
+        embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, keys, chain, first=s == 0)
         g_BxMxE = drafting.feed(drafter, out)
         valid_BxM = windows.anchor_mask_BxM & ahead(windows.anchor_mask_BxM, s)

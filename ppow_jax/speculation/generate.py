@@ -9,11 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models import cache
+from ppow_jax.models import cache, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import Keys, rows_of
+from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.speculation.adaptive import update, worth_going_on
 from ppow_jax.speculation.judge import Round, judge
 from ppow_jax.speculation.prefill import prefill
@@ -40,16 +39,18 @@ def draft_window(
     index_BxK1 = start_B[:, None] + jnp.arange(K1)
     following_BxK1 = jnp.take_along_axis(state.tokens_BxL, index_BxK1 + 1, 1)
     g_BxK1xE = drafting.fuse(drafter, state.features_BxK1xF)
-    embed_BxK1xE = rows_of(params["embed"], following_BxK1)
-    new = drafting.prefix_keys(drafter, g_BxK1xE, embed_BxK1xE, index_BxK1)
+    embed_BxK1xE = drafter.embed(params["embed"], following_BxK1)
+    L = state.tokens_BxL.shape[1]
+    earlier = [Prefix(state.drafter_kv, cache.visible(L, start_B, K1))]
+    causal = transformer.causal_mask(B, K1)
+    new = drafting.prefix_keys(drafter, g_BxK1xE, embed_BxK1xE, index_BxK1, causal, earlier)
 
     last_Bx1 = (state.pending_B - 1)[:, None]
     g_Bx1xE = jnp.take_along_axis(g_BxK1xE, last_Bx1[..., None], 1)
     root_Bx1 = jnp.take_along_axis(following_BxK1, last_Bx1, 1)
-    L = state.tokens_BxL.shape[1]
     prefix = [
-        Keys(state.drafter_kv, cache.visible(L, start_B, 1)),
-        Keys(new, cache.visible(K1, state.pending_B, 1)),
+        Prefix(state.drafter_kv, cache.visible(L, start_B, 1)),
+        Prefix(new, cache.visible(K1, state.pending_B, 1)),
     ]
     anchor_Bx1 = state.length_B[:, None] - 2
     anchored = drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix
@@ -62,7 +63,8 @@ def draft_window(
         draft = chain = propose(*anchored, speculation.window, sampling, row_keys(state, 0), go_on)
         first_B = chain.token_BxMxK[:, 0, 0] - NONE  # not negative
     start_B = cache.after(start_B, first_B)
-    return state.replace(drafter_kv=cache.write(state.drafter_kv, new, start_B)), draft
+    drafter_kv = tuple(cache.write(old, new, start_B) for old, new in zip(state.drafter_kv, new, strict=True))
+    return state.replace(drafter_kv=drafter_kv), draft
 
 
 def _go_on(state: State, cost_K1: Array, drafted: int, logp_Bx1: Array) -> Array:

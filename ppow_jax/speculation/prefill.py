@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ppow_jax.models import cache, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
 from ppow_jax.models.transformer import Context
 from ppow_jax.speculation.adaptive import Pace
@@ -74,17 +74,18 @@ def prefill(
     if drafter is None:
         return state
     features_BxK1xF = jnp.pad(prompt.features_BxF[:, None], ((0, 0), (0, K), (0, 0)))
-    return state.replace(drafter_kv=_fit(prompt.drafter_kv, L), features_BxK1xF=features_BxK1xF)
+    drafter_kv = tuple(_fit(kv, L) for kv in prompt.drafter_kv)
+    return state.replace(drafter_kv=drafter_kv, features_BxK1xF=features_BxK1xF)
 
 
 class Prompt(NamedTuple):
     """What prompts have left behind, as far as they are read.
 
-    target_kv (per layer), drafter_kv: caches. hidden_BxD, features_BxF: of each row's last token, once that is read.
+    target_kv, drafter_kv: caches, per layer. hidden_BxD, features_BxF: of each row's last token, once that is read.
     """
 
     target_kv: tuple[KV, ...]
-    drafter_kv: KV | None
+    drafter_kv: tuple[KV, ...] | None
     hidden_BxD: Array
     features_BxF: Array | None
 
@@ -96,7 +97,7 @@ def _unread(config: ModelConfig, drafter: Drafter | None, B: int, P: int, cache_
     hidden_BxD = jnp.zeros((B, config.hidden_size))
     if drafter is None:
         return Prompt(target_kv, None, hidden_BxD, None)
-    drafter_kv = cache.empty(B, drafter.config.num_kv_heads, P, drafter.config.head_dim)
+    drafter_kv = drafting.empty_cache(drafter.config, B, P)
     return Prompt(target_kv, drafter_kv, hidden_BxD, jnp.zeros((B, 3 * config.hidden_size)))
 
 
@@ -132,9 +133,10 @@ def _read(
     if drafter is None:
         return Prompt(target_kv, None, hidden_BxD, None)
     g_BxSxE = drafting.fuse(drafter, out.features_BxSxF)
-    embed_BxSxE = params["embed"][tokens_BxS1[:, 1:]].astype(jnp.float32)
-    new = drafting.prefix_keys(drafter, g_BxSxE, embed_BxSxE, position_BxS)
-    drafter_kv = cache.write(prompt.drafter_kv, new, start_B)
+    embed_BxSxE = drafter.embed(params["embed"], tokens_BxS1[:, 1:])
+    earlier = [Prefix(prompt.drafter_kv, cache.visible(P, start_B, S))] if S < P else []
+    new = drafting.prefix_keys(drafter, g_BxSxE, embed_BxSxE, position_BxS, transformer.causal_mask(B, S), earlier)
+    drafter_kv = tuple(cache.write(old, new, start_B) for old, new in zip(prompt.drafter_kv, new, strict=True))
     return Prompt(target_kv, drafter_kv, hidden_BxD, last(out.features_BxSxF, prompt.features_BxF))
 
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import Keys, rows_of
+from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.speculation.sampling import Sampling, draw
 
 Array = jax.Array
@@ -40,7 +39,7 @@ def propose(
     g_BxMxE: Array,
     root_BxM: Array,
     position_BxM: Array,
-    prefix: Sequence[Keys],
+    prefix: Sequence[Prefix],
     K: int,
     sampling: Sampling,
     key_B: Array,
@@ -59,7 +58,7 @@ def propose(
 
     def steps(s: int, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM) -> list[tuple]:
         """What steps s, s+1, .. K-1 draft, a tuple each; going_BxM: windows that take step s."""
-        embed_BxMxE = rows_of(embed_VxD, token_BxM)
+        embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, prefix, chain, first=s == 0)
         logits_BxMxW = drafting.logits(drafter, out)
         id_BxM, log_q_BxMxW = draw(_at_step(key_B, s), logits_BxMxW, sampling)

@@ -23,7 +23,7 @@ class State(flax.struct.PyTreeNode):
     tokens_BxL: prompt and output. prompt_B, length_B, limit_B: prompt length, committed tokens, and the length at
     which the row must stop. done_B. key_B: one PRNG key per row, so that a row's output does not depend on its
     neighbours. healthy_B: whether the target's logits have been usable, see `usable`; a row stops where they are not.
-    target_kv: per layer. drafter_kv, features_BxK1xF, pending_B: see the module. histogram_BxK1: how
+    target_kv, drafter_kv: per layer; features_BxK1xF, pending_B: see the module. histogram_BxK1: how
     many verifications accepted k tokens. drafted_B: tokens that were drafted. pace: see `speculation.adaptive`.
     """
 
@@ -35,7 +35,7 @@ class State(flax.struct.PyTreeNode):
     key_B: Array
     healthy_B: Array
     target_kv: tuple[KV, ...]
-    drafter_kv: KV | None
+    drafter_kv: tuple[KV, ...] | None
     features_BxK1xF: Array | None
     pending_B: Array
     histogram_BxK1: Array

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from ppow_jax.config import require
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import KV, Keys, rows_of
+from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.layers import KV
 
 Array = jax.Array
 
@@ -73,7 +73,7 @@ def propose_tree(
     g_Bx1xE: Array,
     root_Bx1: Array,
     position_Bx1: Array,
-    prefix: Sequence[Keys],
+    prefix: Sequence[Prefix],
     shape: TreeShape,
 ) -> Tree:
     """Drafts a tree below `root`: each level expands the best `branch` nodes of the one before.
@@ -84,10 +84,10 @@ def propose_tree(
     B, X = root_Bx1.shape[0], shape.branch
     logp_BxC, token_BxC, parent_BxC = [], [], []  # of the candidates, level by level
     g, token_BxM = g_Bx1xE, root_Bx1
-    chain: tuple[tuple[Array, Array], ...] = ()
+    chain: tuple = ()
     path_BxM, index_BxM = jnp.zeros((B, 1)), jnp.zeros((B, 1), jnp.int32)  # of what is expanded
     for s in range(shape.depth):
-        embed_BxMxE = rows_of(embed_VxD, token_BxM)
+        embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g, embed_BxMxE, position_Bx1 + s, prefix, chain, first=s == 0)
         top_BxMxX, id_BxMxX = jax.lax.top_k(jax.nn.log_softmax(drafting.logits(drafter, out)), X)
         level = (path_BxM[..., None] + top_BxMxX).reshape(B, -1)
@@ -102,7 +102,7 @@ def propose_tree(
         token_BxM = jnp.take_along_axis(token_BxC[-1], chosen_BxM, 1)
         beam_BxM = chosen_BxM // X
         g = _beams(drafting.feed(drafter, out), beam_BxM)
-        chain = tuple((_beams(k, beam_BxM), _beams(v, beam_BxM)) for k, v in chain)
+        chain = jax.tree.map(lambda x_BxMxX, beam_BxM=beam_BxM: _beams(x_BxMxX, beam_BxM), chain)
     logp, token, parent = (jnp.concatenate(x, 1) for x in (logp_BxC, token_BxC, parent_BxC))
     return _best(logp, token, parent, shape)
 

@@ -52,6 +52,7 @@ def drafter_config(
         target_hidden_size=target.hidden_size,
         feature_layers=(low, middle, high),
         fc_norm=fc_norm,
+        norm_output=fc_norm,
     )
 
 

@@ -26,10 +26,10 @@ def make_optimizer(context: Context, drafter: Drafter, peak: float, steps: int, 
         muon = optax.contrib.muon(
             schedule, consistent_rms=0.2, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
         )  # a step as large as Adam's (2502.16982)
-        labels = {name: "muon" if name in _MUON else "adamw" for name in drafter.params}
+        labels = {name: "muon" if name.split(".")[-1] in _MUON else "adamw" for name in drafter.params}
         update = optax.partition({"muon": muon, "adamw": update}, labels)
     parts = [optax.clip_by_global_norm(context.settings.clip_norm), update]
-    if not drafter.config.fc_norm:
+    if not (drafter.config.fc_norm or drafter.config.norm_before_fc):
         features_NxF = features_seen(context, drafter.config.feature_layers)
         inverse_F = jnp.asarray(1.0 / initialise.channel_scale(features_NxF), jnp.float32)
         parts.append(optax.stateless(lambda updates, _: updates | {"fc": updates["fc"] * inverse_F}))

@@ -10,8 +10,7 @@ import optax
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import Keys, rows_of
+from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import divergence, window_means
 from ppow_jax.objectives.expected import window_loss
@@ -139,13 +138,14 @@ def _loss(drafter, target_params, text: Windows, windows: Rollout, rollouts: Rol
 def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout) -> Array:
     """Logits [B, X, K, W] of the drafter along windows that were drafted before."""
     g_BxTxE, kv = supervised.prefix(drafter, embed_VxD, text)
-    keys = [Keys(kv, supervised.anchor_mask(text, windows.anchor_BxX))]
+    keys = [Prefix(kv, supervised.anchor_mask(text, windows.anchor_BxX))]
     g_BxXxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxX[..., None], 1)
     position_BxX = jnp.take_along_axis(text.position_BxT, windows.anchor_BxX, 1)
-    chain, token_BxX, outs = (), windows.root_BxX, []
+    chain: tuple = ()
+    token_BxX, outs = windows.root_BxX, []
     for s in range(windows.token_BxXxK.shape[-1]):
-        embed = rows_of(embed_VxD, token_BxX)
-        out, chain = drafting.step(drafter, g_BxXxE, embed, position_BxX + s, keys, chain, first=s == 0)
+        embed_BxXxE = drafter.embed(embed_VxD, token_BxX)
+        out, chain = drafting.step(drafter, g_BxXxE, embed_BxXxE, position_BxX + s, keys, chain, first=s == 0)
         outs.append(out)
         g_BxXxE, token_BxX = drafting.feed(drafter, out), windows.token_BxXxK[..., s]
     return drafting.logits(drafter, jnp.stack(outs, 2))

@@ -15,12 +15,13 @@ from ppow_jax.evaluation import report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import is_vector
 from ppow_jax.speculation.settings import chain
 from ppow_jax.training.context import Context, Stopped
 from ppow_jax.training.metrics import read_metrics
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.card import write_card
-from ppow_jax.weights.eagle3 import export_drafter
+from ppow_jax.weights.drafters import best_format, export_drafter
 from ppow_jax.weights.targets import DTYPES
 
 log = logging.getLogger(__name__)
@@ -74,13 +75,22 @@ def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
 
     def write(directory: Path) -> None:
         params, ids_W = jax.device_get(drafter.params), np.asarray(drafter.target_ids_W)
-        export_drafter(directory, drafter.config, params, ids_W, target_name=s.target)
+        export_drafter(
+            directory,
+            drafter.config,
+            params,
+            ids_W,
+            target_name=s.target,
+            target_architecture=context.target.config.architecture,
+            embed_VxE=drafter.embed_VxE,
+        )
         write_card(
             directory,
             title=f"EAGLE-3 drafter for {s.target}",
             target=s.target,
             figures=figures,
             command=f"python -m experiments.train --flagfile={workdir.name}/flags.txt",
+            format=best_format(drafter.config),
         )
 
     files.replace_directory(workdir / name, write)
@@ -89,7 +99,7 @@ def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
 
 def cast(drafter: Drafter, dtype: str) -> Drafter:
     """The drafter as decoding wants it: matrices in `dtype`, norms in float32."""
-    params = {k: v if "norm" in k else jnp.asarray(v, DTYPES[dtype]) for k, v in drafter.params.items()}
+    params = {k: v if is_vector(k) else jnp.asarray(v, DTYPES[dtype]) for k, v in drafter.params.items()}
     return drafter.replace(params=params, mixed=False)
 
 
@@ -102,6 +112,7 @@ def former_arms(workdir: Path) -> dict[str, dict]:
 def checksum(drafter: Drafter) -> int:
     """Of all that makes a drafter: equal for equal ones."""
     checksum = zlib.crc32(np.asarray(drafter.target_ids_W), zlib.crc32(repr(drafter.config).encode()))
-    for _, value in sorted(drafter.params.items()):
+    own = {} if drafter.embed_VxE is None else {"embed": drafter.embed_VxE}
+    for _, value in sorted((drafter.params | own).items()):
         checksum = zlib.crc32(np.ascontiguousarray(value), checksum)
     return checksum

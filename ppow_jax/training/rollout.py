@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.layers import KV, Keys, rows_of
+from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.layers import KV, rows_of
 from ppow_jax.models.transformer import Context
 from ppow_jax.models.vocabulary import survey
 from ppow_jax.objectives import supervised
@@ -95,7 +95,7 @@ def rollout(
         jnp.take_along_axis(g_BxTxE, anchor_BxX[..., None], 1),
         root_BxX,
         jnp.take_along_axis(windows.position_BxT, anchor_BxX, 1),
-        [Keys(kv, supervised.anchor_mask(windows, anchor_BxX))],
+        [Prefix(kv, supervised.anchor_mask(windows, anchor_BxX))],
         K,
         Sampling(settings.rollout_temperature),
         jax.random.split(draft_key, windows.tokens_BxT.shape[0]),
@@ -151,15 +151,16 @@ def rollout(
 
 
 def criticality_of(
-    drafter: Drafter, embed_VxD: Array, config: ModelConfig, scored: Scored, g_BxTxE: Array, kv: KV
+    drafter: Drafter, embed_VxD: Array, config: ModelConfig, scored: Scored, g_BxTxE: Array, kv: tuple[KV, ...]
 ) -> Array:
     """v_BxM of every anchor, with the drafter's first step as Q. g_BxTxE, kv: see `supervised.prefix`."""
     windows = scored.windows
-    embed = rows_of(embed_VxD, jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1))
+    token_BxM = jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1)
+    embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
     g_BxMxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxM[..., None], 1)
     position_BxM = jnp.take_along_axis(windows.position_BxT, windows.anchor_BxM, 1)
-    keys = [Keys(kv, supervised.anchor_mask(windows, windows.anchor_BxM))]
-    out, _ = drafting.step(drafter, g_BxMxE, embed, position_BxM, keys)
+    keys = [Prefix(kv, supervised.anchor_mask(windows, windows.anchor_BxM))]
+    out, _ = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM, keys)
     kl_BxM = divergence(windows.probability_BxMxW, drafting.logits(drafter, out))
     entropy_BxM = scored.survey.entropy_N.reshape(kl_BxM.shape)
     return jnp.where(windows.anchor_mask_BxM, criticality(entropy_BxM, kl_BxM, config.vocab_size), 0.0)

@@ -17,7 +17,7 @@ from ppow_jax.training import initialise
 from ppow_jax.training.context import Context
 from ppow_jax.training.scoring import row_mask
 from ppow_jax.training.settings import TrainSettings
-from ppow_jax.weights.eagle3 import export_drafter
+from ppow_jax.weights.drafters import export_drafter
 from ppow_jax.weights.targets import Target
 
 
@@ -50,9 +50,11 @@ def keep_start(start: Drafter | None, workdir: Path) -> None:
     directory = workdir / "drafter_start"
     if start is not None and not directory.exists():
         ids_W = np.asarray(start.target_ids_W)
-        files.replace_directory(
-            directory, lambda new: export_drafter(new, start.config, start.params, ids_W, dtype="float32")
-        )
+
+        def write(new: Path) -> None:
+            export_drafter(new, start.config, start.params, ids_W, dtype="float32", embed_VxE=start.embed_VxE)
+
+        files.replace_directory(directory, write)
 
 
 def new_drafter(context: Context) -> Drafter:

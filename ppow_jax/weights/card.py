@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ppow_jax.errors import UserError
 from ppow_jax.weights.huggingface import replace_files
 
 # Heading -> cell of a result row of the evaluation.
@@ -25,6 +26,11 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     ),
 }
 
+_LAYOUT = {
+    "flat": "The files have the flat EAGLE-3 layout; without an embedding in them, the target's is used.",
+    "speculators": "The files have the speculators layout, vLLM's own (`experiments.convert` makes others).",
+}
+
 _LOADING = """\
 ## How to load it
 
@@ -34,13 +40,15 @@ _LOADING = """\
 python -m experiments.generate --target={target} --drafter=DRAFTER --window={window} --prompt="Hello"
 ```
 
-The files have the flat EAGLE-3 layout, without an embedding: the target's is used. With vLLM:
+{layout} With vLLM:
 
 ```
 vllm serve {target} --speculative-config \\
   '{{"method": "eagle3", "model": "DRAFTER", "num_speculative_tokens": {window}}}'
 ```
+"""
 
+_SGLANG = """\
 With SGLang:
 
 ```
@@ -59,6 +67,7 @@ def write_card(
     figures: Sequence[Mapping[str, Any]],
     command: str,
     notes: str = "",
+    format: str = "flat",
 ) -> None:
     """Writes README.md, with the front matter that the Hugging Face hub reads.
 
@@ -67,6 +76,7 @@ def write_card(
       figures: result rows of the evaluation; absent values are shown as a dash.
       command: the command that made the drafter.
       notes: Markdown, put between the figures and the command: data, device, caveats.
+      format: of the drafter's files, see `drafters.FORMATS`.
 
     Raises:
       UserError: if the directory cannot be written.
@@ -87,9 +97,33 @@ def write_card(
         " tokens drafted at a position whose predecessors were all accepted.",
         notes.strip(),
         f"## How it was made\n\n```\n{command.strip()}\n```",
-        _LOADING.format(target=target, window=window, steps=window + 1),
+        _LOADING.format(target=target, window=window, layout=_LAYOUT[format]),
+        _SGLANG.format(target=target, window=window, steps=window + 1) if format == "flat" else "",
     ]
     text = "\n\n".join(part for part in parts if part)
+    replace_files(directory, {"README.md": lambda path: path.write_text(text, encoding="utf-8")})
+
+
+def carry_over(source: Path, directory: Path, format: str) -> None:
+    """Copies the card of a drafter that was written anew in another format, with what it says about the format mended.
+
+    A drafter without a card gives none.
+
+    Raises:
+      UserError: if the card cannot be read, or written.
+    """
+    path = source / "README.md"
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text ({type(error).__name__})") from None
+    text = re.sub(r"The files have the \w+ (EAGLE-3 )?layout.*? With vLLM:", f"{_LAYOUT[format]} With vLLM:", text)
+    if format != "flat":
+        text = re.sub(r"\n*With SGLang:\n+```.*?```\n", "\n", text, flags=re.DOTALL)
+    note = f"Converted to the {format} format with `python -m experiments.convert convert`."
+    text = f"{text.rstrip()}\n\n{note}\n"
     replace_files(directory, {"README.md": lambda path: path.write_text(text, encoding="utf-8")})
 
 

@@ -57,9 +57,22 @@ def load_target(directory_or_name: str | Path, dtype: Any = jnp.float32) -> tupl
       UserError: if there is no such model, for a config that is not supported, for broken or missing files,
         and for unknown, missing, duplicated or mis-shaped tensors (all of them in one message).
     """
-    directory = find_directory(directory_or_name)
+    config, stored = open_target(find_directory(directory_or_name))
+    params: dict = {"layers": [{} for _ in range(config.num_layers)]}
+    for name, (layer, ours) in _names(config).items():
+        scope = params if layer is None else params["layers"][layer]
+        scope[ours] = jnp.asarray(stored[name].read(), dtype)
+    return config, params
+
+
+def open_target(directory: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """The config of a target and its tensors by their Hugging Face names, none of them read, but all checked.
+
+    Raises:
+      UserError: see `load_target`.
+    """
     config = ModelConfig.from_hf(read_json(directory / CONFIG), str(directory / CONFIG))
-    stored, problems = _open_target(directory)
+    stored, problems = open_directory(directory)
     names = _names(config)
     expected = {name: _shape(config, ours) for name, (_, ours) in names.items()}
     head, embed = hf_name("lm_head"), hf_name("embed")
@@ -70,12 +83,7 @@ def load_target(directory_or_name: str | Path, dtype: Any = jnp.float32) -> tupl
         if not np.array_equal(stored[head].read(), stored[embed].read()):
             problems.append(f"{head}: differs from {embed}, although tie_word_embeddings is true")
     raise_problems(str(directory), problems)
-
-    params: dict = {"layers": [{} for _ in range(config.num_layers)]}
-    for name, (layer, ours) in names.items():
-        scope = params if layer is None else params["layers"][layer]
-        scope[ours] = jnp.asarray(stored[name].read(), dtype)
-    return config, params
+    return config, stored
 
 
 def save_target(directory: str | Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
@@ -230,7 +238,7 @@ def _stored(file: Any, name: str, path: Path) -> StoredTensor:
     return StoredTensor(tuple(entry.get_shape()), str(entry.get_dtype()), read)
 
 
-def _open_target(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+def open_directory(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """All tensors of all shards, and what is wrong with the shards among each other."""
     problems: list[str] = []
     stored: dict[str, StoredTensor] = {}

@@ -3,12 +3,15 @@
 `python -m experiments.parity --make_golden=tests/golden` writes the values.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter_config import DrafterConfig
+from ppow_jax.models.drafter_config import DrafterConfig, is_vector, parameter_shapes
+from ppow_jax.models.rope import Linear
 
 _target = functools.partial(ModelConfig, architecture="LlamaForCausalLM", max_position_embeddings=128)
 TARGETS = {
@@ -43,26 +46,42 @@ FEATURE_LAYERS = {"untied": (0, 1, 2), "tied": (0, 1)}  # Hugging Face's hidden_
 NEW_TOKENS = 24
 
 
-def drafter_config(fc_norm: bool, norm_before_residual: bool) -> DrafterConfig:
-    return DrafterConfig(
-        vocab_size=30,
-        draft_vocab_size=12,
-        hidden_size=16,
-        intermediate_size=20,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=6,
-        rms_norm_eps=1e-5,
-        rope_theta=1000.0,
-        max_position_embeddings=128,
-        target_hidden_size=16,
-        feature_layers=(1, 2, 3),
-        fc_norm=fc_norm,
-        norm_before_residual=norm_before_residual,
-    )
-
-
-DRAFTERS = {f"{int(n)}{int(r)}": drafter_config(n, r) for n in (False, True) for r in (False, True)}
+_DRAFTER = DrafterConfig(
+    vocab_size=30,
+    draft_vocab_size=12,
+    hidden_size=16,
+    intermediate_size=20,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    rms_norm_eps=1e-5,
+    rope_theta=1000.0,
+    max_position_embeddings=128,
+    target_hidden_size=16,
+    feature_layers=(1, 2, 3),
+    fc_norm=False,
+)
+_BIASES = {"attention_bias": True, "output_bias": True}
+_KINDS: dict[str, dict[str, Any]] = {
+    "00": {},
+    "01": {"norm_before_residual": True},
+    "10": {"fc_norm": True, "norm_output": True},
+    "11": {"fc_norm": True, "norm_output": True, "norm_before_residual": True},
+    "bias": {"norm_before_fc": True, **_BIASES},
+    "narrow": {"target_hidden_size": 24, "own_embed": True, "qk_norm": True, "rope_scaling": Linear(3.0)},
+    "layers": {"num_layers": 3},
+    "everything": {  # and wider than the target
+        "num_layers": 2,
+        "qk_norm": True,
+        "norm_before_residual": True,
+        "target_hidden_size": 12,
+        "own_embed": True,
+        "fc_norm": True,
+        "norm_output": True,
+        **_BIASES,
+    },
+}
+DRAFTERS = {name: dataclasses.replace(_DRAFTER, **changes) for name, changes in _KINDS.items()}
 DRAFT_STEPS = 3
 
 
@@ -89,21 +108,15 @@ def target_params(config: ModelConfig, seed: int = 0) -> dict:
 
 
 def drafter_params(config: DrafterConfig, seed: int = 1) -> dict:
-    random, E, D = np.random.RandomState(seed), config.hidden_size, config.target_hidden_size
-    q, kv, wide = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, config.intermediate_size
-    params = {
-        "fc": matrix(random, E, 3 * D),
-        "q_proj": matrix(random, q, 2 * E),
-        "k_proj": matrix(random, kv, 2 * E),
-        "v_proj": matrix(random, kv, 2 * E),
-        "o_proj": matrix(random, E, q),
-        "gate_proj": matrix(random, wide, E),
-        "up_proj": matrix(random, wide, E),
-        "down_proj": matrix(random, E, wide),
-        "lm_head": matrix(random, config.draft_vocab_size, E),
-    }
-    params |= {name: norm(random, E) for name in ("input_norm", "hidden_norm", "post_norm", "norm")}
-    return params | ({"fc_norm": norm(random, 3, D)} if config.fc_norm else {})
+    """Matrices first, norms after them: values of the plain drafters stay what they were."""
+    random, shapes = np.random.RandomState(seed), parameter_shapes(config)
+    matrices = [name for name in shapes if not is_vector(name)]
+    params = {name: matrix(random, *shapes[name]) for name in matrices}
+    scales = ["input_norm", "hidden_norm", "post_norm", "norm"]
+    vectors = scales + [name for name in shapes if is_vector(name) and name not in scales]
+    for name in vectors:
+        params[name] = (norm if name.endswith("norm") else matrix)(random, *shapes[name])
+    return params
 
 
 def drafter_inputs(config: DrafterConfig, B: int = 2, T: int = 7, seed: int = 2) -> dict[str, np.ndarray]:

@@ -1,0 +1,96 @@
+"""config.json of the flat EAGLE-3 format: that of EAGLE, SpecForge, SGLang and sglang-jax, which vLLM reads too.
+
+Layer ids: in `eagle_config`, layers are named by their *output* (SGLang and SpecForge add 1); at the top level, which
+vLLM reads, by their *input*, as ours are. Both are written.
+"""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from ppow_jax.errors import UserError
+from ppow_jax.models import reading
+from ppow_jax.models.drafter_config import DrafterConfig
+from ppow_jax.weights import drafter_fields as fields
+
+_ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
+
+
+def to_json(config: DrafterConfig, where: str) -> dict[str, Any]:
+    """The drafter's config.json, without the dtype of the file.
+
+    Raises:
+      UserError: for a drafter that the format cannot hold; it names the format that can.
+    """
+    reason = reason_against(config)
+    if reason is not None:
+        raise UserError(f"{where}: {reason}; the speculators format holds this drafter")
+    result: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[0]],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "vocab_size": config.vocab_size,
+        "draft_vocab_size": config.draft_vocab_size,
+        "tie_word_embeddings": False,
+        **fields.layer_to_json(config),
+        "norm_before_residual": config.norm_before_residual,
+        "eagle_config": {"use_aux_hidden_state": True},
+    }
+    if config.feature_layers:
+        result[fields.LAYER_IDS] = list(config.feature_layers)
+        result["eagle_config"] = {fields.LAYER_IDS: [i - 1 for i in config.feature_layers]} | result["eagle_config"]
+    if config.target_hidden_size != config.hidden_size:
+        result["target_hidden_size"] = config.target_hidden_size
+    if config.fc_norm or config.norm_output:  # the two switches by which servers know EAGLE-3.1
+        result |= {"fc_norm": config.fc_norm, "norm_output": config.norm_output}
+    if config.norm_before_fc:
+        result["norm_before_fc"] = True
+    return result
+
+
+def reason_against(config: DrafterConfig) -> str | None:
+    """Why the format cannot hold a drafter, if it cannot."""
+    if config.num_layers > 1:
+        return f"the flat format has one layer, this drafter has {config.num_layers}"
+    return "the flat format has no norms of queries and keys" if config.qk_norm else None
+
+
+def from_json(config: Mapping[str, Any], tensors: Set[str], num_layers: int | None, where: str) -> DrafterConfig:
+    """Reads a config.json.
+
+    Args:
+      tensors: names in the file, in the flat spelling: some parts are told by their presence alone.
+      num_layers: of the target, for files that do not say which layers feed them; None leaves feature_layers empty.
+
+    Raises:
+      UserError: for anything missing, impossible or not supported.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in _ARCHITECTURES:
+        supported = ", ".join(_ARCHITECTURES)
+        raise UserError(f"{where}: architectures = {names!r} is not supported, only one of {supported}")
+    reading.refuse_options(config, where, {"num_hidden_layers": (1,)})
+    layer = fields.layer_from_json(config, tensors, where)
+    return DrafterConfig(
+        **layer,
+        **fields.vocabulary_sizes(config, config, where),
+        **fields.norms(config, tensors, where),
+        target_hidden_size=reading.positive_int(config, "target_hidden_size", where, default=layer["hidden_size"]),
+        feature_layers=_feature_layers(config, num_layers, where),
+        norm_before_residual=reading.boolean(config, "norm_before_residual", where, default=False),
+    )
+
+
+def _feature_layers(config: Mapping[str, Any], num_layers: int | None, where: str) -> tuple[int, ...]:
+    eagle = config.get("eagle_config")
+    eagle = {} if eagle is None else eagle
+    if not isinstance(eagle, dict):
+        raise UserError(f"{where}: eagle_config = {eagle!r} must be an object")
+    reading.refuse_options(eagle, f"{where}: eagle_config", {"use_aux_hidden_state": (True,)})
+    by_output = fields.layer_ids(eagle, "eagle_config." + fields.LAYER_IDS, 1, num_layers, where)
+    by_input = fields.layer_ids(config, fields.LAYER_IDS, 0, num_layers, where)
+    if by_output and by_input and by_output != by_input:
+        raise UserError(
+            f"{where}: {fields.LAYER_IDS} = {list(by_input)} (inputs of layers) contradicts"
+            f" eagle_config.{fields.LAYER_IDS} = {[i - 1 for i in by_output]} (outputs of layers, one less)"
+        )
+    return by_output or by_input or fields.default_layers(num_layers)

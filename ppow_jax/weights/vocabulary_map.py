@@ -1,0 +1,44 @@
+"""The draft vocabulary as EAGLE-3 files hold it: `d2t`, offsets of draft ids, and `t2d`, a mask over target ids."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ppow_jax.weights.huggingface import StoredTensor
+
+
+def to_tensors(target_ids_W: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
+    """d2t int64 [W] and t2d bool [V]; the target's id of draft id i is i + d2t[i]."""
+    mask_V = np.zeros(vocab_size, np.bool_)
+    mask_V[target_ids_W] = True
+    return {"d2t": np.asarray(target_ids_W, np.int64) - np.arange(len(target_ids_W)), "t2d": mask_V}
+
+
+def from_tensors(
+    stored: Mapping[str, StoredTensor], V: int, W: int, problems: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(target ids ascending int32 [W], order of the file's rows that makes them so); adds to `problems`.
+
+    Without d2t the mask tells the ids; without both, draft ids are target ids.
+    """
+    mask_V = stored["t2d"].read() if "t2d" in stored else None
+    if "d2t" in stored:
+        ids_W = stored["d2t"].read().astype(np.int64) + np.arange(W)
+    elif mask_V is not None:
+        ids_W = np.flatnonzero(mask_V)
+    else:
+        ids_W = np.arange(W)
+    order_W = np.argsort(ids_W, kind="stable")
+    sorted_W = ids_W[order_W]
+    if len(ids_W) != W:
+        problems.append(f"t2d: marks {len(ids_W)} tokens, draft_vocab_size is {W}")
+    elif not ascending(sorted_W, V):
+        problems.append(f"d2t: draft id + offset must give different target ids of 0..{V - 1}")
+    elif mask_V is not None and not np.array_equal(np.flatnonzero(mask_V), sorted_W):
+        problems.append("t2d: marks other tokens than d2t names")
+    return sorted_W.astype(np.int32), order_W
+
+
+def ascending(ids_W: np.ndarray, V: int) -> bool:
+    """Whether ids are ascending, different ones of 0..V-1."""
+    return bool(ids_W[0] >= 0 and ids_W[-1] < V and (np.diff(ids_W) > 0).all())
