@@ -3,6 +3,7 @@
 Importing this starts no JAX, so that bad input is refused at once.
 """
 
+import difflib
 import inspect
 import itertools
 import logging
@@ -22,11 +23,15 @@ EXIT_INTERRUPTED = 130
 T = TypeVar("T")
 
 
+HELP = {"--help", "-help", "-h", "--helpfull"}
+
+
 def run(
     main: Callable[[T], int | None],
     config_cls: type[T],
     defaults: Mapping[str, Any] | None = None,
     argv: Sequence[str] | None = None,
+    command: str | None = None,
 ) -> NoReturn:
     """Parses the command line into `config_cls`, calls `main(settings)`, and exits with what it returns.
 
@@ -35,13 +40,14 @@ def run(
       config_cls: dataclass of `ppow_jax.config.field`s.
       defaults: values that replace the fields' own defaults here.
       argv: arguments without the program's name; by default those of the process.
+      command: the word that chose `main`, whose own docstring then heads --help; see `run_command`.
 
     A UserError, from `main` as well, is printed as `error: ...` (exit code 2); Ctrl-C exits with 130; any
     other exception keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if {"--help", "-help", "-h", "--helpfull"} & set(argv):
-        print(usage(main, config_cls, defaults))
+    if HELP & set(argv):
+        print(usage(main, config_cls, defaults, command))
         sys.exit(0)
     setup_logging()
     try:
@@ -54,6 +60,37 @@ def run(
         sys.exit(EXIT_INTERRUPTED)
 
 
+def run_command(commands: Mapping[str, tuple[Callable, type]], argv: Sequence[str] | None = None) -> NoReturn:
+    """Like `run`, for a program whose first argument says what it does.
+
+    Args:
+      commands: word -> (entry point, its dataclass of settings). The entry points' docstrings are their help; the
+        docstring of the module that defines them heads the program's own --help.
+      argv: arguments without the program's name; by default those of the process.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    word = argv[0] if argv else ""
+    if word in commands:
+        main, config_cls = commands[word]
+        run(main, config_cls, argv=argv[1:], command=word)
+    if HELP & set(argv):
+        print(_command_list(commands))
+        sys.exit(0)
+    near = difflib.get_close_matches(word, commands, n=1)
+    found = f"{word!r}: unknown command{f'; did you mean {near[0]}?' if near else ''}" if word else "no command"
+    print(f"error: {found} (the first argument must be one of {', '.join(commands)}; see --help)", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _command_list(commands: Mapping[str, tuple[Callable, type]]) -> str:
+    module = sys.modules[next(iter(commands.values()))[0].__module__]
+    program = module.__spec__.name if module.__spec__ else module.__name__
+    lines = [inspect.cleandoc(module.__doc__ or ""), "", f"usage: python -m {program} COMMAND [--help] ...", ""]
+    for word, (main, _) in commands.items():
+        lines.append(f"  {word:<10} {inspect.cleandoc(main.__doc__ or '').splitlines()[0]}")
+    return "\n".join(lines).strip()
+
+
 def setup_logging() -> None:
     """Log lines go to standard error as `12:30:59 text`; libraries speak up from warnings on."""
     handler = progress.LogHandler()
@@ -64,20 +101,24 @@ def setup_logging() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step there.
 
 
-def usage(main: Callable, config_cls: type, defaults: Mapping[str, Any] | None = None) -> str:
+def usage(
+    main: Callable, config_cls: type, defaults: Mapping[str, Any] | None = None, command: str | None = None
+) -> str:
     """The text of --help: the entry point's docstring and its flags by group, with defaults."""
     module = sys.modules[main.__module__]
     program = module.__spec__.name if module.__spec__ else main.__module__
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
-    lines = [inspect.cleandoc(module.__doc__ or ""), ""]
-    lines += [f"usage: python -m {program} [--name=value ...] [--flagfile=FILE ...]"]
-    for group, members in itertools.groupby(config_lib.specs(config_cls), lambda spec: spec.group):
+    specs = config_lib.specs(config_cls)
+    words = [program, *([command] if command else []), *(_alone(spec) for spec in specs if spec.positional)]
+    lines = [inspect.cleandoc((main.__doc__ if command else module.__doc__) or ""), ""]
+    lines += [f"usage: python -m {' '.join(words)} [--name=value ...] [--flagfile=FILE ...]"]
+    for group, members in itertools.groupby(specs, lambda spec: spec.group):
         lines += ["", f"{group}:"]
         for spec in members:
             default = (defaults or {}).get(spec.name, spec.default)
             shown = "" if default in (None, "", ()) else f" (default: {spec.format(default)})"
             lines += textwrap.wrap(
-                f"{_form(spec):<30} {spec.help}{shown}",
+                f"{_alone(spec) if spec.positional else _form(spec):<30} {spec.help}{shown}",
                 width,
                 initial_indent="  ",
                 subsequent_indent=" " * 33,
@@ -85,6 +126,11 @@ def usage(main: Callable, config_cls: type, defaults: Mapping[str, Any] | None =
                 break_long_words=False,
             )
     return "\n".join(lines).strip()
+
+
+def _alone(spec: config_lib.Spec) -> str:
+    """How a value without a flag is written, as `DIRECTORY`."""
+    return spec.name.upper()
 
 
 def _form(spec: config_lib.Spec) -> str:

@@ -49,6 +49,7 @@ def field(
     low: float | None = None,
     high: float | None = None,
     group: str = "Settings",
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that becomes a flag.
 
@@ -59,8 +60,9 @@ def field(
       low: least allowed number (each element's, for a tuple).
       high: greatest allowed number.
       group: heading under which --help lists the flag.
+      positional: whether the value may also stand alone, without `--name=`.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -84,6 +86,7 @@ class Spec:
     choices: Sequence[Any] | None
     low: float | None
     high: float | None
+    positional: bool
 
     def parse(self, text: str) -> Any:
         """The value that `text` denotes; raises UserError if none."""
@@ -195,6 +198,7 @@ def parse(cls: type[T], argv: Sequence[str], defaults: Mapping[str, Any] | None 
       UserError: unknown flag, malformed or forbidden value, missing flagfile.
     """
     flag_values = flags.FlagValues()
+    flag_values.set_gnu_getopt(any(spec.positional for spec in specs(cls)))  # then flags may follow what stands alone
     define_flags(cls, flag_values, **(defaults or {}))
     places: dict[str, str] = {}
     arguments = []
@@ -205,6 +209,9 @@ def parse(cls: type[T], argv: Sequence[str], defaults: Mapping[str, Any] | None 
             places[name if name in flag_values else name.removeprefix("no")] = places[name] = place
     try:
         rest = flag_values(["", *arguments])[1:]
+        for spec in specs(cls):
+            if spec.positional and rest:
+                flag_values[spec.name].value = spec.parse(rest.pop(0))
         require(not rest, f"{(rest or [''])[0]!r}: unexpected argument; settings are written --name=value")
         return from_flags(cls, flag_values)
     except flags.UnrecognizedFlagError as error:

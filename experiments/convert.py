@@ -1,0 +1,158 @@
+"""Drafters and targets in files: shows what they are, checks that they belong together, converts between formats.
+
+    python -m experiments.convert inspect DIRECTORY
+    python -m experiments.convert verify --target=meta-llama/Llama-3.1-8B-Instruct DIRECTORY
+    python -m experiments.convert convert --format=speculators --output=OUT DIRECTORY
+
+The flat format is that of EAGLE, SpecForge, SGLang and sglang-jax, and vLLM reads it too; the speculators format is
+vLLM's own. Each command leaves with 0 only where all is well: with 1 if a drafter does not help its target, with 2 for
+a mistake.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from ppow_jax import cli
+from ppow_jax.config import check_fields, field, require
+
+
+def _directory(help: str) -> str:
+    return field(None, help, positional=True)
+
+
+def _check_directory(directory: str | None) -> Path:
+    require(directory is not None, "DIRECTORY: must be named")
+    path = Path(directory).expanduser()
+    require(path.is_dir(), f"{directory}: {'is a file' if path.exists() else 'there is no such directory'}")
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectSettings:
+    """The flags of `inspect`."""
+
+    directory: str | None = _directory("A drafter, or a target in Hugging Face's form.")
+
+    def __post_init__(self):
+        check_fields(self)
+        _check_directory(self.directory)
+
+
+def inspect(settings: InspectSettings) -> None:
+    """Shows what a drafter or a target is, after a check of all its files."""
+    from ppow_jax.weights import huggingface, summary
+
+    directory = _check_directory(settings.directory)
+    drafter = summary.is_drafter(huggingface.read_json(directory / huggingface.CONFIG))
+    print(summary.table((summary.drafter_lines if drafter else summary.target_lines)(directory)))
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifySettings:
+    """The flags of `verify`."""
+
+    directory: str | None = _directory("The drafter.")
+    target: str | None = field(None, "smollm2-135m, tiny, a .gguf file, a directory or a hub name.")
+    dtype: str = field("float32", "Of all matrices.", choices=("float32", "bfloat16"))
+    window: int = field(4, "Drafted tokens per round of the self-check.", low=1, high=64)
+    max_new_tokens: int = field(48, "Tokens of each answer of the self-check.", low=8)
+
+    def __post_init__(self):
+        check_fields(self)
+        require(self.target is not None, "--target: must be named: the model that the drafter is for")
+        _check_directory(self.directory)
+
+
+def verify(settings: VerifySettings) -> int:
+    """Checks that a drafter fits a target, then lets both decode a few prompts and looks whether that helps.
+
+    A drafter that is read with wrong layer ids, a wrong vocabulary or for another target loads all the same, and its
+    output is right; only hardly any of its tokens is accepted. That is refused, with what is likely to be wrong.
+    """
+    from ppow_jax.evaluation import self_check
+    from ppow_jax.evaluation.loading import load_drafter
+    from ppow_jax.weights import summary, targets
+
+    directory = _check_directory(settings.directory)
+    target = targets.load(settings.target, settings.dtype)
+    drafter = load_drafter(directory, target, settings.dtype)
+    found = self_check.self_check(target, drafter, settings.window, settings.max_new_tokens)
+    lines = [
+        ("files", "read; sizes, vocabulary and layers fit the target"),
+        ("tau", f"{found.tau:.2f} tokens per verification (1 is plain decoding)"),
+        ("accepted", f"{found.accepted} of {found.drafted} drafted tokens"),
+        ("vocabulary", f"holds {found.coverage:.0%} of the tokens that the target wrote"),
+        ("identical", f"{found.identical} of {found.prompts} answers are those of plain decoding"),
+    ]
+    print(summary.table(lines))
+    lossy = settings.dtype == "float32" and found.identical < found.prompts
+    if lossy:
+        print("\nrefused: in float32 all answers must be identical; the decoding itself is broken")
+    if not found.passed:
+        least = self_check.LEAST_TAU
+        print(f"\nrefused: tau is below {least}, so the drafter does not help. Likely causes:\n{found.advice()}")
+    return int(lossy or not found.passed)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertSettings:
+    """The flags of `convert`."""
+
+    directory: str | None = _directory("The drafter to read; it stays as it is.")
+    format: str | None = field(None, "Of the new files.", choices=("flat", "speculators"))
+    output: str | None = field(None, "Directory for the new files; must not hold a model yet.")
+    dtype: str | None = field(
+        None, "Of the new weights; none leaves each as it is.", choices=("bfloat16", "float16", "float32")
+    )
+    target: str | None = field(
+        None, "Needed only to leave out a copy of its embedding, and to write layers that the files do not name."
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        require(self.format is not None, "--format: must be named, flat or speculators")
+        require(self.output is not None, "--output: must be named, the directory for the new files")
+        source, output = _check_directory(self.directory), Path(self.output).expanduser()
+        require(output.resolve() != source.resolve(), f"--output={self.output}: must be another directory")
+        empty = not (output / "config.json").exists()
+        require(empty, f"--output={self.output}: holds a model already; name another directory")
+
+
+def convert(settings: ConvertSettings) -> None:
+    """Writes a drafter in another format, with its model card; every weight stays the same unless --dtype is given."""
+    from ppow_jax.models.drafter_config import validate_fit
+    from ppow_jax.weights import card, drafters, targets
+
+    source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
+    target = None if settings.target is None else targets.load(settings.target)
+    stored = drafters.import_drafter(
+        source,
+        num_target_layers=None if target is None else target.config.num_layers,
+        target_embed_VxD=None if target is None else target.params["embed"],
+    )
+    if target is not None:
+        validate_fit(stored.config, target.config, str(source))
+    drafters.export_drafter(
+        output,
+        stored.config,
+        stored.params,
+        stored.target_ids_W,
+        dtype=settings.dtype,
+        target_name=stored.target_name or settings.target,
+        target_architecture=None if target is None else target.config.architecture,
+        embed_VxE=stored.embed_VxE,
+        format=settings.format,
+    )
+    card.carry_over(source, output, settings.format)
+    print(f"{output}: the {settings.format} format of {source}")
+
+
+COMMANDS: dict[str, tuple[Callable, type]] = {
+    "inspect": (inspect, InspectSettings),
+    "verify": (verify, VerifySettings),
+    "convert": (convert, ConvertSettings),
+}
+
+if __name__ == "__main__":
+    cli.run_command(COMMANDS)

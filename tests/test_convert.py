@@ -1,0 +1,218 @@
+"""`experiments.convert` as its users meet it: its three commands, their help, their mistakes, their exit codes."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import small_world as world
+from safetensors.numpy import load_file, save_file
+
+from experiments import convert
+from ppow_jax import cli
+from ppow_jax.evaluation import self_check
+from ppow_jax.models import transformer
+from ppow_jax.training import initialise
+from ppow_jax.weights import huggingface, targets
+from ppow_jax.weights.drafters import export_drafter, import_drafter
+from tests.golden import models
+
+SHIPPED = Path(__file__).parents[1] / "drafters" / "smollm2-135m"
+
+
+def run(*argv: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.run_command(convert.COMMANDS, [str(x) for x in argv])
+    return left.value.code or 0
+
+
+@functools.cache
+def target() -> targets.Target:
+    return targets.Target("small", world.CONFIG, world.target_params(), None)
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    """A drafter for `target()`, of random weights."""
+    config = initialise.drafter_config(world.CONFIG, 20, world.FEATURE_LAYERS)
+    params = models.drafter_params(config)
+    export_drafter(tmp_path / "drafter", config, params, np.arange(20), dtype="float32", target_name="small")
+    return tmp_path / "drafter"
+
+
+def write_trained(directory: Path, **changes) -> Path:
+    """A drafter that was trained for `target()`, described as it is but for the changes."""
+    made = world.trained()
+    config, ids_W = dataclasses.replace(made.config, **changes), np.asarray(made.target_ids_W)
+    export_drafter(directory, config, made.params, ids_W, dtype="float32", target_name="small")
+    return directory
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """`--target=small` is `target()`, and its prompts are those that it knows."""
+    prompts = [example.tokens[~example.answer_mask] for example in world.examples()[:4]]
+    numbers = iter(range(1 << 20))
+    monkeypatch.setattr(targets, "load", lambda name, dtype="float32": target())
+    monkeypatch.setattr(self_check, "encode_prompt", lambda *_: prompts[next(numbers) % 4])
+
+
+VERIFY = ("verify", "--target=small", "--max_new_tokens=20", "--window=3")
+
+
+# What the commands say.
+
+
+def test_inspect_a_drafter(capsys):
+    assert run("inspect", SHIPPED) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "kind             EAGLE-3 drafter",
+        "flat, names midlayer.*, model.safetensors (19.7 MB)",
+        "target           smollm2-135m",
+        "9.81 million (bfloat16)",
+        "inputs of layers 2, 15, 27 = outputs of layers 1, 14, 26",
+        "8192 of 49152 tokens",
+    ):
+        assert line in said
+
+
+def test_inspect_a_target(tmp_path, capsys):
+    config = models.TARGETS["tied"]
+    huggingface.save_target(tmp_path, config, transformer.init(jax.random.key(0), config))
+    assert run("inspect", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "target, LlamaForCausalLM" in said and "40, the embedding is the head" in said
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": np.ones(23, np.float32)}, tmp_path / "model.safetensors")
+    assert run("inspect", tmp_path) == 2
+    assert "model.norm.weight: has shape [23], the config asks for [24]" in capsys.readouterr().err
+
+
+def test_inspect_shows_what_the_files_leave_open(directory, capsys):
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if "eagle" not in k}))
+    assert run("inspect", directory) == 0
+    assert "not in the files: 2, N//2, N-3 of the target's N layers" in capsys.readouterr().out
+
+
+def test_there_and_back(tmp_path, directory, capsys):
+    shutil.copy(SHIPPED / "README.md", directory)
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert run("convert", "--format=speculators", f"--output={there}", directory) == 0
+    assert run("convert", there, "--format=flat", "--output", back) == 0
+    assert (back / "model.safetensors").read_bytes() == (directory / "model.safetensors").read_bytes()
+    assert (back / "config.json").read_bytes() == (directory / "config.json").read_bytes()
+    assert import_drafter(there).format == "speculators"
+    card = (there / "README.md").read_text()
+    assert "| mt_bench" in card and "make" in card  # the figures, and how it was made
+    assert "The files have the speculators layout" in card and "sglang" not in card
+    assert "Converted to the speculators format" in card
+    assert "The files have the flat EAGLE-3 layout" in (back / "README.md").read_text()
+    assert run("convert", "--format=flat", f"--output={back}", there) == 2
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_another_type_of_weights(tmp_path, directory):
+    assert run("convert", "--format=flat", "--dtype=float16", f"--output={tmp_path / 'half'}", directory) == 0
+    stored = import_drafter(tmp_path / "half")
+    assert {value.dtype for value in stored.params.values()} == {np.dtype(np.float16)}
+
+
+def test_a_copy_of_the_targets_embedding_is_left_out_beside_the_target(tmp_path, directory, small):
+    tensors = load_file(directory / "model.safetensors")
+    copy = {"embed_tokens.weight": np.asarray(target().params["embed"], np.float32)}
+    save_file(tensors | copy, directory / "model.safetensors")
+    assert run("convert", "--format=flat", f"--output={tmp_path / 'kept'}", directory) == 0
+    assert run("convert", "--format=flat", "--target=small", f"--output={tmp_path / 'left'}", directory) == 0
+    assert load_file(tmp_path / "kept" / "model.safetensors").keys() - tensors.keys() == copy.keys()
+    assert load_file(tmp_path / "left" / "model.safetensors").keys() == tensors.keys()
+
+
+# The self-check.
+
+
+def test_verify_a_drafter_that_helps(tmp_path, small, capsys):
+    assert run(*VERIFY, write_trained(tmp_path)) == 0
+    said = capsys.readouterr().out
+    assert "4 of 4 answers are those of plain decoding" in said and "refused" not in said
+
+
+def test_verify_finds_a_drafter_that_is_read_in_another_way_than_it_was_trained(tmp_path, small, capsys, monkeypatch):
+    tau = self_check.self_check(target(), world.trained(), window=3, max_new_tokens=20).tau
+    monkeypatch.setattr(self_check, "LEAST_TAU", tau - 0.01)
+    assert run(*VERIFY, write_trained(tmp_path, norm_before_residual=True)) == 1
+    said = capsys.readouterr().out
+    assert "refused: tau is below" in said
+    assert f"with norm_before_residual = false tau is {tau:.2f}: that is how it was trained" in said
+
+
+def test_layers_off_by_one_are_tried():
+    made = world.trained()
+    made = made.replace(config=dataclasses.replace(made.config, feature_layers=(1, 2, 3)))
+    variants = self_check._variants(made, 4)
+    assert [x.config.feature_layers for x in variants.values()] == [(2, 3, 4), (0, 1, 2), (1, 2, 3), (1, 2, 3)]
+    assert "target layers one higher, inputs of 2, 3, 4," in variants
+    assert len(self_check._variants(made, 3)) == 3  # there is no layer above the highest
+
+
+def test_verify_finds_a_wrong_vocabulary(tmp_path, small, capsys):
+    """d2t names tokens that the target hardly writes."""
+    made, written = world.trained(), np.concatenate([x.tokens[x.answer_mask] for x in world.examples()])
+    rare = np.sort(np.argsort(np.bincount(written, minlength=61), kind="stable")[:20])
+    export_drafter(tmp_path, made.config, made.params, rare, dtype="float32")
+    assert run(*VERIFY, tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "refused: tau is below 1.05" in said and "of the tokens that the target writes: a wrong d2t" in said
+
+
+def test_verify_refuses_what_does_not_fit(tmp_path, small, capsys):
+    assert run("verify", "--target=small", SHIPPED) == 2
+    assert "the drafter is for a vocabulary of 49152 tokens, the target has 61" in capsys.readouterr().err
+
+
+# Help and mistakes.
+
+
+def test_help(capsys):
+    assert run("--help") == 0
+    said = capsys.readouterr().out
+    assert "usage: python -m experiments.convert COMMAND" in said
+    for word in convert.COMMANDS:
+        assert f"\n  {word}" in said
+        assert run(word, "--help") == 0
+        said_of_word = capsys.readouterr().out
+        assert f"usage: python -m experiments.convert {word} DIRECTORY [--name=value ...]" in said_of_word
+        assert said_of_word.startswith(convert.COMMANDS[word][0].__doc__.splitlines()[0])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((), "no command (the first argument must be one of inspect, verify, convert"),
+        (("inspct", "x"), "'inspct': unknown command; did you mean inspect?"),
+        (("--target=x",), "'--target=x': unknown command"),
+        (("inspect",), "DIRECTORY: must be named"),
+        (("inspect", "no/such"), "no/such: there is no such directory"),
+        (("inspect", "docs", "more"), "'more': unexpected argument"),
+        (("inspect", "docs", "--traget=x"), "--traget: unknown flag"),
+        (("inspect", "docs"), "docs/config.json: cannot be read"),
+        (("verify", str(SHIPPED)), "--target: must be named"),
+        (("verify", "--taget=x", str(SHIPPED)), "--taget: unknown flag; did you mean --target?"),
+        (("verify", "--target=nothing", str(SHIPPED)), "--target=nothing: neither a file"),
+        (("convert", str(SHIPPED), "--output=o"), "--format: must be named, flat or speculators"),
+        (("convert", str(SHIPPED), "--format=flet", "--output=o"), "did you mean flat?"),
+        (("convert", str(SHIPPED), "--format=flat"), "--output: must be named"),
+        (("convert", str(SHIPPED), "--format=flat", f"--output={SHIPPED}"), "must be another directory"),
+    ],
+)
+def test_mistakes(argv, said, capsys, monkeypatch):
+    monkeypatch.chdir(SHIPPED.parents[1])
+    assert run(*argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and said in err and "Traceback" not in err
