@@ -1,0 +1,122 @@
+"""Compares drafting with the public EAGLE-3 definition, written in torch (`pip install torch==2.13.0`).
+
+Both decode the same questions greedily in float32. Torch reads the drafter's files itself, takes features and text from
+transformers, and recomputes every draft from the whole text. Draft tokens must be the same, and tau within 1 %.
+--make_golden=tests/golden keeps the first answers for the tests, which need no torch.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ppow_jax import cli
+from ppow_jax.config import check_fields, field, require
+from ppow_jax.files import write_atomic
+
+log = logging.getLogger(__name__)
+GOLDEN_ANSWERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is compared."""
+
+    target: str = field("smollm2-135m", "Target: a name, a .gguf file, a directory or a hub name.")
+    drafter: str = field("auto", "Directory of a plain drafter in the flat format. auto: drafters/TARGET.")
+    window: int = field(4, "Drafted tokens per round.", low=1, high=16)
+    num_prompts: int = field(10, "Questions.", low=1)
+    max_new_tokens: int = field(48, "Tokens of each answer.", low=2)
+    make_golden: str | None = field(None, "Directory that gets drafts.json.")
+
+    def __post_init__(self):
+        check_fields(self)
+        found = importlib.util.find_spec("torch") is not None
+        require(found, "experiments.drafter_parity compares with torch: pip install torch==2.13.0")
+
+
+def main(settings: Settings) -> int:
+    """Prints a row per question and one for all; 1 if something differs."""
+    from experiments.parity import questions, torch_model
+    from ppow_jax import load
+    from ppow_jax.evaluation.loading import find_drafter
+    from tests.golden import eagle3_torch
+
+    directory = find_drafter(settings.drafter, settings.target)
+    require(directory is not None, f"--drafter={settings.drafter}: there is none for this target; name a directory")
+    model = load(settings.target, drafter=str(directory), dtype="float32")
+    drafter = eagle3_torch.read(directory)
+    rows, golden = [], []
+    with torch_model(model.target.config, model.target.params) as theirs:
+        for question in questions(settings.num_prompts):
+            ours = our_rounds(model, question, settings.window, settings.max_new_tokens)
+            text, start = ours["prompt"] + ours["answer"], len(ours["prompt"]) + 1
+            greedy, rounds = torch_rounds(theirs, drafter, text, start, settings.window)
+            rows.append(row(question, ours, greedy[start - 2 : -1] == text[start - 1 :], rounds))
+            golden.append({"question": question} | ours | {"rounds": rounds})
+            log.info("%(question)s: %(drafts)d drafts, %(same)d the same", rows[-1])
+    total: dict[str, Any] = {"question": "all", "text_identical": all(x["text_identical"] for x in rows)}
+    total |= {key: sum(x[key] for x in rows) for key in ("drafts", "same", "gained", "rounds", "torch_rounds")}
+    rows.append(total)
+    for x in rows:
+        x |= {"tau": x["gained"] / x["rounds"], "torch_tau": x["gained"] / x["torch_rounds"]}
+    print(tabulate(rows, headers="keys", floatfmt=".4f"))
+    if settings.make_golden is not None:
+        kept = {"window": settings.window, "answers": golden[:GOLDEN_ANSWERS]}
+        write_atomic(Path(settings.make_golden) / "drafts.json", json.dumps(kept) + "\n")
+    total = rows[-1]
+    near = abs(total["tau"] / total["torch_tau"] - 1) <= 0.01
+    return int(not (near and total["text_identical"] and total["same"] == total["drafts"]))
+
+
+def our_rounds(model: Any, question: str, window: int, max_new_tokens: int) -> dict[str, Any]:
+    """{prompt, answer, rounds}: token ids; per round, the tokens drafted."""
+    from ppow_jax.data.conversations import Message
+    from ppow_jax.data.encoding import encode_prompt
+    from ppow_jax.evaluation import trace
+    from ppow_jax.speculation.settings import chain
+
+    prompt = encode_prompt(model.target.tokenizer, [Message("user", question)])
+    made = trace.record(model, prompt.tolist(), speculation=chain(window), max_new_tokens=max_new_tokens)
+    rounds = [[token.token for token in step.drafted] for step in made.steps]
+    return {"prompt": prompt.tolist(), "answer": list(map(int, made.result.token_ids)), "rounds": rounds}
+
+
+def torch_rounds(
+    model: Any, drafter: tuple, text: list[int], start: int, window: int
+) -> tuple[list[int], list[list[int]]]:
+    """(the token that the target holds most probable after each of the text, the tokens that each round drafts)."""
+    import torch
+
+    from tests.golden.eagle3_torch import chain_rounds
+
+    eagle3, ids_W, layers = drafter
+    with torch.inference_mode():
+        out = model(torch.tensor([text]), output_hidden_states=True)
+        features = torch.cat([out.hidden_states[i][0] for i in layers], -1)
+        embed = model.get_input_embeddings().weight
+        return out.logits[0].argmax(-1).tolist(), chain_rounds(eagle3, ids_W, features, embed, text, start, window)
+
+
+def row(question: str, ours: dict[str, Any], text_identical: bool, rounds: list[list[int]]) -> dict[str, Any]:
+    """One line of the result table."""
+    drafts = [token for drafted in ours["rounds"] for token in drafted]
+    theirs = [token for drafted in rounds for token in drafted]
+    same = sum(a == b for a, b in zip(drafts, theirs, strict=False))
+    return {
+        "question": question[:40],
+        "text_identical": text_identical,
+        "drafts": max(len(drafts), len(theirs)),
+        "same": same,
+        "gained": len(ours["answer"]) - 1,
+        "rounds": len(ours["rounds"]),
+        "torch_rounds": len(rounds),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)
