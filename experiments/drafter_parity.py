@@ -66,7 +66,8 @@ def main(settings: Settings) -> int:
         x |= {"tau": x["gained"] / x["rounds"], "torch_tau": x["gained"] / x["torch_rounds"]}
     print(tabulate(rows, headers="keys", floatfmt=".4f"))
     if settings.make_golden is not None:
-        kept = {"window": settings.window, "answers": golden[:GOLDEN_ANSWERS]}
+        kept: dict[str, Any] = {"window": settings.window, "max_new_tokens": settings.max_new_tokens}
+        kept |= {"answers": golden[:GOLDEN_ANSWERS]}
         write_atomic(Path(settings.make_golden) / "drafts.json", json.dumps(kept) + "\n")
     total = rows[-1]
     near = abs(total["tau"] / total["torch_tau"] - 1) <= 0.01
