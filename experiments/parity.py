@@ -146,11 +146,11 @@ _logits = jax.jit(_forward, static_argnums=1)
 def torch_model(config: ModelConfig, params: dict, dtype: str = "float32") -> Iterator[Any]:
     """The same weights as a transformers model, through a Hugging Face directory."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as directory:
         huggingface.save_target(directory, config, params)
-        yield LlamaForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        yield AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
 
 
 def torch_logits(model: Any, tokens_BxT: np.ndarray) -> np.ndarray:
@@ -339,8 +339,8 @@ def torch_seconds(model: Any, prompt: np.ndarray, n: int) -> float:
 
 
 def make_golden(directory: Path) -> int:
-    """Writes llama.npz, drafter.npz and smollm2.json."""
-    from tests.golden import models
+    """Writes llama.npz, families.npz, drafter.npz and smollm2.json."""
+    from tests.golden import families, models
     from tests.golden.eagle3_torch import eagle3
 
     values: dict[str, Any] = {}
@@ -354,6 +354,9 @@ def make_golden(directory: Path) -> int:
             values |= {f"{name}.hidden{i}": torch_hidden(model, tokens, i) for i in models.FEATURE_LAYERS[name]}
         values |= {f"{name}.answer{i}": answer for i, answer in enumerate(answers)}
     np.savez_compressed(directory / "llama.npz", **values)
+
+    values = families.golden_values(torch_model, torch_answer, torch_logits)
+    np.savez_compressed(directory / "families.npz", **values)
 
     values = {}
     for name, drafter in models.DRAFTERS.items():

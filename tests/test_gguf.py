@@ -178,8 +178,10 @@ BROKEN = {
     "text for a number": ({"fields": {"llama.embedding_length": "wide"}}, ["wide"]),
     "end token": ({"fields": {"tokenizer.ggml.eos_token_id": 20}}, ["eos_token_id", "20"]),
     "end token is text": ({"fields": {"tokenizer.ggml.eos_token_id": "</s>"}}, ["eos_token_id"]),
-    "scaled rotation": ({"fields": {"llama.rope.scaling.type": "linear"}}, ["linear"]),
-    "rotary factors": ({"tensors": {"rope_freqs.weight": np.ones(8)}}, ["rope_freqs"]),
+    "scaled rotation": ({"fields": {"llama.rope.scaling.type": "linear"}}, ["factor = None"]),
+    "unknown rotation": ({"fields": {"llama.rope.scaling.type": "su"}}, ["'su'", "linear"]),
+    "rotary factors": ({"tensors": {"rope_freqs.weight": np.ones(7)}}, ["head_dim / 2 = 8 numbers"]),
+    "rotary factors of 0": ({"tensors": {"rope_freqs.weight": np.zeros(8)}}, ["short_factor = 0.0"]),
     "half the head rotated": ({"fields": {"llama.rope.dimension_count": 8}}, ["dimension_count", "8"]),
     "too many layers": ({"fields": {"llama.block_count": 4_000_000}}, ["4000000"]),
 }

@@ -11,6 +11,7 @@ from typing import Any
 from ppow_jax.errors import UserError
 from ppow_jax.models.reading import boolean, indices, positive_int, refuse_options
 
+MAX_EXPERTS = 1 << 17  # of all layers together; no real model comes near
 Reader = Callable[[Mapping[str, Any], int, str], dict[str, Any]]
 
 
@@ -100,7 +101,9 @@ def _experts(config: Mapping[str, Any], num_layers: int, where: str) -> Experts 
     count = "num_experts" if config.get("num_experts") is not None else "num_local_experts"  # either is written
     if config.get(count) == 0 or not layers:
         return None
-    number = positive_int(config, count, where, limit=1 << 16)
+    number = positive_int(config, count, where)
+    if len(layers) * number > MAX_EXPERTS:
+        raise UserError(f"{where}: {count} = {number} in {len(layers)} layers are more than {MAX_EXPERTS} experts")
     per_token = positive_int(config, "num_experts_per_tok", where)
     if per_token > number:
         raise UserError(f"{where}: num_experts_per_tok = {per_token} must not exceed {count} = {number}")

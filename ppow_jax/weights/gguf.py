@@ -1,10 +1,9 @@
 """Targets out of GGUF files, dequantised with the `gguf` package."""
 
-import dataclasses
+import re
 from pathlib import Path
 
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,20 +11,29 @@ from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 
-# GGUF name inside a block -> ours. Q and K rows are permuted there for Llama (interleaved RoPE pairs).
+# GGUF name inside a block -> ours.
 _LAYER = {
-    "attn_norm": "input_norm",
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_output": "o_proj",
-    "ffn_norm": "post_norm",
-    "ffn_gate": "gate_proj",
-    "ffn_up": "up_proj",
-    "ffn_down": "down_proj",
+    "attn_norm.weight": "input_norm",
+    "attn_output.weight": "o_proj",
+    "attn_output.bias": "o_bias",
+    "ffn_norm.weight": "post_norm",
+    "ffn_gate_inp.weight": "router",
+    **{f"attn_{x}.weight": f"{x}_proj" for x in "qkv"},
+    **{f"attn_{x}.bias": f"{x}_bias" for x in "qkv"},
+    **{f"attn_{x}_norm.weight": f"{x}_norm" for x in "qk"},
+    **{f"ffn_{x}.weight": f"{x}_proj" for x in ("gate", "up", "down")},
+    **{f"ffn_{x}.bias": f"{x}_bias" for x in ("gate", "up", "down")},
+    **{f"ffn_{x}_exps.weight": f"{x}_proj" for x in ("gate", "up", "down")},  # all experts of the layer
 }
-_TOP = {"token_embd": "embed", "output_norm": "norm", "output": "lm_head"}
-_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+_TOP = {"token_embd.weight": "embed", "output_norm.weight": "norm", "output.weight": "lm_head"}
+_ROPE_FACTORS = "rope_freqs.weight"  # what llama3 scaling becomes in a GGUF file
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3moe": "Qwen3MoeForCausalLM",
+}
+_INTERLEAVED = ("llama",)  # where rotary pairs lie side by side in the rows of Q and K; elsewhere they lie as ours
 
 
 def load_target(path: str | Path, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
@@ -72,9 +80,9 @@ def _config(reader: gguf.GGUFReader, where: str) -> ModelConfig:
     embed_shape = tensors["token_embd.weight"].shape
     if len(embed_shape) != 2:
         raise UserError(f"{where}: tensor 'token_embd.weight' has shape {embed_shape.tolist()}, not two axes")
-    scaling = get(f"{name}.rope.scaling.type", "none")
     config = ModelConfig.from_hf(
         {
+            **_family_keys(name, get, tensors),
             "architectures": [_ARCHITECTURES[name]],
             "vocab_size": int(embed_shape[1]),
             "hidden_size": get(f"{name}.embedding_length"),
@@ -85,7 +93,7 @@ def _config(reader: gguf.GGUFReader, where: str) -> ModelConfig:
             "head_dim": get(f"{name}.attention.key_length", None),
             "rms_norm_eps": get(f"{name}.attention.layer_norm_rms_epsilon"),
             "rope_theta": get(f"{name}.rope.freq_base", 10000.0),
-            "rope_scaling": None if scaling == "none" else {"rope_type": scaling},
+            "rope_scaling": _rope_scaling(name, get, tensors.get(_ROPE_FACTORS), where),
             "max_position_embeddings": get(f"{name}.context_length"),
             "tie_word_embeddings": "output.weight" not in tensors,
             "eos_token_id": get("tokenizer.ggml.eos_token_id", None),
@@ -98,48 +106,86 @@ def _config(reader: gguf.GGUFReader, where: str) -> ModelConfig:
     return config
 
 
+def _family_keys(name: str, get, tensors) -> dict:
+    """What `families.FAMILIES` reads, from metadata and from which tensors there are."""
+    keys: dict = {"attention_bias": "blk.0.attn_output.bias" in tensors, "mlp_bias": "blk.0.ffn_down.bias" in tensors}
+    if name == "qwen3moe":
+        dense = (re.fullmatch(r"blk\.(\d{1,9})\.ffn_gate\.weight", tensor) for tensor in tensors)
+        keys |= {
+            "num_experts": get(f"{name}.expert_count"),
+            "num_experts_per_tok": get(f"{name}.expert_used_count"),
+            "moe_intermediate_size": get(f"{name}.expert_feed_forward_length"),
+            "norm_topk_prob": get(f"{name}.expert_weights_norm", True),  # llama.cpp norms them always
+            "mlp_only_layers": [int(match[1]) for match in dense if match],
+        }
+    return keys
+
+
+def _rope_scaling(name: str, get, factors, where: str) -> dict | None:
+    kind = get(f"{name}.rope.scaling.type", "none")
+    if factors is not None:
+        if factors.tensor_type != gguf.GGMLQuantizationType.F32:
+            raise UserError(f"{where}: {_ROPE_FACTORS} must be F32, not {factors.tensor_type.name}")
+        divisors = np.asarray(factors.data, np.float64).reshape(-1).tolist()
+        both = {"short_factor": divisors, "long_factor": divisors}
+        return {"rope_type": "longrope", "attention_factor": 1.0, **both}
+    if kind == "none":
+        return None
+    return {
+        "rope_type": kind,
+        "factor": get(f"{name}.rope.scaling.factor", None),
+        "original_max_position_embeddings": get(f"{name}.rope.scaling.original_context_length", None),
+    }
+
+
 def _parameters(reader, config: ModelConfig, dtype, where: str) -> dict:
     params: dict = {"layers": [{} for _ in range(config.num_layers)]}
     layers = {f"blk.{n}": layer for n, layer in enumerate(params["layers"])}
+    shapes = transformer.shapes(config)
+    known = {f"blk.{n}": layer for n, layer in enumerate(shapes["layers"])}
+    interleaved = reader.get_field("general.architecture").contents() in _INTERLEAVED
     problems = []
     for tensor in reader.tensors:
-        name = tensor.name.removesuffix(".weight")
-        block, _, rest = name.rpartition(".")
-        scope, ours = (layers[block], _LAYER.get(rest)) if block in layers else (params, _TOP.get(name))
-        if ours is None or not tensor.name.endswith(".weight"):
+        if tensor.name == _ROPE_FACTORS:
+            continue
+        block, rest = ".".join(tensor.name.split(".")[:2]), ".".join(tensor.name.split(".")[2:])
+        scope, ours = (layers[block], _LAYER.get(rest)) if block in layers else (params, _TOP.get(tensor.name))
+        if ours is None or ours not in known.get(block, shapes):
             problems.append(f"unknown tensor {tensor.name}")
+            continue
+        if ours in scope:
+            problems.append(f"duplicate tensor {tensor.name}")
             continue
         try:
             value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         except (NotImplementedError, ValueError) as error:
             problems.append(f"{tensor.name}: cannot dequantise {tensor.tensor_type.name} ({error})")
             continue
-        if ours in ("q_proj", "k_proj") and value.ndim == 2 and len(value) % config.head_dim == 0:
+        if interleaved and ours[:2] in ("q_", "k_") and len(value) % config.head_dim == 0:
             value = _unpermute(value, config.head_dim)
         scope[ours] = jnp.asarray(value, dtype)
-    problems += config_problems(params, config)
+    problems += shape_problems(params, shapes)
     if problems:
         raise UserError(f"{where}: " + "; ".join(problems[:20]))
     return params
 
 
-def _unpermute(w_OxI: np.ndarray, head_dim: int) -> np.ndarray:
-    """GGUF stores rotary pairs of Llama interleaved (x0 y0 x1 y1 ..); ours is (x0 x1 .. y0 y1 ..)."""
-    rows = w_OxI.reshape(-1, head_dim // 2, 2, w_OxI.shape[1])
-    return rows.transpose(0, 2, 1, 3).reshape(w_OxI.shape)
+def _unpermute(rows_O: np.ndarray, head_dim: int) -> np.ndarray:
+    """GGUF stores rotary pairs of Llama interleaved (x0 y0 x1 y1 ..); ours is (x0 x1 .. y0 y1 ..). A matrix or bias."""
+    pairs = rows_O.reshape(-1, head_dim // 2, 2, *rows_O.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows_O.shape)
 
 
-def config_problems(params: dict, config: ModelConfig) -> list[str]:
-    """Missing or mis-shaped entries of `params` against what `config` promises."""
-    one_layer = dataclasses.replace(config, num_layers=1)
-    expected = jax.eval_shape(lambda: transformer.init(jax.random.key(0), one_layer))
-    (layer,) = expected.pop("layers")
-    scopes = [("", params, expected), *((f"layer {n} ", x, layer) for n, x in enumerate(params["layers"]))]
+def shape_problems(params: dict, shapes: dict) -> list[str]:
+    """Missing or mis-shaped entries of `params` against the shapes that they should have."""
+    scopes = [("", params, {name: shape for name, shape in shapes.items() if name != "layers"})]
+    pairs = zip(params["layers"], shapes["layers"], strict=True)
+    scopes += [(f"layer {n} ", *pair) for n, pair in enumerate(pairs)]
     problems = []
-    for where, found, shapes in scopes:
-        for name, leaf in shapes.items():
+    for where, found, expected in scopes:
+        for name, shape in expected.items():
             if name not in found:
                 problems.append(f"{where}{name} is missing")
-            elif found[name].shape != leaf.shape:
-                problems.append(f"{where}{name} has shape {found[name].shape}, the config says {leaf.shape}")
+            elif found[name].shape != shape:
+                problems.append(f"{where}{name} has shape {found[name].shape}, the config says {shape}")
     return problems

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors' numpy interface relies on)
 import numpy as np
@@ -18,51 +19,64 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ppow_jax.errors import UserError
+from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
+from ppow_jax.weights import layout
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_PROBLEMS = 50
 
-_TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
-_LAYER = {
-    "input_norm": "input_layernorm",
-    "q_proj": "self_attn.q_proj",
-    "k_proj": "self_attn.k_proj",
-    "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj",
-    "post_norm": "post_attention_layernorm",
-    "gate_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "down_proj": "mlp.down_proj",
-}
+# Makes the array of one parameter, where it shall lie, of its path (see `weights.layout`), its shape, and a function
+# that reads any part of it.
+Put = Callable[[layout.Path, tuple[int, ...], layout.Read], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file. `dtype` is safetensors' name of it, such as "BF16"."""
+    """A tensor that lies in a file. `dtype` is safetensors' name of it, such as "BF16".
+
+    read: the tensor, or the part of it that an index of slices names; nothing else of the file comes into memory.
+    """
 
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
-def load_target(directory_or_name: str | Path, dtype: Any = jnp.float32) -> tuple[ModelConfig, dict]:
+def put_whole(path: layout.Path, shape: tuple[int, ...], read: layout.Read) -> jax.Array:
+    """The whole parameter on the default device."""
+    return jax.block_until_ready(jnp.asarray(read(())))  # not two at once in host memory
+
+
+def load_target(
+    directory_or_name: str | Path, dtype: Any = jnp.float32, put: Put = put_whole
+) -> tuple[ModelConfig, dict]:
     """Reads a target into (config, parameters), every matrix `[out, in]` in `dtype`, tensor by tensor.
 
     Args:
       directory_or_name: a directory with config.json and safetensors, or a hub name such as "owner/model".
+      put: where parameters go. Shards of a mesh, for example, each read alone: `lambda path, shape, read:
+        jax.make_array_from_callback(shape, shardings(path), read)`.
 
     Raises:
       UserError: if there is no such model, for a config that is not supported, for broken or missing files,
         and for unknown, missing, duplicated or mis-shaped tensors (all of them in one message).
     """
     config, stored = open_target(find_directory(directory_or_name))
-    params: dict = {"layers": [{} for _ in range(config.num_layers)]}
-    for name, (layer, ours) in _names(config).items():
-        scope = params if layer is None else params["layers"][layer]
-        scope[ours] = jnp.asarray(stored[name].read(), dtype)
-    return config, params
+    sources, shapes = layout.sources(config, stored), transformer.shapes(config)
+
+    def read(name: str, index: layout.Index) -> np.ndarray:
+        return stored[name].read(index)
+
+    def parameter(path: layout.Path, shape: tuple[int, ...]) -> jax.Array:
+        return put(path, shape, layout.reader(sources[path], shape, read, np.dtype(dtype)))
+
+    layers = [
+        {name: parameter(("layers", n, name), shape) for name, shape in layer.items()}
+        for n, layer in enumerate(shapes.pop("layers"))
+    ]
+    return config, {"layers": layers} | {name: parameter((name,), shape) for name, shape in shapes.items()}
 
 
 def open_target(directory: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
@@ -73,17 +87,22 @@ def open_target(directory: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
     """
     config = ModelConfig.from_hf(read_json(directory / CONFIG), str(directory / CONFIG))
     stored, problems = open_directory(directory)
-    names = _names(config)
-    expected = {name: _shape(config, ours) for name, (_, ours) in names.items()}
-    head, embed = hf_name("lm_head"), hf_name("embed")
+    expected = layout.expected(layout.sources(config, stored))
+    head, embed = layout.hf_name("lm_head"), layout.hf_name("embed")
     if config.tie_word_embeddings and head in stored:
         expected[head] = expected[embed]
     problems += tensor_problems(stored, expected)
     if not problems and config.tie_word_embeddings and head in stored:
-        if not np.array_equal(stored[head].read(), stored[embed].read()):
+        if not _equal(stored[head], stored[embed]):
             problems.append(f"{head}: differs from {embed}, although tie_word_embeddings is true")
     raise_problems(str(directory), problems)
     return config, stored
+
+
+def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
+    """Whether two tensors of one shape are equal, compared in pieces."""
+    parts = (slice(start, min(start + rows, a.shape[0])) for start in range(0, a.shape[0], rows))
+    return all(np.array_equal(a.read((part,)), b.read((part,))) for part in parts)
 
 
 def save_target(directory: str | Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
@@ -94,15 +113,12 @@ def save_target(directory: str | Path, config: ModelConfig, params: Mapping[str,
     Raises:
       UserError: if the directory cannot be written.
     """
-    tensors = {
-        name: np.asarray((params if layer is None else params["layers"][layer])[ours])
-        for name, (layer, ours) in _names(config).items()
-    }
+    tensors = layout.tensors(config, params)
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
         "weight_map": dict.fromkeys(sorted(tensors), WEIGHTS),
     }
-    hf_config = config.to_hf() | {"torch_dtype": str(tensors[hf_name("embed")].dtype)}
+    hf_config = config.to_hf() | {"torch_dtype": str(tensors[layout.hf_name("embed")].dtype)}
     replace_files(
         directory,
         {WEIGHTS: tensors_writer(tensors), INDEX: json_writer(index), CONFIG: json_writer(hf_config)},
@@ -149,8 +165,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, none of them read yet. Raises UserError if the file is missing or broken."""
     try:
-        file = safe_open(path, framework="np")
-        return {name: _stored(file, name, path) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        with safe_open(path, framework="np") as file:
+            return {name: _stored(file, name, path) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({_reason(error)})") from None
 
@@ -228,9 +244,10 @@ def tensors_writer(tensors: Mapping[str, np.ndarray]) -> Callable[[Path], object
 
 
 def _stored(file: Any, name: str, path: Path) -> StoredTensor:
-    def read() -> np.ndarray:
-        try:
-            return file.get_tensor(name)
+    def read(index: layout.Index = ()) -> np.ndarray:
+        try:  # opened anew: the pages of a file that stays mapped add up to a second copy in memory
+            with safe_open(path, framework="np") as file:
+                return file.get_slice(name)[index] if index else file.get_tensor(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: tensor {name} cannot be read ({_reason(error)})") from None
 
@@ -267,38 +284,6 @@ def is_buffer(name: str) -> bool:
 
 def _is_file_name(value: Any) -> bool:
     return isinstance(value, str) and value == Path(value).name != "" and "\0" not in value
-
-
-def hf_name(ours: str) -> str:
-    """The Hugging Face name of one of the tensors outside the layers."""
-    return f"{_TOP[ours]}.weight"
-
-
-def _names(config: ModelConfig) -> dict[str, tuple[int | None, str]]:
-    """Hugging Face name -> (layer or None, our name), for every tensor of the model."""
-    tops = [ours for ours in _TOP if not (ours == "lm_head" and config.tie_word_embeddings)]
-    names: dict[str, tuple[int | None, str]] = {hf_name(ours): (None, ours) for ours in tops}
-    for n in range(config.num_layers):
-        names |= {f"model.layers.{n}.{theirs}.weight": (n, ours) for ours, theirs in _LAYER.items()}
-    return names
-
-
-def _shape(config: ModelConfig, ours: str) -> tuple[int, ...]:
-    D, I, V = config.hidden_size, config.intermediate_size, config.vocab_size  # noqa: E741
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if ours.endswith("norm"):
-        return (D,)
-    return {
-        "embed": (V, D),
-        "lm_head": (V, D),
-        "q_proj": (q, D),
-        "k_proj": (kv, D),
-        "v_proj": (kv, D),
-        "o_proj": (D, q),
-        "gate_proj": (I, D),
-        "up_proj": (I, D),
-        "down_proj": (D, I),
-    }[ours]
 
 
 def _reason(error: BaseException) -> str:
