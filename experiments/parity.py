@@ -355,7 +355,7 @@ def make_golden(directory: Path) -> int:
         values |= {f"{name}.answer{i}": answer for i, answer in enumerate(answers)}
     np.savez_compressed(directory / "llama.npz", **values)
 
-    values = families.golden_values(torch_model, torch_answer, torch_logits)
+    values = families.golden_values(torch_model, torch_logits)
     np.savez_compressed(directory / "families.npz", **values)
 
     values = {}

@@ -63,7 +63,8 @@ class Decoded:
 
     answers: per prompt, its new token ids; the first comes from the prefill, and an end token is kept.
     accepted_BxK1: per prompt, how many verifications accepted k drafted tokens; K = 0 without a drafter.
-    drafted: tokens drafted for all prompts. prefill_seconds, decode_seconds: of the whole batch.
+    drafted: tokens drafted for all prompts. prefill_seconds, decode_seconds: of the whole batch. experts: different
+    experts that verifications touched (the mean over layers), summed over verifications; 0 where the target has none.
     """
 
     answers: list[np.ndarray]
@@ -71,6 +72,7 @@ class Decoded:
     drafted: int
     prefill_seconds: float
     decode_seconds: float
+    experts: float = 0.0
 
     @property
     def decode_tokens(self) -> int:
@@ -130,7 +132,8 @@ def decode(
     answers = [tokens_BxL[b, prompt_B[b] : length_B[b]] for b in range(len(prompts))]
     accepted_BxK1 = np.asarray(state.histogram_BxK1)[: len(prompts)]
     drafted = int(np.asarray(state.drafted_B)[: len(prompts)].sum())
-    return Decoded(answers, accepted_BxK1, drafted, middle - begin, end - middle)
+    experts = 0.0 if state.experts_B is None else float(np.asarray(state.experts_B)[: len(prompts)].sum())
+    return Decoded(answers, accepted_BxK1, drafted, middle - begin, end - middle, experts)
 
 
 def _batch(prompts: Sequence[np.ndarray], ids: Sequence[int], how: Decoding) -> tuple[jax.Array, ...]:

@@ -70,6 +70,7 @@ class _Tally:
     decode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     accepted_K1: Any = 0
+    experts: float = 0.0
 
     def add(self, other: "_Tally") -> None:
         for field in dataclasses.fields(self):
@@ -83,6 +84,7 @@ class _Tally:
             decoded.decode_seconds,
             decoded.prefill_seconds,
             decoded.accepted_BxK1.sum(0),
+            decoded.experts,
         )
 
     @property
@@ -293,6 +295,7 @@ def _row(
         "num_verifications": fast.verifications,
         "num_draft_tokens": fast.drafted,
         "draft_acceptance_rate": _ratio(accepted, fast.drafted),
+        "unique_experts": _ratio(fast.experts, fast.verifications) if fast.experts else None,
         "decode_seconds": fast.decode_seconds,
         "prefill_seconds": fast.prefill_seconds,
         "baseline_new_tokens": plain.new_tokens,

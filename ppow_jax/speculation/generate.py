@@ -109,6 +109,9 @@ def verify_window(
     if speculation.adaptive:  # by its own width alone, so that a row does not depend on its neighbours
         pace = update(pace, result.accepted_B, drafted_B, cost_K1[drafted_B])
     healthy_B = state.healthy_B & (state.done_B | result.healthy_B)
+    experts_B = state.experts_B
+    if experts_B is not None:
+        experts_B += counted_B * result.experts_B
     state = state.replace(
         done_B=state.done_B | ~healthy_B,
         healthy_B=healthy_B,
@@ -116,6 +119,7 @@ def verify_window(
         histogram_BxK1=state.histogram_BxK1 + counted_B[:, None] * accepted_BxK1,
         drafted_B=state.drafted_B + counted_B * drafted_B,
         pace=pace,
+        experts_B=experts_B,
     )
     state = commit_tokens(state, result.token_BxK1, result.accepted_B + 1, config)
     pending_B = jnp.maximum(state.length_B - before_B, 1)

@@ -14,6 +14,7 @@ from ppow_jax.speculation.propose import Draft
 from ppow_jax.speculation.sampling import Sampling, draw, log_distribution, sample
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.speculation.state import State, row_keys, usable
+from ppow_jax.speculation.touched import unique_experts
 from ppow_jax.speculation.tree import Tree, children_drawn, compact, follow, remainder
 from ppow_jax.speculation.verify import accept_greedy, accept_sampled, block_wise, emitted, token_wise
 
@@ -36,7 +37,8 @@ class Round(NamedTuple):
 
     accepted_B. token_BxK1: the accepted tokens, then the target's own, then padding. hidden_BxN1xD: what judged each
     index. features_BxK1xF, kv: of the root and the accepted path, in its order, then padding. index_BxK1: their window
-    indices. healthy_B: whether all the target's logits were usable.
+    indices. healthy_B: whether all the target's logits were usable. experts_B: different experts that the window
+    touched, see `unique_experts`; None where the target has none.
     """
 
     accepted_B: Array
@@ -46,6 +48,7 @@ class Round(NamedTuple):
     kv: tuple[KV, ...]
     index_BxK1: Array
     healthy_B: Array
+    experts_B: Array | None = None
 
 
 def judge(
@@ -69,11 +72,12 @@ def judge(
     )
     logits = transformer.logits(params, out.hidden_BxSxD)
     healthy_B = usable(logits).all(1)
+    experts_B = unique_experts(out.experts, config.experts.number) if config.experts else None
     if isinstance(draft, Tree):
         accepted_B, index_BxK1, token_BxK1 = _accept_tree(state, draft, logits, sampling, speculation.window)
         kv = tuple(compact(new, index_BxK1) for new in out.kv)
         features = jnp.take_along_axis(out.features_BxSxF, index_BxK1[..., None], 1)
-        return Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B)
+        return Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B, experts_B)
     accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
     short = speculation.window + 1 - token_BxK1.shape[1]  # of a narrower window; what is padded is never read
 
@@ -83,7 +87,8 @@ def judge(
     index_BxK1 = jnp.broadcast_to(jnp.arange(speculation.window + 1), (B, speculation.window + 1))
     kv = tuple(KV(pad(k, 3), pad(v, 2)) for k, v in out.kv)
     features = None if out.features_BxSxF is None else pad(out.features_BxSxF, 1)
-    return Round(accepted_B, pad(token_BxK1, 1), pad(out.hidden_BxSxD, 1), features, kv, index_BxK1, healthy_B)
+    token_BxK1, hidden_BxN1xD = pad(token_BxK1, 1), pad(out.hidden_BxSxD, 1)
+    return Round(accepted_B, token_BxK1, hidden_BxN1xD, features, kv, index_BxK1, healthy_B, experts_B)
 
 
 def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:

@@ -69,6 +69,7 @@ def prefill(
         histogram_BxK1=jnp.zeros((B, K + 1), jnp.int32),
         drafted_B=jnp.zeros(B, jnp.int32),
         pace=Pace.start(B),
+        experts_B=jnp.zeros(B) if config.experts else None,
     )
     state = commit_tokens(state, first_B[:, None], jnp.ones(B, jnp.int32), config)
     if drafter is None:

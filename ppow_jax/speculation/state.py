@@ -25,6 +25,7 @@ class State(flax.struct.PyTreeNode):
     neighbours. healthy_B: whether the target's logits have been usable, see `usable`; a row stops where they are not.
     target_kv, drafter_kv: per layer; features_BxK1xF, pending_B: see the module. histogram_BxK1: how
     many verifications accepted k tokens. drafted_B: tokens that were drafted. pace: see `speculation.adaptive`.
+    experts_B: different experts that verifications touched, summed over these, where the target has experts.
     """
 
     tokens_BxL: Array
@@ -41,6 +42,7 @@ class State(flax.struct.PyTreeNode):
     histogram_BxK1: Array
     drafted_B: Array
     pace: Pace
+    experts_B: Array | None = None
 
 
 def cache_length(longest_prompt: int, max_new_tokens: int, K: int) -> int:

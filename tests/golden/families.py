@@ -13,7 +13,7 @@ from ppow_jax.models.config import ModelConfig
 
 from .models import matrix, norm
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -26,12 +26,12 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
-SLIDING = {"use_sliding_window": True, "sliding_window": 6}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+MOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+SLIDING: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 6}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 # Name -> (architecture, what its config has beside the sizes).
-_CONFIGS = {
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "llama3", **LLAMA3}}),
     "llama-linear": (
         "LlamaForCausalLM",
@@ -60,7 +60,7 @@ def params(name: str) -> dict:
     random = np.random.RandomState(len(name))
 
     def values(shapes: dict) -> dict:
-        found = {}
+        found: dict = {}
         for part, shape in shapes.items():
             if part == "layers":
                 found[part] = [values(layer) for layer in shape]
@@ -77,24 +77,28 @@ def prompts(name: str, number: int) -> list[np.ndarray]:
     return [random.randint(0, SIZES["vocab_size"], random.randint(2, 12)) for _ in range(number)]
 
 
-def golden_values(torch_model: Callable, torch_answer: Callable, torch_logits: Callable) -> dict[str, np.ndarray]:
+def golden_values(torch_model: Callable, torch_logits: Callable) -> dict[str, Any]:
     """By name: length_N of the prompts, tokens_NxL of prompts and greedy texts, and the logits of the first texts."""
     values: dict[str, Any] = {}
     for name, config in TARGETS.items():
-        texts: list[np.ndarray] = []
+        candidates = prompts(name, PROMPTS + PROMPTS // 2)
+        length_N, rows = np.array([len(prompt) for prompt in candidates]), np.arange(len(candidates))
+        tokens_NxL = np.zeros((len(rows), length_N.max() + NEW_TOKENS), int)
+        for tokens, prompt in zip(tokens_NxL, candidates, strict=True):
+            tokens[: len(prompt)] = prompt
+        margin_N = np.full(len(rows), np.inf)
         with torch_model(config, params(name)) as model:
-            for prompt in prompts(name, 3 * PROMPTS):
-                if len(texts) == PROMPTS:
-                    break
-                text = np.r_[prompt, torch_answer(model, prompt, NEW_TOKENS, ())]
-                logits = torch_logits(model, text[None])[0]
-                best = np.sort(logits[len(prompt) - 1 : -1])[:, -2:]
-                if (best[:, 1] - best[:, 0]).min() > MARGIN:
-                    if len(texts) < LOGIT_ROWS:
-                        values[f"{name}.logits{len(texts)}"] = logits
-                    texts.append(text)
-        assert len(texts) == PROMPTS, f"{name}: only {len(texts)} prompts lead to sure texts"
-        values[f"{name}.length"] = np.array([len(text) - NEW_TOKENS for text in texts], np.uint8)
-        longest = max(map(len, texts))
-        values[f"{name}.tokens"] = np.stack([np.r_[t, np.zeros(longest - len(t), int)] for t in texts]).astype(np.uint8)
+            for step in range(NEW_TOKENS):  # what lies to the right of a token does not change its logits
+                end = length_N.max() + step
+                z_NxV = torch_logits(model, tokens_NxL[:, :end])[rows, length_N + step - 1]
+                tokens_NxL[rows, length_N + step] = z_NxV.argmax(-1)
+                best_Nx2 = np.sort(z_NxV)[:, -2:]
+                margin_N = np.minimum(margin_N, best_Nx2[:, 1] - best_Nx2[:, 0])
+            sure = np.flatnonzero(margin_N > MARGIN)[:PROMPTS]
+            assert len(sure) == PROMPTS, f"{name}: only {len(sure)} prompts lead to sure texts"
+            for i, row in enumerate(sure[:LOGIT_ROWS]):
+                text_1xT = tokens_NxL[row : row + 1, : length_N[row] + NEW_TOKENS]
+                values[f"{name}.logits{i}"] = torch_logits(model, text_1xT)[0]
+        values[f"{name}.length"] = length_N[sure].astype(np.uint8)
+        values[f"{name}.tokens"] = tokens_NxL[sure].astype(np.uint8)
     return values

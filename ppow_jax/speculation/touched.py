@@ -1,0 +1,24 @@
+"""How many experts a verification touches: what a pass over a few tokens has to read where the target has experts."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def unique_experts(experts: Sequence[Array], number: int) -> Array:
+    """Different experts that each row's tokens go to, float32 [B], the mean over layers.
+
+    Args:
+      experts: per layer that has them, the experts of each token, [B, S, experts per token].
+      number: experts of a layer.
+    """
+
+    def of_layer(expert_BxSxX: Array) -> Array:
+        row_Bx1x1 = jnp.arange(expert_BxSxX.shape[0])[:, None, None]
+        touched_BxE = jnp.zeros((expert_BxSxX.shape[0], number), bool).at[row_Bx1x1, expert_BxSxX].set(True)
+        return touched_BxE.sum(-1)
+
+    return jnp.mean(jnp.stack([of_layer(x) for x in experts]).astype(jnp.float32), axis=0)
