@@ -98,7 +98,7 @@ def write(path: Path, config=CONFIG, kind=Type.F32, architecture="llama", fields
     for name, value in values.items():
         if value is None:
             continue
-        stored = kind if value.ndim == 2 else Type.F32
+        stored = kind if value.ndim >= 2 else Type.F32
         if stored in (Type.F32, Type.F16):
             writer.add_tensor(name, value.astype(np.float32 if stored == Type.F32 else np.float16))
         else:

