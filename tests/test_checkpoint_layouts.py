@@ -140,17 +140,17 @@ LOADING = """
         (directory / huggingface.CONFIG).write_text(json.dumps(config.to_hf()))
         sys.exit()
     jax.block_until_ready(jnp.ones(8) + 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     params = huggingface.load_target(directory, jnp.bfloat16)[1]
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(sum(x.nbytes for x in jax.tree.leaves(params)), (after - before) * 1024)
+    print(sum(x.nbytes for x in jax.tree.leaves(params)), after * 1024 - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_the_weights_once(tmp_path):
     """LOAD_BYTES=4e9 makes it a model of that size."""
-    wanted = float(os.environ.get("LOAD_BYTES", 2e8))
+    wanted = float(os.environ.get("LOAD_BYTES", 3e8))
     layers = round(wanted / 29e6) + 1
     run = functools.partial(subprocess.run, text=True, check=True, capture_output=True)
     arguments = [sys.executable, "-c", textwrap.dedent(LOADING), str(tmp_path), str(layers)]
@@ -158,4 +158,4 @@ def test_loading_holds_the_weights_once(tmp_path):
     size, peak = map(int, run(arguments).stdout.split())
     print(f"{size / 1e6:.0f} MB of weights, {peak / 1e6:.0f} MB more at the peak: {peak / size:.3f} times")
     assert 0.8 * wanted < size
-    assert 0.9 * size < peak < 1.3 * size
+    assert 0.9 * size < peak < 1.3 * size  # the lower bound shows that what was measured are the weights
