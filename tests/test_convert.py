@@ -16,6 +16,7 @@ from experiments import convert
 from ppow_jax import cli
 from ppow_jax.evaluation import self_check
 from ppow_jax.models import transformer
+from ppow_jax.models.families import Experts
 from ppow_jax.training import initialise
 from ppow_jax.weights import huggingface, targets
 from ppow_jax.weights.drafters import export_drafter, import_drafter
@@ -91,6 +92,17 @@ def test_inspect_a_target(tmp_path, capsys):
     save_file({**tensors, "model.norm.weight": np.ones(23, np.float32)}, tmp_path / "model.safetensors")
     assert run("inspect", tmp_path) == 2
     assert "model.norm.weight: has shape [23], the config asks for [24]" in capsys.readouterr().err
+
+
+def test_inspect_a_mixture_of_experts(tmp_path, capsys):
+    experts = Experts(number=4, per_token=2, intermediate_size=10, normalize=True, layers=(1, 2))
+    config = dataclasses.replace(
+        models.TARGETS["untied"], architecture="Qwen3MoeForCausalLM", qk_norm=True, experts=experts
+    )
+    huggingface.save_target(tmp_path, config, transformer.init(jax.random.key(0), config))
+    assert run("inspect", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "2 of 4 for each token, 10 wide each, in 2 layers" in said and "queries and keys normed" in said
 
 
 def test_inspect_shows_what_the_files_leave_open(directory, capsys):

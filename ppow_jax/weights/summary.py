@@ -9,6 +9,7 @@ import numpy as np
 
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter_config import DrafterConfig
+from ppow_jax.models.families import Experts
 from ppow_jax.weights import drafter_tensors, drafters
 from ppow_jax.weights import huggingface as hf
 
@@ -64,11 +65,12 @@ def target_lines(directory: Path) -> list[tuple[str, str]]:
         ("parameters", f"{_count(count)} ({', '.join(sorted({tensor.dtype for tensor in stored.values()}))})"),
         ("layers", str(N)),
         ("width", f"{config.hidden_size}, MLP {config.intermediate_size}"),
-        ("attention", _attention(config)),
+        *([("experts", _experts(config.experts))] if config.experts else []),
+        ("attention", _attention(config, config.qkv_bias) + _sliding(config)),
         ("rope", _rope(config)),
         ("vocabulary", f"{config.vocab_size}{', the embedding is the head' if config.tie_word_embeddings else ''}"),
         ("end tokens", ", ".join(map(str, config.eos_token_ids)) or "none"),
-        ("drafters' layers", f"inputs of {2}, {N // 2}, {N - 3} by default" if N >= 7 else "no default: fewer than 7"),
+        ("drafters' layers", f"inputs of 2, {N // 2}, {N - 3} by default" if N >= 7 else "no default: fewer than 7"),
     ]
 
 
@@ -91,6 +93,19 @@ def _attention(config: ModelConfig | DrafterConfig, bias: bool = False) -> str:
     heads = f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values"
     normed = ", queries and keys normed" if getattr(config, "qk_norm", False) else ""
     return heads + (", with biases" if bias else "") + normed
+
+
+def _experts(experts: Experts) -> str:
+    """Of a mixture of experts."""
+    return (
+        f"{experts.per_token} of {experts.number} for each token, {experts.intermediate_size} wide each,"
+        f" in {len(experts.layers)} layers"
+    )
+
+
+def _sliding(config: ModelConfig) -> str:
+    layers = len(config.sliding_layers)
+    return f", {config.sliding_window} tokens back in {layers} of the layers" if layers else ""
 
 
 def _rope(config: ModelConfig | DrafterConfig) -> str:
