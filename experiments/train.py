@@ -11,6 +11,7 @@ from ppow_jax.training.settings import TrainSettings
 
 def main(settings: TrainSettings) -> int:
     """Runs the pipeline; JAX starts only here, after the flags were checked."""
+    cli.keep_compiled(settings.compilation_cache)
     from ppow_jax.training import pipeline
 
     return pipeline.run(settings)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from ppow_jax import config as config_lib
-from ppow_jax import progress
+from ppow_jax import files, progress
 from ppow_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -99,6 +99,24 @@ def setup_logging() -> None:
     for name in ("ppow_jax", "experiments", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step there.
+
+
+def keep_compiled(directory: str | None) -> None:
+    """Keeps compiled programs below `directory`, and takes them from there in later runs; None leaves JAX as it is.
+
+    Raises UserError where nothing can be written. Call it before anything is compiled. Programs are kept for one kind
+    of processor and one version of JAX: others compile their own beside them.
+    """
+    if directory is None:
+        return
+    try:
+        path = files.writable_directory(directory)
+    except UserError as error:
+        raise UserError(f"--compilation_cache={directory}: {error}") from None
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def usage(

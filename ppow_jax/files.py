@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
+from typing import IO
 
 from ppow_jax.errors import UserError
 
@@ -21,6 +22,16 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Makes a file `size` bytes long, with room on the disk for all of them.
+
+    Raises OSError where there is none: a full disk that shows only when memory-mapped pages are written kills.
+    """
+    file.truncate(size)
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def writable_directory(path: str | os.PathLike) -> pathlib.Path:

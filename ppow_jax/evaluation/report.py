@@ -202,12 +202,35 @@ def write_markdown(path: str | os.PathLike, report: Report, plots: Sequence[str 
     for plot in plots:
         name = os.path.relpath(plot, folder)
         parts.append(f"![{pathlib.Path(name).stem.replace('_', ' ')}]({name})")
+    if spent := report.get("time"):
+        parts += ["## Time", _time(spent)]
     if settings := report.get("settings"):
         lines = [f"--{key}={value}" for key, value in settings.items()]
         parts += ["## Settings", "\n".join(["```", *lines, "```"])]
     if packages := report.get("versions"):
         parts += ["## Versions", ", ".join(f"{name} {version}" for name, version in packages.items())]
     write_atomic(path, "\n\n".join(parts) + "\n")
+
+
+def _time(spent: Mapping[str, Any]) -> str:
+    """Where a training run's time went (see `training.clock`)."""
+    kinds = list(dict.fromkeys(["wall", *(kind for seconds in spent["seconds"].values() for kind in seconds)]))
+    rows = [{"name": stage, **seconds} for stage, seconds in spent["seconds"].items()]
+    columns = {"name": "seconds", **{kind: kind for kind in kinds}}
+    parts = [console_table(rows, columns, "github")]
+    parts += [
+        f"Attempts: {spent['attempts']}. Goodput: {_number(spent['goodput']):.3f}, training steps that count as a "
+        "share of the time of all attempts that was not spent on answers, features, measuring or export. What `wall` "
+        "holds beyond the other columns is starting and waiting."
+    ]
+    if by_stage := spent.get("step_parts"):
+        names = list(dict.fromkeys(name for seconds in by_stage.values() for name in seconds))
+        rows = [
+            {"name": stage, **{name: f"{s:.4f}" for name, s in seconds.items()}} for stage, seconds in by_stage.items()
+        ]
+        parts += ["Operations of a step by part, in seconds, from the profiled steps:"]
+        parts += [console_table(rows, {"name": "stage", **{name: name for name in names}}, "github")]
+    return "\n\n".join(parts)
 
 
 def plot_results(path: str | os.PathLike, report: Report) -> None:

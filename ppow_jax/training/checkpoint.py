@@ -4,10 +4,12 @@ Orbax writes to a temporary folder and renames it when it is whole, so a kill le
 It does not notice changed bytes within an array: a checksum per array is kept and compared on restore.
 """
 
+import contextlib
 import json
 import logging
 import os
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,6 +22,10 @@ from ppow_jax.files import writable_directory
 logger = logging.getLogger(__name__)
 
 
+KEEP = 3  # the newest checkpoints that a stage keeps
+KEEP_BEST = 2  # and of the best
+
+
 class _Damaged(Exception):
     """A checkpoint that cannot be read, or does not hold what was saved."""
 
@@ -27,7 +33,7 @@ class _Damaged(Exception):
 class Checkpoints:
     """The last `keep` checkpoints in one directory, one folder per step."""
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 3):
+    def __init__(self, directory: str | os.PathLike, keep: int = KEEP):
         """Opens or creates the directory, and clears what a kill left half-written.
 
         Raises:
@@ -50,6 +56,9 @@ class Checkpoints:
           step: greater than every saved step (the same step again does nothing).
           state: pytree of arrays.
           extra: anything that JSON holds (position in the data, scores, ...).
+
+        Raises:
+          UserError: this checkpoint or the one before could not be written; those that were good still are.
         """
         steps = self.steps
         if steps and step == steps[-1]:
@@ -57,8 +66,10 @@ class Checkpoints:
         payload = json.dumps({"extra": extra or {}, "leaves": _describe(state, with_checksums=True)})
         seal = {"payload": payload, "checksum": zlib.crc32(payload.encode())}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(seal))
-        if not self._manager.save(step, args=items):
+        if steps and step < steps[-1]:
             raise ValueError(f"step {step} does not come after the saved steps {steps}")
+        with self._saving():
+            self._manager.save(step, args=items)
 
     def read_extra(self, step: int) -> dict[str, Any]:
         """The `extra` of a saved step, without its arrays; raises UserError if it is damaged."""
@@ -140,19 +151,37 @@ class Checkpoints:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when what `save` started is on disk; raises what went wrong there."""
-        self._manager.wait_until_finished()
+        """Returns when what `save` started is on disk; raises UserError where it could not be written."""
+        with self._saving():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Says which checkpoint is the last good one where one cannot be written, for whatever reason."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            good = max((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), default=None)
+            kept = "there is none before" if good is None else f"{self.directory / str(good)} is whole"
+            kept += "; free space or mend the disk, and run the same command again"
+            raise UserError(f"{self.directory}: a checkpoint cannot be saved ({_reason(error)}); {kept}") from error
 
     def close(self) -> None:
         """Waits, and frees the threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # it says again what `wait` said
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with contextlib.suppress(UserError) if kind else contextlib.nullcontext():  # the first reason is the reason
+            self.close()
 
 
 class Best:
@@ -160,7 +189,7 @@ class Best:
 
     def __init__(self, directory: str | os.PathLike):
         """Opens or creates the directory; raises UserError if it cannot be written to."""
-        self._checkpoints = Checkpoints(directory, keep=2)
+        self._checkpoints = Checkpoints(directory, keep=KEEP_BEST)
         self.step: int | None = None
         self.score = -float("inf")
         for number in reversed(steps := self._checkpoints.steps):
@@ -204,8 +233,8 @@ class Best:
     def __enter__(self) -> "Best":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *error: object) -> None:
+        self._checkpoints.__exit__(*error)  # type: ignore[arg-type]
 
 
 def _describe(state: Any, with_checksums: bool = False) -> list[list[Any]]:
@@ -228,5 +257,15 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+
+
+def _reason(error: BaseException) -> str:
+    """The error's first line; that of the operating system's error that is behind it, where there is one."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return _first_line(next((e for e in chain if isinstance(e, OSError) and e.errno), error))

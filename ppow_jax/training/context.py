@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ppow_jax.data.batches import Batches
+from ppow_jax.training.clock import Clock
 from ppow_jax.training.metrics import MetricsWriter
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.settings import TrainSettings
@@ -25,6 +26,7 @@ class Context:
     held_out: Batches
     metrics: MetricsWriter
     stop: StopSignal
+    clock: Clock
 
     @property
     def greedy_text(self) -> bool:

@@ -64,7 +64,7 @@ class FeatureStore:
         if not path.exists():
             self._note.unlink(missing_ok=True)
             with open(path.with_suffix(".new"), "wb") as file:
-                file.truncate(size)
+                files.reserve(file, size)
             os.replace(file.name, path)  # so it is there in full length or not at all
         done, *data = self._note.read_text().split() if self._note.exists() else ("0",)
         if path.stat().st_size != size or data not in ([], [self._data]):

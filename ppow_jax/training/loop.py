@@ -3,16 +3,19 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ppow_jax import progress
+from ppow_jax.errors import UserError
 from ppow_jax.training.checkpoint import Best, Checkpoints
+from ppow_jax.training.clock import Clock, compile_seconds, memory_bytes
 from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, require_finite
 from ppow_jax.training.preemption import StopSignal
+from ppow_jax.training.profile import Profile
 from ppow_jax.training.supervised import TrainState
 
 log = logging.getLogger(__name__)
@@ -23,69 +26,129 @@ _SHOWN = ("loss", "tau_sim", "reward", "accepted_length")  # beside the progress
 class Loop:
     """What a stage is made of.
 
-    step: (state, index) -> (state, metrics), jitted inside. measure: parameters -> metrics, `score` of which chooses
-    the best checkpoint.
+    data: index -> batch, on the host. step: (state, index, batch) -> (state, metrics), jitted inside. measure:
+    parameters -> metrics, `score` of which chooses the best checkpoint. skip_nonfinite: bad updates to bear, in the
+    whole stage. position: of the first batch in the data. about: settings and seed, kept with every checkpoint.
     """
 
     stage: str
     total: int
-    step: Callable[[TrainState, int], tuple[TrainState, dict[str, Any]]]
+    data: Callable[[int], Any]
+    step: Callable[[TrainState, int, Any], tuple[TrainState, dict[str, Any]]]
     measure: Callable[[dict], dict[str, Any]]
     score: str
     checkpoint_every: int
     evaluate_every: int
+    skip_nonfinite: int = 0
+    position: int = 0
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def run(loop: Loop, state: TrainState, directory: Path, metrics: MetricsWriter, stop: StopSignal) -> tuple[dict, bool]:
+def run(
+    loop: Loop,
+    state: TrainState,
+    directory: Path,
+    metrics: MetricsWriter,
+    stop: StopSignal,
+    clock: Clock | None = None,
+    profile: Profile | None = None,
+) -> tuple[dict, bool]:
     """Runs a stage, or goes on with it -> (the best parameters so far, whether the stage is complete).
 
     Checkpoints lie in directory/checkpoints, the best by loop.score in directory/best. Metrics of a step are read
     after the next one was dispatched. Raises NonFiniteError, after the metrics were written and without touching the
-    last good checkpoint, when one of them is not finite.
+    last good checkpoint, when one of them is not finite and no more updates may be skipped.
     """
+    clock = clock or Clock()
     with Checkpoints(directory / "checkpoints") as checkpoints, Best(directory / "best") as best:
         done = 0
         abstract = jax.eval_shape(lambda: state)
-        if (found := checkpoints.restore_latest(abstract)) is not None:
-            done, state, _ = found
+        with clock.on("restore"):
+            found = checkpoints.restore_latest(abstract)
+        if found is not None:
+            done, state, extra = found
+            _check_position(loop, directory, done, extra)
             if done < loop.total:
                 log.info("%s: going on after step %d of %d", loop.stage, done, loop.total)
-        metrics.resume(loop.stage, done)
+        rows = metrics.resume(loop.stage, done)
+        clock.resume(loop.stage, rows)
+        if len(rows) < done:
+            log.warning("%s: %s lacks rows of %d steps done", loop.stage, metrics.path, done - len(rows))
         metrics.resume(f"{loop.stage}_held_out", done or -1)  # step 0 is measured again
+
+        def save() -> None:
+            metrics.sync()
+            with clock.on("save"):
+                checkpoints.save(done, state, {"position": loop.position + done, "about": dict(loop.about)})
+
+        def offer() -> None:
+            with clock.on("measure"):
+                measured = loop.measure(state.params)
+            measured |= {"goodput": clock.goodput(), "memory_bytes": memory_bytes()}
+            metrics.write(done, f"{loop.stage}_held_out", measured)
+            log.info("%s: step %d, %s %.3f", loop.stage, done, loop.score, measured[loop.score])
+            with clock.on("save"):
+                best.offer(done, measured[loop.score], state.params)
+
         if done == 0:
-            _offer(loop, best, metrics, 0, state)
-        with progress.bar(loop.total, loop.stage, initial=done) as bar:
-            recorder = _Recorder(loop, metrics, bar)
+            offer()
+        with progress.bar(loop.total, loop.stage, initial=done) as bar, profile or Profile() as profile:
+            recorder = _Recorder(loop, metrics, clock, checkpoints, bar, int(state.skipped))
             while done < loop.total and not stop.requested:
-                state, step_metrics = loop.step(state, done)
+                profile.before(done + 1)
+                begin = time.perf_counter()
+                batch = loop.data(done)
+                data_seconds = time.perf_counter() - begin
+                state, step_metrics = loop.step(state, done, batch)
                 done += 1
-                recorder.add(done, step_metrics)
+                profile.after(done, step_metrics)
+                recorder.add(done, step_metrics, data_seconds)
                 if done % loop.evaluate_every == 0 or done == loop.total:
                     recorder.flush()
-                    _offer(loop, best, metrics, done, state)
+                    offer()
+                    recorder.restart()
                 if done % loop.checkpoint_every == 0 or done == loop.total:
                     recorder.flush()
-                    checkpoints.save(done, state)
+                    save()
+                    recorder.restart()
             recorder.flush()
         if done < loop.total:
-            checkpoints.save(done, state)
+            save()
+            checkpoints.wait()
             log.warning("%s: saved after step %d of %d", loop.stage, done, loop.total)
-        _, params, _ = best.restore(abstract.params)
+        with clock.on("restore"):
+            _, params, _ = best.restore(abstract.params)
         log.info("%s: best %s %.3f at step %d", loop.stage, loop.score, best.score, best.step)
         return params, done == loop.total
+
+
+def _check_position(loop: Loop, directory: Path, done: int, extra: Mapping[str, Any]) -> None:
+    """A checkpoint that was made on other batches would go on silently in the wrong place of the data."""
+    position = extra.get("position", loop.position + done)
+    if position != loop.position + done:
+        place = directory / "checkpoints" / str(done)
+        rule = "bring the directories of the other stages back, or remove this one"
+        raise UserError(f"{place}: ends at batch {position}, but would go on at {loop.position + done}; {rule}")
 
 
 class _Recorder:
     """Writes the metrics of each step once the next one was dispatched, so that the device never waits for them."""
 
-    def __init__(self, loop: Loop, metrics: MetricsWriter, bar):
-        self.loop, self.metrics, self.bar = loop, metrics, bar
+    def __init__(
+        self, loop: Loop, metrics: MetricsWriter, clock: Clock, checkpoints: Checkpoints, bar, skipped: int
+    ):
+        self.loop, self.metrics, self.clock, self.checkpoints, self.bar = loop, metrics, clock, checkpoints, bar
+        self.skipped = skipped
         self.pending: tuple[int, dict[str, Any]] | None = None
-        self.clock = time.perf_counter()
+        self.restart()
 
-    def add(self, step: int, values: dict[str, Any]) -> None:
+    def restart(self) -> None:
+        """What happened up to now, such as saving, takes no part in the next step's time."""
+        self.since, self.compiled = time.perf_counter(), compile_seconds()
+
+    def add(self, step: int, values: dict[str, Any], data_seconds: float) -> None:
         self.flush()
-        self.pending = (step, values)
+        self.pending = (step, values | {"data_seconds": data_seconds})
 
     def flush(self) -> None:
         """Writes what is pending; raises NonFiniteError after that if it holds a value that is not finite."""
@@ -93,20 +156,28 @@ class _Recorder:
             return
         (step, values), self.pending = self.pending, None
         values = jax.device_get(values)
-        now = time.perf_counter()
-        self.metrics.write(step, self.loop.stage, values | {"seconds": now - self.clock})
-        self.clock = now
-        try:
-            require_finite(step, values)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{self.loop.stage}: {error}; the last good checkpoint is kept") from None
+        seconds, compiled = time.perf_counter() - self.since, compile_seconds() - self.compiled
+        self.restart()
+        clocked = {"seconds": seconds, "compile_seconds": compiled, "memory_bytes": memory_bytes()}
+        self.metrics.write(step, self.loop.stage, values | clocked)
+        self.clock.step(self.loop.stage, seconds, compiled, values["data_seconds"])
+        self._judge(step, values)
         shown = {k: f"{float(values[k]):.3f}" for k in _SHOWN if k in values}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
 
-
-def _offer(loop: Loop, best: Best, metrics: MetricsWriter, step: int, state: TrainState) -> None:
-    measured = loop.measure(state.params)
-    metrics.write(step, f"{loop.stage}_held_out", measured)
-    log.info("%s: step %d, %s %.3f", loop.stage, step, loop.score, measured[loop.score])
-    best.offer(step, measured[loop.score], state.params)
+    def _judge(self, step: int, values: dict[str, Any]) -> None:
+        """Lets a skipped update pass as long as there are no more of them than --skip_nonfinite allows."""
+        before, self.skipped = self.skipped, int(values.get("skipped", self.skipped))
+        try:
+            require_finite(step, values)
+        except NonFiniteError as error:
+            allowed = self.loop.skip_nonfinite
+            if before < self.skipped <= allowed:
+                log.warning("%s: %s; update skipped (%d of %d)", self.loop.stage, error, self.skipped, allowed)
+                return
+            steps = self.checkpoints.steps
+            good = f"is {self.checkpoints.directory / str(steps[-1])}" if steps else "is none: it was the first steps"
+            after = f" after {allowed} skipped updates (--skip_nonfinite)" if allowed else ""
+            message = f"{self.loop.stage}: {error}{after}; the last good checkpoint {good}"
+            raise NonFiniteError(message) from None

@@ -12,8 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.files import writable_directory, write_atomic
+from ppow_jax.training.tensorboard import TensorBoard
 
 _RESERVED = ("step", "stage", "time")
+
+# What the clock, the memory and the history of attempts say: two runs that are otherwise the same differ in these.
+VOLATILE = ("time", "seconds", "data_seconds", "compile_seconds", "memory_bytes", "goodput")
 
 
 class NonFiniteError(RuntimeError):
@@ -68,8 +72,10 @@ class MetricsWriter:
     since 1970. Numbers that JSON lacks are written as "nan", "inf", "-inf"; `read_metrics` turns them back.
     """
 
-    def __init__(self, workdir: str | os.PathLike, name: str = "metrics.jsonl"):
-        """Opens the file; half a line that a kill left at its end is cut off.
+    def __init__(
+        self, workdir: str | os.PathLike, name: str = "metrics.jsonl", tensorboard: TensorBoard | None = None
+    ):
+        """Opens the file; half a line that a kill left at its end is cut off. tensorboard: gets every row too.
 
         Raises:
           UserError: the directory cannot be written to.
@@ -78,27 +84,42 @@ class MetricsWriter:
         if self.path.exists():
             _cut_torn_line(self.path)
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")
+        self._tensorboard = tensorboard
 
-    def resume(self, stage: str, step: int) -> None:
-        """Drops the rows of `stage` past `step`: a run resumed from there writes them again."""
+    def resume(self, stage: str, step: int) -> list[dict[str, Any]]:
+        """Drops the rows of `stage` past `step`, which a run resumed from there writes again; returns its others."""
         rows = _rows(self.path)
         kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
         if len(kept) < len(rows):
             self._file.close()
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = open(self.path, "a", buffering=1, encoding="utf-8")
+        if self._tensorboard:
+            self._tensorboard.resume(stage, step)
+        return [row for row in kept if row["stage"] == stage]
 
     def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
         """Appends one row; `metrics` maps names to what `to_python` takes."""
         if clash := set(metrics) & set(_RESERVED):
             raise ValueError(f"metrics may not be named {sorted(clash)}")
         row = {"step": int(step), "stage": stage, "time": round(time.time(), 3)}
-        row |= {name: _encode(to_python(value)) for name, value in metrics.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        values = {name: to_python(value) for name, value in metrics.items()}
+        self._file.write(json.dumps(row | {name: _encode(v) for name, v in values.items()}, allow_nan=False) + "\n")
+        if self._tensorboard:
+            self._tensorboard.write(step, stage, values)
+
+    def sync(self) -> None:
+        """Returns when every row is on disk: a checkpoint is never newer than the metrics of its steps."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._tensorboard:
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

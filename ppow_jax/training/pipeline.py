@@ -1,51 +1,82 @@
 """The main job, stage by stage: data, supervised, ppow, evaluate, export. `run` reads from top to bottom."""
 
+import errno
 import logging
 
 from ppow_jax import config as config_lib
+from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, load_benchmark
+from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context, Stopped
 from ppow_jax.training.corpus import collect_jobs, load_batches
-from ppow_jax.training.metrics import MetricsWriter
+from ppow_jax.training.metrics import MetricsWriter, NonFiniteError
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.results import evaluate_arms, export_arm
 from ppow_jax.training.settings import TrainSettings
+from ppow_jax.training.space import check_space
 from ppow_jax.training.stages import train_arms
-from ppow_jax.training.start import find_start, keep_start
+from ppow_jax.training.start import find_start, keep_start, new_config
+from ppow_jax.training.tensorboard import TensorBoard
 from ppow_jax.training.workdir import open_workdir
 from ppow_jax.weights import targets
 
 log = logging.getLogger(__name__)
 
 
+EXIT_NONFINITE = 3
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def run(settings: TrainSettings) -> int:
     """Runs the chosen stages, or goes on with them; returns the exit code.
 
-    Raises UserError for bad settings, data or files, before anything is compiled where that can be known.
+    0: all done. 130 and 143: SIGINT or SIGTERM came; what was finished is kept. 3: a number was not finite. Raises
+    UserError for bad settings, data or files, before anything is compiled where that can be known, and for a full disk.
     """
+    with StopSignal() as stop:
+        try:
+            _stages(settings, stop)
+        except Stopped:
+            log.warning("stopped; the same command goes on from here")
+            return stop.exit_code
+        except NonFiniteError as error:
+            log.error("error: %s", error)
+            return EXIT_NONFINITE
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            rule = "what was finished is kept; free space, and run the same command again"
+            raise UserError(f"--workdir={settings.workdir}: {error.strerror} ({error.filename}); {rule}") from error
+    return 0
+
+
+def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     workdir = open_workdir(settings)
+    tensorboard = TensorBoard(workdir / "tensorboard") if settings.tensorboard else None
+    clock = Clock(workdir / "attempts.jsonl")
     benchmarks = _benchmarks(settings)
     target = targets.load(settings.target, settings.dtype)
     start = find_start(settings, workdir, target)
     jobs = collect_jobs(settings, target)
+    check_space(settings, workdir, start.config if start else new_config(settings, target), target, jobs)
+    if stop.requested:
+        raise Stopped
     config_lib.write_flagfile(workdir / "flags.txt", settings)  # only now: settings that fail bind no workdir
     keep_start(start, workdir)
-    with StopSignal() as stop, MetricsWriter(workdir) as metrics:
-        try:
+    with MetricsWriter(workdir, tensorboard=tensorboard) as metrics:
+        with clock.stage("answers"):
             train, held_out = load_batches(settings, workdir, target, jobs, stop)
-            context = Context(settings, workdir, target, train, held_out, metrics, stop)
-            if set(settings.stages) <= {"data"}:
-                return 0
-            arms = train_arms(context, start)
-            if "evaluate" in settings.stages:
+        context = Context(settings, workdir, target, train, held_out, metrics, stop, clock)
+        if set(settings.stages) <= {"data"}:
+            return
+        arms = train_arms(context, start)
+        if "evaluate" in settings.stages:
+            with clock.stage("evaluate"):
                 evaluate_arms(context, arms, benchmarks)
-            if "export" in settings.stages:
-                best = "ppow" if "ppow" in arms else "supervised"
+        if "export" in settings.stages:
+            best = "ppow" if "ppow" in arms else "supervised"
+            with clock.stage("export"):
                 export_arm(context, best, arms[best], "drafter")
-        except Stopped:
-            log.warning("stopped; the same command goes on from here")
-            return stop.exit_code
-    return 0
 
 
 def _benchmarks(settings: TrainSettings) -> list[Benchmark]:

@@ -60,25 +60,29 @@ def train_step(
 
     cached: the target's pass over the batch, where it was made before (`training.features`); enough for exact steps.
     """
-    scored = score(
-        target_params, config, drafter.config.feature_layers, drafter.target_ids_W, batch, greedy_text, cached
-    )
+    layers, ids_W, embed = drafter.config.feature_layers, drafter.target_ids_W, target_params["embed"]
+    with jax.named_scope("target"):
+        scored = score(target_params, config, layers, ids_W, batch, greedy_text, cached)
     behaviour = drafter.replace(params=jax.lax.stop_gradient(state.params))
-    embed = target_params["embed"]
     metrics: dict[str, Array] = {}
-    if policy.exact:
-        priority_BxM = _priority(behaviour, embed, config, scored, state.step, rollouts)
-        objective = functools.partial(_exact_loss, drafter, embed, scored.windows, priority_BxM, rollouts, policy)
-    else:
-        windows, metrics = rollout(key, state.step, behaviour, target_params, config, scored, rollouts)
-        objective = functools.partial(_loss, drafter, target_params, scored.windows, windows, rollouts, policy)
-    params, opt_state = state.params, state.opt_state
+    with jax.named_scope("rollouts"):
+        if policy.exact:
+            priority_BxM = _priority(behaviour, embed, config, scored, state.step, rollouts)
+            objective = functools.partial(_exact_loss, drafter, embed, scored.windows, priority_BxM, rollouts, policy)
+        else:
+            windows, metrics = rollout(key, state.step, behaviour, target_params, config, scored, rollouts)
+            objective = functools.partial(_loss, drafter, target_params, scored.windows, windows, rollouts, policy)
+    params, opt_state, signs = state.params, state.opt_state, []
     for _ in range(policy.passes):
-        gradient, details = jax.grad(objective, has_aux=True)(params)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
-    metrics |= details | {"gradient_norm": optax.tree.norm(gradient)}
-    return TrainState(state.step + 1, params, opt_state), metrics
+        with jax.named_scope("gradient"):
+            gradient, details = jax.grad(objective, has_aux=True)(params)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            signs += [details["loss"], optax.tree.norm(gradient)]
+    state = state.advance(params, opt_state, *signs)  # all passes of a step, or none
+    metrics |= details | {"gradient_norm": signs[-1], "skipped": state.skipped}
+    return state, metrics
 
 
 def _priority(drafter, embed, config, scored: Scored, step, rollouts: RolloutSettings) -> Array:

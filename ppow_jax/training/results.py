@@ -57,7 +57,7 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
                 raise Stopped
             arm = report.arm(name, rows) | made_of
         done.append(arm)
-        result = about | {"settings": settings, "arms": done}
+        result = about | {"settings": settings, "arms": done, "time": context.clock.summary() | _parts(workdir)}
         report.write_json(workdir / "report.json", result)
     report.plot_results(workdir / "results.png", result)
     curves = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
@@ -65,6 +65,12 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
     report.write_markdown(workdir / "report.md", result, ["results.png", "curves.png"])
     print(report.result_table(result))
     print(f"\nreport and plots: {workdir}")
+
+
+def _parts(workdir: Path) -> dict[str, dict]:
+    """What the profiled stages have left: seconds of a step's operations by part."""
+    found = sorted((workdir / "profile").glob("*/parts.json"))
+    return {"step_parts": {path.parent.name: json.loads(path.read_text())["seconds"] for path in found}}
 
 
 def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:

@@ -1,6 +1,7 @@
 """Every setting of a training run; the flags of `experiments.train` are generated from it."""
 
 import dataclasses
+import re
 
 from ppow_jax.config import check_fields, field, require
 
@@ -22,6 +23,16 @@ class TrainSettings:
     seed: int = field(0, "Seed of data order, initialisation and rollouts.", low=0, group="Run")
     checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, group="Run")
     evaluate_every: int = field(50, "Steps between two measurements of the simulated acceptance.", low=1, group="Run")
+    skip_nonfinite: int = field(
+        0, "Updates with nan or infinite numbers to skip, per stage, before the run stops.", low=0, group="Run"
+    )
+    compilation_cache: str | None = field(
+        None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Run"
+    )
+    tensorboard: bool = field(False, "Write TensorBoard events too, to WORKDIR/tensorboard.", group="Run")
+    profile_steps: str = field(
+        "", "Steps of each stage to trace, as FIRST:LAST, to WORKDIR/profile.", group="Run"
+    )
 
     data: str = field(
         "sharegpt", "Conversations: files, data sets or `sharegpt`; commas and [a:b] slices.", group="Data"
@@ -129,8 +140,19 @@ class TrainSettings:
     num_prompts: int = field(10, "Prompts per benchmark.", low=1, group="Measuring")
     max_new_tokens: int = field(128, "Longest answer when measuring.", low=2, group="Measuring")
 
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step of --profile_steps; (0, 0) where none is traced."""
+        first, _, last = self.profile_steps.partition(":")
+        return (int(first), int(last)) if self.profile_steps else (0, 0)
+
     def __post_init__(self):
         check_fields(self)
+        given = f"--profile_steps={self.profile_steps}"
+        require(bool(re.fullmatch(r"(\d+:\d+)?", self.profile_steps)), f"{given}: must be FIRST:LAST, such as 10:13")
+        first, last = self.profiled
+        rule = "must be steps from 1 on, the first not after the last"
+        require(not self.profile_steps or 1 <= first <= last, f"{given}: {rule}")
         require(self.window >= 1, f"--window={self.window}: must be at least 1")
         require(
             self.group >= 2,
@@ -175,4 +197,8 @@ FREE = (
     "max_new_tokens",
     "workdir",
     "baselines",
+    "skip_nonfinite",
+    "compilation_cache",
+    "tensorboard",
+    "profile_steps",
 )

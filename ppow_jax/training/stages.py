@@ -7,6 +7,7 @@ import logging
 
 import jax
 
+from ppow_jax import config as config_lib
 from ppow_jax import files
 from ppow_jax.evaluation.measure import measure_costs
 from ppow_jax.models.drafter import Drafter
@@ -17,6 +18,7 @@ from ppow_jax.training.checkpoint import Best
 from ppow_jax.training.context import Context, Stopped
 from ppow_jax.training.features import FeatureStore
 from ppow_jax.training.optimizers import make_optimizer
+from ppow_jax.training.profile import Profile
 from ppow_jax.training.results import cast, export_arm
 from ppow_jax.training.rollout import RolloutSettings
 from ppow_jax.training.start import new_drafter
@@ -39,7 +41,8 @@ def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
     first = start or new_drafter(context)
     stage_1 = _arm(context, "supervised", first, chosen)
     if "supervised" in chosen:
-        export_arm(context, "supervised", stage_1, "drafter_supervised")
+        with context.clock.stage("export"):
+            export_arm(context, "supervised", stage_1, "drafter_supervised")
     arms = {"supervised": stage_1} if stage_1 else {"start": first}
     for name in ("ppow", *s.baselines):
         arms[name] = _arm(context, name, stage_1 or first, chosen)
@@ -78,24 +81,34 @@ def _supervised(context: Context, drafter: Drafter, stage: str) -> Drafter:
 
     store = _features(context, drafter) if s.cache_features else None
 
-    def one(state, index):
-        batch = context.train.at(offset + index)
-        cached = store.at(offset + index, batch) if store else None
+    def one(state, index, data):
+        batch, cached = data
         return step(state, shell, context.target.params, batch, cached)
 
-    return _train(context, drafter, stage, one, total, optimizer)
+    return _train(context, drafter, stage, _data(context, store, offset), one, total, optimizer, offset)
+
+
+def _data(context: Context, store: FeatureStore | None, offset: int):
+    """index -> (batch, the target's features of it where they are kept)."""
+
+    def data(index: int):
+        batch = context.train.at(offset + index)
+        return batch, store.at(offset + index, batch) if store else None
+
+    return data
 
 
 def _features(context: Context, drafter: Drafter) -> FeatureStore:
     target, stop = context.target, context.stop
-    store = FeatureStore(
-        context.workdir / "features",
-        context.train,
-        target.params,
-        target.config,
-        drafter.config.feature_layers,
-        lambda: stop.requested,
-    )
+    with context.clock.stage("features"):
+        store = FeatureStore(
+            context.workdir / "features",
+            context.train,
+            target.params,
+            target.config,
+            drafter.config.feature_layers,
+            lambda: stop.requested,
+        )
     if not store.complete:
         raise Stopped
     return store
@@ -130,12 +143,11 @@ def _ppow(context: Context, drafter: Drafter) -> Drafter:
     offset = s.supervised_steps if (context.workdir / "supervised").exists() else 0  # go on in the data
     store = _features(context, drafter) if s.cache_features and s.estimator == "exact" else None  # sampled: needs keys
 
-    def one(state, index):
-        batch = context.train.at(offset + index)
-        cached = store.at(offset + index, batch) if store else None
+    def one(state, index, data):
+        batch, cached = data
         return step(state, shell, context.target.params, batch, jax.random.fold_in(key, index), cached)
 
-    return _train(context, drafter, "ppow", one, s.ppow_steps, optimizer)
+    return _train(context, drafter, "ppow", _data(context, store, offset), one, s.ppow_steps, optimizer, offset)
 
 
 def _gamma(context: Context, drafter: Drafter) -> float:
@@ -153,20 +165,33 @@ def _gamma(context: Context, drafter: Drafter) -> float:
     return gamma
 
 
-def _train(context: Context, drafter: Drafter, stage: str, step, total: int, optimizer) -> Drafter:
+def _train(context: Context, drafter: Drafter, stage: str, data, step, total: int, optimizer, offset: int) -> Drafter:
+    """Runs a stage to its end -> its best drafter. offset: the batch of the data that it begins with."""
+    if context.stop.requested:
+        raise Stopped
     drafter = drafter.replace(mixed=context.mixed)
     s = context.settings
+    about = {"seed": s.seed, "settings": {spec.name: getattr(s, spec.name) for spec in config_lib.specs(type(s))}}
     stage_loop = loop.Loop(
         stage=stage,
         total=total,
+        data=data,
         step=step,
         measure=_measure(context, drafter),
         score="held_out_tau_sim",
         checkpoint_every=s.checkpoint_every,
         evaluate_every=s.evaluate_every,
+        skip_nonfinite=s.skip_nonfinite,
+        position=offset,
+        about=about,
     )
     state = supervised.TrainState.create(drafter.params, optimizer)
-    params, complete = loop.run(stage_loop, state, context.workdir / stage, context.metrics, context.stop)
+    traces = context.workdir / "profile" / stage
+    profile = Profile(traces if s.profile_steps and not traces.exists() else None, *s.profiled)
+    with context.clock.stage(stage):
+        params, complete = loop.run(
+            stage_loop, state, context.workdir / stage, context.metrics, context.stop, context.clock, profile
+        )
     if not complete:
         raise Stopped
     return drafter.replace(params=params, mixed=False)

@@ -12,6 +12,7 @@ from ppow_jax.data.batches import PackedBatch
 from ppow_jax.evaluation.loading import find_drafter, load_drafter
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.transformer import forward
 from ppow_jax.training import initialise
 from ppow_jax.training.context import Context
@@ -27,7 +28,7 @@ def find_start(settings: TrainSettings, workdir: Path, target: Target) -> Drafte
     Raises UserError when there is none, and for flags that a new drafter, or this one, cannot have.
     """
     if settings.drafter is None:
-        initialise.drafter_config(target.config, settings.draft_vocab_size, settings.feature_layers)
+        new_config(settings, target)
         return None
     kept = workdir / "drafter_start"
     directory = kept if kept.exists() else find_drafter(settings.drafter, settings.target)
@@ -57,10 +58,16 @@ def keep_start(start: Drafter | None, workdir: Path) -> None:
         files.replace_directory(directory, write)
 
 
+def new_config(settings: TrainSettings, target: Target) -> DrafterConfig:
+    """What a new drafter is; raises UserError where the target cannot have such a one."""
+    s = settings
+    return initialise.drafter_config(target.config, s.draft_vocab_size, s.feature_layers, s.fc_norm)
+
+
 def new_drafter(context: Context) -> Drafter:
     """A drafter for this target and these answers (see `initialise.new_drafter`)."""
     s, target = context.settings, context.target
-    config = initialise.drafter_config(target.config, s.draft_vocab_size, s.feature_layers, s.fc_norm)
+    config = new_config(s, target)
     ids_W = initialise.choose_vocabulary(context.train.examples, target.config.vocab_size, s.draft_vocab_size)
     scale = initialise.feature_scale(features_seen(context, config.feature_layers))
     return initialise.new_drafter(jax.random.key(s.seed), config, target.params, ids_W, scale)

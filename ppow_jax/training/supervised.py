@@ -20,17 +20,30 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class TrainState:
-    """step (int32), the drafter's float32 parameters and the optimizer's state."""
+    """step (int32), the drafter's float32 parameters, the optimizer's state, and the updates skipped so far (int32)."""
 
     step: Array
     params: dict
     opt_state: Any
+    skipped: Array
 
     @classmethod
     def create(cls, params: dict, optimizer: optax.GradientTransformation) -> "TrainState":
         """Step 0, with the parameters copied to float32."""
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        zero = jnp.zeros((), jnp.int32)
+        return cls(zero, params, optimizer.init(params), zero)
+
+    def advance(self, params: dict, opt_state: Any, *values: Array) -> "TrainState":
+        """The state after a step; an update is skipped, and counted, where a value or a parameter is not finite.
+
+        values: scalars that tell, such as loss and gradient norm. No branch on the host: selects inside the step.
+        """
+        finite = jnp.isfinite(jnp.stack([*values, optax.tree.norm(params)])).all()
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (self.params, self.opt_state)
+        )
+        return TrainState(self.step + 1, params, opt_state, self.skipped + ~finite)
 
 
 @functools.partial(
@@ -57,7 +70,8 @@ def train_step(
     target's pass over the batch, where it was made before (`training.features`).
     """
     layers = drafter.config.feature_layers
-    windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text, cached).windows
+    with jax.named_scope("target"):
+        windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text, cached).windows
 
     def objective(params):
         scores = supervised.training_time_test(
@@ -65,9 +79,13 @@ def train_step(
         )
         return scores.total.sum(), scores
 
-    (value, scores), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("gradient"):
+        (value, scores), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+    with jax.named_scope("update"):
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        gradient_norm = optax.tree.norm(gradient)
+        state = state.advance(params, opt_state, value, gradient_norm)
     accepted_S, reached_S = supervised.chain_counts(scores)
     metrics = {
         "loss": value,
@@ -76,13 +94,14 @@ def train_step(
         / jnp.maximum(scores.valid.sum((1, 2)), 1),
         "acceptance_by_step": accepted_S / jnp.maximum(reached_S, 1),
         "tau_sim": supervised.simulated_length(accepted_S, reached_S),
-        "gradient_norm": optax.tree.norm(gradient),
+        "gradient_norm": gradient_norm,
+        "skipped": state.skipped,
         "outside_vocabulary": 1
         - ((windows.label_BxM >= 0) & windows.anchor_mask_BxM).sum()
         / jnp.maximum(windows.anchor_mask_BxM.sum(), 1),
         "answer_tokens": windows.anchor_mask_BxM.sum(),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return state, metrics
 
 
 @functools.partial(jax.jit, static_argnames=("config", "K", "greedy_text"))

@@ -1,0 +1,75 @@
+"""Whether the disk has room for what a run will write, asked before it begins."""
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ppow_jax.errors import UserError
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models.drafter_config import DrafterConfig
+from ppow_jax.training.answers import Job
+from ppow_jax.training.checkpoint import KEEP, KEEP_BEST
+from ppow_jax.training.settings import TrainSettings
+from ppow_jax.training.workdir import TRAINED
+from ppow_jax.weights.targets import DTYPES, Target
+
+log = logging.getLogger(__name__)
+
+_MOMENTS = 2  # of Adam, each as large as the parameters (Muon keeps one for some of them)
+_TOKEN = 6  # bytes of a token id in an answers file
+_SLACK = 16 << 20  # reports, plots, metrics
+
+
+def needed_bytes(
+    settings: TrainSettings, config: DrafterConfig, target: Target, jobs: Sequence[Job]
+) -> tuple[int, int]:
+    """(surely, at most) bytes that all chosen stages write; the answers' lengths are what is not known."""
+    params = jax.eval_shape(lambda key: drafting.init(key, config), jax.random.key(0))
+    drafter = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    baselines = settings.baselines if "ppow" in settings.stages else ()
+    trained = [stage for stage in TRAINED if stage in settings.stages] + list(baselines)
+    # One more than is kept: the old one goes when the new one is whole.
+    stage = (KEEP + 1) * (1 + _MOMENTS) * drafter + (KEEP_BEST + 1) * drafter
+    surely = len(trained) * stage + 2 * drafter + _SLACK
+    answers = len(jobs) * settings.answer_tokens if "data" in settings.stages else 0
+    at_most = surely + answers * _TOKEN
+    if settings.cache_features and "supervised" in settings.stages:
+        tokens = sum(len(job.prompt) for job in jobs)
+        width = 4 * target.config.hidden_size * jnp.dtype(DTYPES[settings.dtype]).itemsize
+        surely += tokens * width
+        at_most += (tokens + len(jobs) * settings.answer_tokens) * width
+    return surely, at_most
+
+
+def check_space(settings: TrainSettings, workdir: Path, config: DrafterConfig, target: Target, jobs: Sequence[Job]):
+    """Raises UserError where the disk has no room for what the run surely writes; warns where it may become tight.
+
+    What the workdir holds already counts as written.
+    """
+    held = sum(entry.stat().st_size for entry in _files(workdir))
+    surely, at_most = (max(0, number - held) for number in needed_bytes(settings, config, target, jobs))
+    free = shutil.disk_usage(workdir).free
+    sizes = f"{_shown(free)} are free, but the run writes"
+    if free < surely:
+        rule = "take a larger disk, or a smaller --draft_vocab_size, or leave --cache_features out"
+        raise UserError(f"--workdir={settings.workdir}: {sizes} {_shown(surely)} at least; {rule}")
+    if free < at_most:
+        log.warning("--workdir=%s: %s up to %s", settings.workdir, sizes, _shown(at_most))
+
+
+def _files(directory: Path):
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            yield entry
+
+
+def _shown(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
