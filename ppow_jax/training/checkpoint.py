@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -262,10 +263,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The error's first line; that of the operating system's error that is behind it, where there is one."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return _first_line(next((e for e in chain if isinstance(e, OSError) and e.errno), error))
+    """What the operating system said, where it is known (TensorStore says it in its message); else the first line."""
+    said = re.search(r"os_error_code='(\d+)'", str(error))
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    return os.strerror(number) if number else _first_line(error)

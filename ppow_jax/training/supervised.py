@@ -31,8 +31,8 @@ class TrainState:
     def create(cls, params: dict, optimizer: optax.GradientTransformation) -> "TrainState":
         """Step 0, with the parameters copied to float32."""
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-        zero = jnp.zeros((), jnp.int32)
-        return cls(zero, params, optimizer.init(params), zero)
+        step, skipped = jnp.zeros((2, 1), jnp.int32)  # two buffers: both are donated
+        return cls(step[0], params, optimizer.init(params), skipped[0])
 
     def advance(self, params: dict, opt_state: Any, *values: Array) -> "TrainState":
         """The state after a step; an update is skipped, and counted, where a value or a parameter is not finite.
