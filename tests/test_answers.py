@@ -99,11 +99,18 @@ def test_the_answers_are_the_targets_greedy_text(whole):
 
 
 def test_lost_chunks_are_made_again_with_the_same_bytes(whole, tmp_path):
-    stops = iter([False, True, True])
-    first = make(tmp_path, stop=lambda: next(stops))
+    first = make(tmp_path, stop=(tmp_path / "chunk-00000.json").exists)
     same(first, whole[1][:5])  # what there is
     (tmp_path / "chunk-00000.json").unlink()
     (tmp_path / "chunk-00002.json").write_bytes(contents(whole[0])["chunk-00002.json"])
+    same(make(tmp_path), whole[1])
+    assert contents(tmp_path) == contents(whole[0])
+
+
+def test_a_stop_within_a_chunk_does_not_wait_for_its_end(whole, tmp_path):
+    looks = iter([False, False, True])  # before the chunk, before two segments of it
+    assert make(tmp_path, stop=lambda: next(looks)) == []
+    assert not list(tmp_path.glob("chunk-*"))
     same(make(tmp_path), whole[1])
     assert contents(tmp_path) == contents(whole[0])
 

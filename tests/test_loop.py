@@ -1,14 +1,21 @@
 """The loop that both stages share: stops, kills, numbers that are not finite, checkpoints that cannot be written."""
 
 import dataclasses
+import errno
+import logging
+import subprocess
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from ppow_jax import files
+from ppow_jax.errors import UserError
 from ppow_jax.training import loop
 from ppow_jax.training.checkpoint import Checkpoints
+from ppow_jax.training.clock import Clock, read_attempts
 from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, read_metrics
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.supervised import TrainState
@@ -32,10 +39,10 @@ def fake_loop(poison=None, **changes):
     return dataclasses.replace(base, **changes)
 
 
-def run_loop(directory, made=None, stop=None):
+def run_loop(directory, made=None, stop=None, clock=None):
     state = TrainState.create({"w": jnp.ones(3)}, optax.sgd(1.0))
     with MetricsWriter(directory) as metrics:
-        return loop.run(made or fake_loop(), state, directory / "stage", metrics, stop or StopSignal())
+        return loop.run(made or fake_loop(), state, directory / "stage", metrics, stop or StopSignal(), clock)
 
 
 def essentials(directory):
@@ -114,3 +121,104 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with Checkpoints(tmp_path / "stage" / "checkpoints") as checkpoints:
         assert checkpoints.steps == [3, 6]
     assert run_loop(tmp_path)[1] and essentials(tmp_path) == essentials(uninterrupted[0])
+
+
+def test_bad_updates_are_skipped_up_to_a_bound_over_resumes(tmp_path, caplog):
+    """Steps 3, 8 and 11 are bad. Two may be: the third stops the run, and one more allowed lets it come to its end."""
+    bad = (2, 7, 10)
+    assert not run_loop(tmp_path, fake_loop(bad, skip_nonfinite=2), stop=StopAfter(5))[1]
+    with pytest.raises(NonFiniteError, match=r"step 11: .*after 2 skipped updates \(--skip_nonfinite\); .*/9$"):
+        run_loop(tmp_path, fake_loop(bad, skip_nonfinite=2))
+    with caplog.at_level(logging.WARNING):
+        params, complete = run_loop(tmp_path, fake_loop(bad, skip_nonfinite=3))
+    assert complete and "step 11: loss is nan, parts is [nan, nan]; update skipped (3 of 3)" in caplog.text
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["stage"] == "stage"]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    with Checkpoints(tmp_path / "stage" / "checkpoints") as checkpoints:
+        assert checkpoints.read_extra(13)["position"] == 20
+
+
+def test_a_checkpoint_of_another_place_in_the_data_is_refused(tmp_path):
+    run_loop(tmp_path, stop=StopAfter(5))
+    moved = fake_loop(position=9)
+    with pytest.raises(UserError, match=r"checkpoints/5: ends at batch 12, but would go on at 14; bring"):
+        run_loop(tmp_path, moved)
+
+
+def test_metrics_that_are_missing_are_named(uninterrupted, tmp_path, caplog):
+    run_loop(tmp_path, stop=StopAfter(5))
+    (tmp_path / "metrics.jsonl").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert run_loop(tmp_path)[1]
+    assert f"stage: {tmp_path / 'metrics.jsonl'} lacks rows of 5 steps" in caplog.text
+
+
+def test_the_clock_counts_what_counts(tmp_path):
+    clock = Clock(tmp_path / "attempts.jsonl")
+    with clock.stage("stage"):
+        run_loop(tmp_path, stop=StopAfter(5), clock=clock)
+    steps = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["stage"] == "stage"]
+    worth = sum(row["seconds"] - row["compile_seconds"] for row in steps)
+    (attempt,) = read_attempts(tmp_path / "attempts.jsonl")
+    seconds = attempt["stage"]
+    assert seconds["step"] + seconds["data"] == pytest.approx(worth, abs=1e-6)
+    assert sum(seconds.get(k, 0) for k in ("step", "data", "compile", "save", "measure", "restore")) <= seconds["wall"]
+    again = Clock(tmp_path / "attempts.jsonl")
+    with again.stage("stage"):
+        run_loop(tmp_path, clock=again)
+    assert again.summary()["attempts"] == 2 and 0 < again.goodput() < 1
+    measured = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["stage"] == "stage_held_out"]
+    assert all(row["memory_bytes"] > 0 for row in [*steps, *measured]) and 0 < measured[-1]["goodput"] < 1
+
+
+# Disks that are full.
+
+
+def test_a_failing_save_names_the_last_good_checkpoint_and_leaves_it(uninterrupted, tmp_path, monkeypatch):
+    save = Checkpoints.save
+
+    def full(self, step, state, extra=None):
+        if step == 6 and self.directory.name == "checkpoints":
+            with self._saving():
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, step, state, extra)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        message = r"cannot be saved \(No space left on device\); .*/stage/checkpoints/3 is whole; free space"
+        with pytest.raises(UserError, match=message):
+            run_loop(tmp_path)
+    params, complete = run_loop(tmp_path)
+    assert complete and essentials(tmp_path) == essentials(uninterrupted[0])
+    np.testing.assert_array_equal(params["w"], uninterrupted[1]["w"])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True)
+    if mount.returncode:
+        pytest.skip(f"needs the right to mount: {mount.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    """Checkpoints of 1.2 MB that do not compress: the second or third does not fit, and the one before is whole."""
+    state = {"x": jax.random.normal(jax.random.key(0), (300_000,)), "step": jnp.int32(0)}
+    saved = []
+    with pytest.raises(UserError, match=r"cannot be saved \(No space left on device\); .*checkpoints/\d is whole"):
+        with Checkpoints(small_disk / "checkpoints", keep=2) as checkpoints:
+            for step in range(1, 5):
+                checkpoints.save(step, state | {"step": jnp.int32(step)})
+                checkpoints.wait()
+                saved.append(step)
+    assert saved
+    with Checkpoints(small_disk / "checkpoints", keep=2) as checkpoints:
+        step, restored, _ = checkpoints.restore_latest(jax.eval_shape(lambda: state))
+    assert step == saved[-1] == int(restored["step"])
+    np.testing.assert_array_equal(restored["x"], state["x"])
+    with pytest.raises(OSError, match="No space left"), open(small_disk / "features", "wb") as file:
+        files.reserve(file, 4 << 20)  # at once, and not as a fault in mid-pass

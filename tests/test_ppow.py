@@ -302,6 +302,20 @@ def test_a_run_on_ragged_data_compiles_once():
     assert all(np.isfinite(x).all() and not np.allclose(x, start[n], atol=1e-6) for n, x in params.items())
 
 
+@pytest.mark.parametrize("bad", ["loss", "gradient", "parameters"])
+def test_what_is_not_finite_anywhere_skips_the_update(bad):
+    params = {"w": jnp.arange(3.0)}
+    state = TrainState.create(params, SGD)
+    new = {"w": jnp.array([1.0, jnp.inf, 2.0]) if bad == "parameters" else jnp.ones(3)}
+    values = [jnp.float32(jnp.nan if bad == name else 1.0) for name in ("loss", "gradient")]
+    after = jax.jit(TrainState.advance)(state, new, state.opt_state, *values)
+    np.testing.assert_array_equal(after.params["w"], params["w"])
+    assert (after.step, after.skipped) == (1, 1)
+    good = after.advance({"w": jnp.ones(3)}, state.opt_state, jnp.float32(0))
+    np.testing.assert_array_equal(good.params["w"], 1)
+    assert (good.step, good.skipped) == (2, 1)
+
+
 def test_the_policy_objective_alone_raises_the_reward():
     """No KL, so nothing but sampled rewards teaches: on one batch, over and over, windows get longer.
 

@@ -331,6 +331,21 @@ def test_the_loss_falls_and_acceptance_rises_in_one_compilation():
     assert not np.allclose(drafter.params["fc"], kept["fc"])
 
 
+def test_an_update_that_is_not_finite_is_skipped_and_counted():
+    start = world.drafter()
+    state, shell = supervised.TrainState.create(start.params, world.OPTIMIZER), start.replace(params={})
+    poisoned = world.target_params() | {"embed": jnp.full_like(world.target_params()["embed"], jnp.nan)}
+    state, _ = world.train_step(state, shell, world.target_params(), world.batches().at(0))
+    before, compilations = jax.tree.map(np.array, state), supervised.train_step._cache_size()
+    state, metrics = world.train_step(state, shell, poisoned, world.batches().at(1))
+    assert not np.isfinite(metrics["loss"]) and metrics["skipped"] == state.skipped == 1 and state.step == 2
+    kept = jax.tree.map(np.array, state)
+    jax.tree.map(np.testing.assert_array_equal, (kept.params, kept.opt_state), (before.params, before.opt_state))
+    state, metrics = world.train_step(state, shell, world.target_params(), world.batches().at(2))
+    assert np.isfinite(metrics["loss"]) and state.skipped == 1 and supervised.train_step._cache_size() == compilations
+    assert not np.array_equal(state.params["fc"], kept.params["fc"])
+
+
 def test_evaluation_does_not_depend_on_how_examples_are_batched():
     """Sums and denominators are added up: one batch of everything is the same as several."""
     many = [world.batches().at(i) for i in range(world.batches().steps_of_epochs(1))]

@@ -95,7 +95,7 @@ def regenerate(
 ) -> list[Example]:
     """Generates, or reads back, the answers to `jobs`; one Example each (the answer's tokens masked).
 
-    directory: the cache. stop: asked between chunks; True ends early with what there is.
+    directory: the cache. stop: asked every few tokens; True ends early with the chunks that are whole.
     Raises UserError when the cache was made with other settings or for other prompts. A broken file is made again.
     """
     directory = files.writable_directory(directory)
@@ -110,9 +110,12 @@ def regenerate(
             if answers[c] is not None or stop():
                 continue
             key = jax.random.fold_in(jax.random.key(settings.seed), c)
-            answers[c] = _generate_chunk(params, config, chunk, settings, key)
-            _write(_path(directory, c), answers[c])
-            new_tokens += sum(map(len, answers[c]))
+            found = _generate_chunk(params, config, chunk, settings, key, stop)
+            if found is None:
+                break
+            answers[c] = found
+            _write(_path(directory, c), found)
+            new_tokens += sum(map(len, found))
             bar.set_postfix(tokens_per_second=round(new_tokens / (time.perf_counter() - begin)), refresh=False)
             bar.update(len(chunk))
     return [
@@ -186,9 +189,12 @@ def _example(job: Job, answer: np.ndarray) -> Example:
 
 
 def _generate_chunk(
-    params, config: ModelConfig, jobs: list[Job], settings: AnswerSettings, key
-) -> list[np.ndarray]:
-    """Decodes the jobs of a chunk in `slots` rows, refilling finished rows; answers in the order of the jobs."""
+    params, config: ModelConfig, jobs: list[Job], settings: AnswerSettings, key, stop: Callable[[], bool]
+) -> list[np.ndarray] | None:
+    """Decodes the jobs of a chunk in `slots` rows, refilling finished rows; answers in the order of the jobs.
+
+    None where it was asked to stop before all were there: whoever asks will not wait for the rest of a chunk.
+    """
     slots = min(settings.slots, len(jobs))
     longest = _padded(max(len(job.prompt) for job in jobs))
     L = generate.cache_length(longest, settings.max_new_tokens, 0)
@@ -199,6 +205,8 @@ def _generate_chunk(
     state = None
     refill = max(1, slots // 8)
     while waiting or (row_job >= 0).any():
+        if stop():
+            return None
         free = np.flatnonzero(row_job < 0)
         while waiting and (len(free) >= refill or state is None):
             taken, waiting = waiting[:refill], waiting[refill:]

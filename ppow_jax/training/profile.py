@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ppow_jax import files
 
 log = logging.getLogger(__name__)
 
+_STEP = "jit_train_step"  # what XLA calls the program of either stage
 PARTS = ("target", "rollouts", "gradient", "update")
 _PART = re.compile(r"\b(" + "|".join(PARTS) + r")\b")
 
@@ -70,20 +71,20 @@ def seconds_by_part(directory: Path) -> dict[str, float]:
     traces = sorted(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not traces:
         return {}
-    part_of = _parts_of_operations()
     lines = [
         [
-            (event.start_ns, event.duration_ns, part_of.get((stats["hlo_module"], stats["hlo_op"]), "other"))
+            (event.start_ns, event.duration_ns, stats["hlo_op"])
             for event in line.events
-            if "hlo_op" in (stats := dict(event.stats)) and stats.get("hlo_module", "").startswith("jit_train_step")
+            if "hlo_op" in (stats := dict(event.stats)) and stats.get("hlo_module", "").startswith(_STEP)
         ]
         for plane in _first_device(jax.profiler.ProfileData.from_file(str(traces[-1])).planes)
         for line in plane.lines
     ]
+    part_of = _parts_of_operations({operation for events in lines for *_, operation in events})
     total: defaultdict[str, float] = defaultdict(float)
     for events in lines:
-        for part, nanoseconds in _own_time(events).items():
-            total[part] += nanoseconds
+        for operation, nanoseconds in own_time(events).items():
+            total[part_of.get(operation, "other")] += nanoseconds
     return {part: total[part] / 1e9 for part in (*PARTS, "other") if part in total}
 
 
@@ -93,29 +94,29 @@ def _first_device(planes: Iterable[Any]) -> list[Any]:
     return devices[:1] or [p for p in planes if p.name == "/host:CPU"]
 
 
-def _own_time(events: list[tuple[float, float, str]]) -> Mapping[str, float]:
-    """Nanoseconds by part. A loop's event encloses those of its body, which are taken off it."""
+def own_time(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+    """Time by name of (start, duration, name). A loop's event encloses those of its body, which are taken off it."""
     total: defaultdict[str, float] = defaultdict(float)
-    open_: list[tuple[float, str]] = []  # (end, part) of the events that enclose the next one
-    for start, duration, part in sorted(events, key=lambda event: (event[0], -event[1])):
+    open_: list[tuple[float, str]] = []  # (end, name) of the events that enclose the next one
+    for start, duration, name in sorted(events, key=lambda event: (event[0], -event[1])):
         while open_ and open_[-1][0] <= start:
             open_.pop()
         if open_:
             total[open_[-1][1]] -= duration
-        total[part] += duration
-        open_.append((start + duration, part))
-    return total
+        total[name] += duration
+        open_.append((start + duration, name))
+    return dict(total)
 
 
-def _parts_of_operations() -> dict[tuple[str, str], str]:
-    """(module, operation) -> part, of every training step that is loaded on the devices."""
-    found: dict[tuple[str, str], str] = {}
-    for executable in get_backend().live_executables():
-        for module in executable.hlo_modules():
-            if module.name.startswith("jit_train_step"):
-                names = parts_of_text(module.to_string())
-                found |= {(module.name, operation): part for operation, part in names.items()}
-    return found
+def _parts_of_operations(seen: set[str]) -> dict[str, str]:
+    """Operation -> part, of the one among the training steps on the device that has most of the operations seen."""
+    texts = [
+        module.to_string()
+        for executable in get_backend().live_executables()
+        for module in executable.hlo_modules()
+        if module.name.startswith(_STEP)
+    ]
+    return max((parts_of_text(text) for text in texts), key=lambda part_of: len(seen & set(part_of)), default={})
 
 
 _OPERATION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ")
@@ -125,7 +126,7 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 
 
 def parts_of_text(text: str) -> dict[str, str]:
-    """Operation -> part, read from the text of a compiled program.
+    """Operation -> part, or "other", read from the text of a compiled program.
 
     An operation that XLA made without a name of its own, such as a fusion, has that of the last one in what it calls.
     """
@@ -139,6 +140,7 @@ def parts_of_text(text: str) -> dict[str, str]:
         elif found := _OPERATION.match(line):
             name = _NAME.search(line)
             part = _PART.search(name[1]) if name else None
+            part_of[found[2]] = "other"
             if part:
                 part_of[found[2]] = part[1]
                 if found[1] or computation not in root_part:
