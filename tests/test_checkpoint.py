@@ -83,12 +83,17 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     assert float(jnp.abs(state["x"]).max()) == 0
 
 
-@pytest.mark.parametrize("damage", ["array bytes", "manifest", "description", "emptied"])
+@pytest.mark.parametrize("damage", ["array bytes", "truncated", "manifest", "metadata", "description", "emptied"])
 def test_a_damaged_newest_is_named_and_the_previous_taken(tmp_path, caplog, damage):
     save_steps(tmp_path, (1, 2))
     newest = tmp_path / "2"
     if damage == "array bytes":
         flip_a_byte(newest / "state")
+    elif damage == "truncated":
+        path = max((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "metadata":
+        (newest / "state" / "_METADATA").write_text('{"tree_metadata": {"garb')
     elif damage == "manifest":
         (newest / "state" / "manifest.ocdbt").write_bytes(b"")
     elif damage == "description":

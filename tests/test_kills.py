@@ -4,11 +4,13 @@
 """
 
 import re
+import shutil
 import signal
 
 import mortal
 import numpy as np
 import pytest
+import safetensors.numpy
 import small_run
 from mortal import Death
 
@@ -33,6 +35,37 @@ def test_kills_between_writing_and_renaming_change_no_byte(tmp_path):
     small_run.assert_same_results(tmp_path / "run", small_run.whole())
 
 
+def test_nan_in_a_step_stops_the_run_or_is_skipped(tmp_path):
+    """The kept features of one example turn to nan: every step that sees it is bad."""
+    workdir, place = tmp_path / "run", tmp_path / "life"
+    place.mkdir()
+    shutil.copytree(small_run.whole(), workdir)
+    for made in ("supervised", "ppow", "drafter", "drafter_supervised"):
+        shutil.rmtree(workdir / made)
+    features = np.memmap(workdir / "features" / "features.bin", np.float32, "r+")
+    features[:1000] = np.nan
+    features.flush()
+
+    def train(**changes):
+        argv = small_run.arguments(workdir, stages="data,supervised", **changes)
+        return mortal.live(argv, small_run.cache(), place)
+
+    def steps():
+        return [row for row in small_run.metrics_of(workdir) if row["stage"] == "supervised"]
+
+    life = train()
+    last = steps()[-1]
+    assert life.code == 3 and np.isnan(last["loss"]) and last["skipped"] == 1
+    assert f"supervised: step {last['step']}: loss is nan" in life.log and "the last good checkpoint is " in life.log
+    life = train(skip_nonfinite=24)
+    assert life.code == 0, life.log
+    bad = [np.isnan(row["loss"]) for row in steps()]
+    assert len(bad) == 24 and 1 < sum(bad) < 24 and bad[last["step"] - 1]
+    assert [row["skipped"] for row in steps()] == np.cumsum(bad).tolist()
+    weights = safetensors.numpy.load_file(workdir / "drafter_supervised" / "model.safetensors")
+    assert all(np.isfinite(np.asarray(value, np.float32)).all() for value in weights.values())
+
+
 # The long versions.
 
 
@@ -43,7 +76,7 @@ def tiny(tmp_path_factory):
     cache, place = directory / "compiled", directory / "life"
     for path in (cache, place):
         path.mkdir()
-    argv = [f"--flagfile={small_run.TINY}"]
+    argv = [f"--flagfile={small_run.TINY}", "--stages=data,supervised,ppow,export"]
     life = mortal.live([*argv, f"--workdir={directory / 'whole'}"], cache, place)
     assert life.code == 0, life.log
     return argv, cache, directory / "whole", life.changes, place

@@ -1,6 +1,7 @@
 """The whole job through its command: results, kills and resumes, stages one by one."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
 from ppow_jax.training import corpus, pipeline, results, stages
 from ppow_jax.training.checkpoint import Checkpoints
-from ppow_jax.training.metrics import read_metrics
+from ppow_jax.training.metrics import NonFiniteError, read_metrics
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import find_start, keep_start
 from ppow_jax.weights import targets
@@ -168,6 +169,29 @@ def test_a_stop_while_measuring_keeps_the_arms_that_are_done(finished, run_here)
     assert run_here(finished, "evaluate,export") == (0, [1])
     assert list(arms_of(finished)) == ["supervised", "ppow"]
     assert "| 1.50 |" in (finished / "drafter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (NonFiniteError("supervised: step 7: loss is nan"), 3),
+        (OSError(errno.ENOSPC, "No space left", "metrics.jsonl"), r"No space left \(metrics.jsonl\)"),
+        (OSError(errno.EIO, "Input/output error"), OSError),
+    ],
+)
+def test_what_ends_a_stage_ends_the_run_with_a_clear_word(finished, run_here, monkeypatch, caplog, error, expected):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(stages.loop, "run", fail)
+    if expected == 3:
+        assert run_here(finished, "ppow") == (3, []) and "error: supervised: step 7: loss is nan" in caplog.text
+    elif expected is OSError:
+        with pytest.raises(OSError, match="Input/output error"):
+            run_here(finished, "ppow")
+    else:
+        with pytest.raises(UserError, match=f"--workdir={finished}: {expected}; what was finished is kept"):
+            run_here(finished, "ppow")
 
 
 def test_stage_2_and_baselines_begin_where_stage_1_ended(finished, run_here, monkeypatch):
