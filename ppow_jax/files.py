@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from ppow_jax.errors import UserError
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces the file at `path` by `content` (text is written as UTF-8) in one step."""
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see clear_left_over
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -22,6 +23,13 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_left_over(directory: pathlib.Path) -> None:
+    """Removes what kills in mid-write left below a directory, into which nobody else is writing now."""
+    for temporary in directory.rglob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", temporary.name) and temporary.is_file():
+            temporary.unlink(missing_ok=True)
 
 
 def reserve(file: IO[bytes], size: int) -> None:

@@ -3,10 +3,12 @@
 The uninterrupted run is made once per session and never changed.
 """
 
+import atexit
 import functools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,8 @@ FLAGS = {  # tiny.flags, made smaller still
 
 
 def arguments(workdir, **changes):
-    return [f"--flagfile={TINY}", *(f"--{k}={v}" for k, v in (FLAGS | {"workdir": workdir} | changes).items())]
+    flags = FLAGS | {"benchmarks": cache() / "prompts.jsonl", "workdir": workdir} | changes
+    return [f"--flagfile={TINY}", *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def settings(workdir, **changes) -> TrainSettings:
@@ -87,18 +90,14 @@ class Command:
 
 
 @functools.cache
-def _place() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="small-runs-")
-
-
-@functools.cache
 def cache() -> pathlib.Path:
     """A directory of compiled programs and logs, with the prompts of the benchmark."""
-    directory = pathlib.Path(_place().name) / "compiled"
+    place = pathlib.Path(tempfile.mkdtemp(prefix="small-runs-")).resolve()
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    directory = place / "compiled"
     directory.mkdir()
     prompts = directory / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "What is {i} + 4?"}}\n' for i in (3, 17, 25)))
-    FLAGS["benchmarks"] = prompts
     return directory
 
 

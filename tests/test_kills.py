@@ -21,7 +21,7 @@ def test_kills_between_writing_and_renaming_change_no_byte(tmp_path):
     place.mkdir()
     for pattern in (
         r"os.rename answers/\.chunk-00001",
-        r"os.rename supervised/checkpoints/8\.orbax-checkpoint-tmp",
+        r"os.rename supervised/checkpoints/8\.orbax-checkpoint-tmp$",
         r"os.rename \.drafter\.new",
     ):
         life = mortal.live(

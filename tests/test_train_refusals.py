@@ -56,6 +56,10 @@ def refuse(argv, monkeypatch, capsys):
         ({"drafter": "missing"}, "--drafter=missing: there is no such directory"),
         ({"drafter": "auto"}, "--drafter=auto: there is none for --target=tiny; name a directory, or none"),
         ({"stages": "export"}, "holds no checkpoint of supervised or ppow"),
+        ({"skip_nonfinite": -1}, "--skip_nonfinite=-1: must be at least 0"),
+        ({"profile_steps": "5"}, "--profile_steps=5: must be FIRST:LAST, such as 10:13"),
+        ({"profile_steps": "7:5"}, "--profile_steps=7:5: must be steps from 1 on, the first not after the last"),
+        ({"compilation_cache": "/dev/null/x"}, "--compilation_cache=/dev/null/x: /dev/null/x: must be a directory"),
         ({"adaw_strat": 3}, "--adaw_strat: unknown flag; did you mean --adaw_start?"),
     ],
 )

@@ -4,6 +4,7 @@ import errno
 import logging
 
 from ppow_jax import config as config_lib
+from ppow_jax import files
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, load_benchmark
 from ppow_jax.training.clock import Clock
@@ -45,8 +46,9 @@ def run(settings: TrainSettings) -> int:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
+            place = f" ({error.filename})" if error.filename else ""
             rule = "what was finished is kept; free space, and run the same command again"
-            raise UserError(f"--workdir={settings.workdir}: {error.strerror} ({error.filename}); {rule}") from error
+            raise UserError(f"--workdir={settings.workdir}: {error.strerror}{place}; {rule}") from error
     return 0
 
 
@@ -62,6 +64,7 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     if stop.requested:
         raise Stopped
     config_lib.write_flagfile(workdir / "flags.txt", settings)  # only now: settings that fail bind no workdir
+    files.clear_left_over(workdir)
     keep_start(start, workdir)
     with MetricsWriter(workdir, tensorboard=tensorboard) as metrics:
         with clock.stage("answers"):
