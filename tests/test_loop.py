@@ -179,6 +179,7 @@ def test_a_failing_save_names_the_last_good_checkpoint_and_leaves_it(uninterrupt
 
     def full(self, step, state, extra=None):
         if step == 6 and self.directory.name == "checkpoints":
+            self.wait()
             with self._saving():
                 raise OSError(errno.ENOSPC, "No space left on device")
         return save(self, step, state, extra)
