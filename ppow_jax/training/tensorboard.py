@@ -1,6 +1,7 @@
 """The metrics as TensorBoard events, beside metrics.jsonl."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class TensorBoard:
         if stage in self._writers:
             self._writers.pop(stage).close()
         purge = step + 1 if (self._directory / stage).exists() else None
-        self._writers[stage] = self._make(str(self._directory / stage), purge_step=purge)
+        suffix = f".{time.time_ns()}"  # the writer's own names are the same within a second
+        self._writers[stage] = self._make(str(self._directory / stage), purge_step=purge, filename_suffix=suffix)
 
     def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
         """Numbers as scalars, lists as one scalar per element (`name/1`, ...); None and texts are left out."""
