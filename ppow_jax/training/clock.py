@@ -48,6 +48,7 @@ class Clock:
         """What happens inside belongs to this stage."""
         outer = self._stage
         self._enter(name)
+        self.beat(now=True)
         try:
             yield
         finally:
