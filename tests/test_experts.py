@@ -1,14 +1,24 @@
 """Mixture of experts against every token and expert on its own, in parts, and how many experts are touched."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppow_jax.evaluation import measure
+from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
+from ppow_jax.evaluation.costs import Costs
 from ppow_jax.models import experts as module
+from ppow_jax.models import transformer
 from ppow_jax.models.experts import Routes, mixture, route
 from ppow_jax.models.families import Experts
+from ppow_jax.speculation.settings import chain
 from ppow_jax.speculation.touched import unique_experts
+from ppow_jax.training import initialise
+from ppow_jax.weights import tiny
+from ppow_jax.weights.targets import Target
 
 D, I = 12, 7
 
@@ -77,3 +87,16 @@ def test_unique_experts_by_hand():
     other = jnp.array([[[5, 4], [5, 4]], [[0, 1], [2, 3]]])  # {4, 5}; {0, 1, 2, 3}
     np.testing.assert_array_equal(unique_experts([one, other], 6), [2.5, 2.5])
     np.testing.assert_array_equal(unique_experts([one], 6), [3, 1])
+
+
+def test_the_evaluation_reports_unique_experts(monkeypatch):
+    monkeypatch.setattr(measure, "measure_costs", lambda *_, **__: Costs(1.0, 1.0, 1.0, 2))  # not what is tested
+    experts = Experts(6, 2, 16, True, (1,))
+    config = dataclasses.replace(tiny.CONFIG, architecture="Qwen3MoeForCausalLM", num_layers=2, experts=experts)
+    target = Target("experts", config, transformer.init(jax.random.key(0), config, scale=0.2), tiny.tokenizer())
+    drafter = initialise.new_drafter(
+        jax.random.key(1), initialise.drafter_config(config, 64, (0, 1, 2), False), target.params, np.arange(64)
+    )
+    prompts = Benchmark("mine", (Prompt(("Hi",), "a:1"), Prompt(("Why?",), "a:2")))
+    (row,) = measure.evaluate(target, drafter, [prompts], speculations=[chain(2)], max_new_tokens=8)
+    assert row["identical"] == 2 and 2 < row["unique_experts"] <= 6
