@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppow_jax import cli, files
+from ppow_jax import cli
 from ppow_jax.config import check_fields, field, require
-from ppow_jax.errors import UserError
 
 if TYPE_CHECKING:
     from ppow_jax.speculation.settings import Speculation
@@ -40,6 +39,9 @@ class Settings:
         "auto", "The drafter's directory. auto: drafters/TARGET, if there is one.", group="Models"
     )
     dtype: str = field("bfloat16", "Of all matrices.", choices=("bfloat16", "float32"), group="Models")
+    compilation_cache: str | None = field(
+        None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Models"
+    )
 
     prompts: str | None = field(None, "JSON lines with prompts or chats to measure on.", group="Prompts")
     benchmarks: tuple[str, ...] = field(
@@ -104,7 +106,8 @@ class Settings:
 def main(settings: Settings) -> None:
     """Measures, prints and writes the results."""
     for name in ("output", "dump_outputs", "plot"):
-        _check_output(f"--{name}", getattr(settings, name))
+        cli.check_output(f"--{name}", getattr(settings, name))
+    cli.keep_compiled(settings.compilation_cache)
 
     from ppow_jax.evaluation import report  # what is slow to import comes after the settings' checks
 
@@ -118,8 +121,7 @@ def main(settings: Settings) -> None:
     if settings.output:
         report.write_json(settings.output, results)
     if settings.plot:
-        arm = report.arm(Path(settings.drafter or "").name, results["results"])
-        report.plot_results(settings.plot, results | {"arms": [arm]})
+        report.plot_results(settings.plot, results | {"arms": report.arms_by_way(results["results"])})
     written = {"results": settings.output, "tokens": settings.dump_outputs, "plot": settings.plot}
     for what, path in written.items():
         if path:
@@ -172,16 +174,6 @@ def _result(settings: Settings, directory: Path, rows: list[dict[str, Any]]) -> 
     return measuring.environment(settings.dtype) | {"settings": used, "results": rows}
 
 
-def _check_output(flag: str, path: str | None) -> None:
-    if path is None:
-        return
-    require(not Path(path).is_dir(), f"{flag}={path}: must be a file, but is a directory")
-    try:
-        files.writable_directory(Path(path).parent)
-    except UserError as error:
-        raise UserError(f"{flag}={path}: {error}") from None
-
-
 @contextlib.contextmanager
 def _line_writer(path: str | None) -> Iterator[Callable[[Any], None]]:
     """A function that writes a value as a line of JSON at once, or nowhere."""
@@ -197,7 +189,8 @@ def _acceptance_table(rows: list[dict[str, Any]]) -> str:
 
     positions = {str(j): str(j) for j in range(1, max(row["window"] for row in rows) + 1)}
     table = [row | dict(zip(positions, row["acceptance_by_position"], strict=False)) for row in rows]
-    return report.console_table(table, {"benchmark": "benchmark", "mode": "mode", **positions})
+    about = ("benchmark", "mode", "temperature", "batch_size", "window")
+    return report.console_table(table, {key: report.COLUMNS[key] for key in about} | positions)
 
 
 if __name__ == "__main__":

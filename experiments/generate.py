@@ -8,11 +8,12 @@ For --target=smollm2-135m a drafter comes along (drafters/smollm2-135m); --draft
 """
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppow_jax import cli, files
+from ppow_jax import cli
 from ppow_jax.config import check_fields, field, require
 from ppow_jax.errors import UserError
 
@@ -22,13 +23,17 @@ if TYPE_CHECKING:
 
 QUIT = "/quit"
 
+log = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The flags of this program."""
 
     prompt: str | None = field(None, "What to answer.", group="Prompt")
-    prompt_file: str | None = field(None, "A text file with it, instead.", group="Prompt")
+    prompt_file: str | None = field(
+        None, "A text file with it, instead; a line break at its end is no part of it.", group="Prompt"
+    )
     raw: bool = field(False, "Continue the prompt as it stands, without chat template.", group="Prompt")
     chat: bool = field(
         False, f"Chat: a line from standard input, an answer, and so on; {QUIT} ends it.", group="Prompt"
@@ -41,6 +46,9 @@ class Settings:
         group="Models",
     )
     dtype: str = field("bfloat16", "Of all matrices.", choices=("bfloat16", "float32"), group="Models")
+    compilation_cache: str | None = field(
+        None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Models"
+    )
 
     speculation: str | None = field(
         None,
@@ -86,7 +94,12 @@ class Settings:
         is_tree = self.speculation == "tree"
         for name in ("tree_branch", "tree_depth", "tree_nodes"):
             require(getattr(self, name) is None or is_tree, f"--{name}={getattr(self, name)}: needs --speculation=tree")
-        require(self.window is None or not is_tree, f"--window={self.window}: a tree has --tree_depth instead")
+        if self.window is not None:
+            require(not is_tree, f"--window={self.window}: a tree has --tree_depth instead")
+            drafts = self.speculation != "off" and self.drafter is not None
+            require(drafts, f"--window={self.window}: needs a drafter, and another mode than --speculation=off")
+        plain = self.speculation in (None, "off") or self.drafter is not None
+        require(plain, f"--speculation={self.speculation}: needs a drafter, but --drafter=none")
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -99,15 +112,16 @@ class Settings:
 def main(settings: Settings) -> None:
     """Prints the answer, then its speed."""
     text = None if settings.chat else read_prompt(settings)
-    if settings.trace is not None:
-        check_output("--trace", settings.trace)
+    cli.check_output("--trace", settings.trace)
+    cli.keep_compiled(settings.compilation_cache)
 
     from ppow_jax import inference  # slow to import: after the settings' checks
     from ppow_jax.evaluation import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)
     mode = settings.speculation or ("off" if directory is None else "chain")
-    for flag, needed in (("compare", settings.compare), (f"speculation={mode}", mode != "off")):
+    wanted = ("compare", settings.compare), (f"window={settings.window}", bool(settings.window))
+    for flag, needed in (*wanted, (f"speculation={mode}", mode != "off")):
         missing = f"--{flag}: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
         require(not needed or directory is not None, missing)
     how = settings.decoding | {"speculation": speculation(settings, inference.SPECULATIONS[mode])}
@@ -119,11 +133,13 @@ def main(settings: Settings) -> None:
     if settings.trace is not None:
         from ppow_jax.evaluation import trace
 
+        log.info("compiling")
         traced = trace.record(model, prompt, **how)
         traced.write(settings.trace)
         print(f"{traced.result.text}\n\n{settings.trace}: open it in a browser")
         return None
     plain_how = how | {"speculation": "off"}
+    log.info("compiling")
     model.warm_up(prompt, **how)
     if settings.compare:
         model.warm_up(prompt, **plain_how)
@@ -146,16 +162,7 @@ def read_prompt(settings: Settings) -> str:
     except UnicodeDecodeError:
         raise UserError(f"--prompt_file={settings.prompt_file}: must be a text file in UTF-8") from None
     require(bool(text.strip()), f"--prompt_file={settings.prompt_file}: is empty")
-    return text
-
-
-def check_output(flag: str, path: str) -> None:
-    """Raises UserError unless a file can be written there."""
-    require(not Path(path).is_dir(), f"{flag}={path}: must be a file, but is a directory")
-    try:
-        files.writable_directory(Path(path).parent)
-    except UserError as error:
-        raise UserError(f"{flag}={path}: {error}") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def speculation(settings: Settings, default: "Speculation") -> "Speculation":

@@ -7,14 +7,17 @@ import difflib
 import inspect
 import itertools
 import logging
+import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from ppow_jax import config as config_lib
 from ppow_jax import files, progress
+from ppow_jax.config import require
 from ppow_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -93,6 +96,7 @@ def _command_list(commands: Mapping[str, tuple[Callable, type]]) -> str:
 
 def setup_logging() -> None:
     """Log lines go to standard error as `12:30:59 text`; libraries speak up from warnings on."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as: PyTorch was not found
     handler = progress.LogHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -117,6 +121,17 @@ def keep_compiled(directory: str | None) -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_output(flag: str, path: str | None) -> None:
+    """Raises UserError unless a file can be written there, which the flag (`--output`) names; makes its directory."""
+    if path is None:
+        return
+    require(not Path(path).is_dir(), f"{flag}={path}: must be a file, but is a directory")
+    try:
+        files.writable_directory(Path(path).parent)
+    except UserError as error:
+        raise UserError(f"{flag}={path}: {error}") from None
 
 
 def usage(

@@ -1,9 +1,11 @@
 """A progress bar with rate and time left; plain log lines where standard error is not a terminal."""
 
+import contextlib
 import io
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +30,16 @@ def bar(total: int, desc: str, unit: str = "step", initial: int = 0, every: floa
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, smoothing=0.1, **kwargs)
     return _Lines(every, **kwargs)
+
+
+@contextlib.contextmanager
+def off_the_clock(bar: tqdm) -> Iterator[None]:
+    """What happens inside, such as compiling, takes no part in the bar's rate and time left."""
+    begin = bar._time()
+    yield
+    seconds = bar._time() - begin
+    bar.start_t += seconds
+    bar.last_print_t += seconds
 
 
 class _Lines(tqdm):

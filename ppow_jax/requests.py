@@ -26,7 +26,7 @@ Stop = str | Sequence[str] | Sequence[Sequence[str]]
 class Stats:
     """What speculation did for one request, under vLLM's names. The prefill, and the first token, are in no count.
 
-    num_spec_steps: verifications (steps of plain decoding without speculation). num_draft_tokens: all that were
+    num_spec_steps: verifications (steps of plain decoding without speculation, and while an adaptive window rests). num_draft_tokens: all that were
     verified, so of a tree all nodes. acceptance_histogram: verifications that accepted 0, 1, .. K drafted tokens; the
     last one as it was judged, even where the answer ended amid it. mean_acceptance_length: tokens per verification, the
     target's own included. draft_acceptance_rate: accepted per drafted token. nan where there is nothing to judge by.
@@ -83,8 +83,9 @@ class Request:
         require(bool(known), f"{self.name}: token ids must be whole numbers of 0..{config.vocab_size - 1}")
         most = config.max_position_embeddings
         require(len(ids) <= most, f"{self.name}: it has {len(ids)} tokens, but {target.name} has {most} positions")
-        require(self.max_new_tokens >= 1, f"{self.name}: max_new_tokens={self.max_new_tokens}: must be at least 1")
-        good = isinstance(self.seed, int | np.integer) and 0 <= self.seed < 2**31
+        rule = f"{self.name}: max_new_tokens={self.max_new_tokens}: must be at least 1"
+        require(_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1, rule)
+        good = _is_whole(self.seed) and 0 <= self.seed < 2**31
         require(good, f"{self.name}: seed={self.seed}: must be a whole number of 0..{2**31 - 1}")
         texts = all(isinstance(text, str) and text for text in self.stop)
         require(texts, f"{self.name}: stop={self.stop}: must be texts that are not empty")
@@ -115,7 +116,8 @@ class Job:
         batch_size: int = 8,
     ) -> "Job":
         """The arguments of `Model.generate`, checked. Raises UserError."""
-        require(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
+        require(_is_whole(batch_size) and batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
+        require(np.iterable(prompts), f"prompts={prompts!r}: must be a text, token ids, or a list of these")
         several = prompts if _are_several(prompts) else [prompts]
         n = len(several)
         budgets, seeds, stops = _each("max_new_tokens", max_new_tokens, n), _each("seed", seed, n), _stops(stop, n)
@@ -123,10 +125,10 @@ class Job:
         for i, prompt in enumerate(several):
             ids = target.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
             name = f"prompt {i}" if n > 1 else "prompt"
-            requests.append(Request(name, np.asarray(ids).reshape(-1), budgets[i], stops[i], seeds[i]))
+            requests.append(Request(name, _flat(ids), budgets[i], stops[i], seeds[i]))
             requests[-1].check(target)
-        sampling = Sampling.of(_each("temperature", temperature, n), _each("top_k", top_k, n), _each("top_p", top_p, n))
-        return cls(requests, sampling, speculation, batch_size)
+        numbers = _numbers("temperature", temperature, n), _numbers("top_k", top_k, n), _numbers("top_p", top_p, n)
+        return cls(requests, Sampling.of(*numbers), speculation, batch_size)
 
     @property
     def rows(self) -> int:
@@ -238,7 +240,19 @@ def arrays(requests: Sequence[Request], B: int, positions: int) -> tuple[np.ndar
 
 def _are_several(prompts: Text | Sequence[Text]) -> bool:
     """Whether it is prompts, and not one text or one list of token ids."""
-    return not isinstance(prompts, str) and all(isinstance(prompt, str) or np.ndim(prompt) for prompt in prompts)
+    return not isinstance(prompts, str) and all(isinstance(prompt, str) or np.iterable(prompt) for prompt in prompts)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _flat(ids: Any) -> np.ndarray:
+    """Token ids as an array [T]; whatever else it is comes as objects, which `Request.check` refuses."""
+    try:
+        return np.asarray(ids).reshape(-1)
+    except ValueError:  # lists of unlike lengths
+        return np.array([None])
 
 
 def _each(name: str, value: Any, n: int) -> list[Any]:
@@ -249,10 +263,20 @@ def _each(name: str, value: Any, n: int) -> list[Any]:
     return list(value)
 
 
+def _numbers(name: str, value: Any, n: int) -> list[Any]:
+    """One number per prompt."""
+    found = _each(name, value, n)
+    wrong = [x for x in found if isinstance(x, bool) or not isinstance(x, int | float | np.number)]
+    require(not wrong, f"{name}={(wrong or [0])[0]!r}: must be a number")
+    return found
+
+
 def _stops(stop: Stop, n: int) -> list[tuple[str, ...]]:
     """Stop texts of each prompt."""
-    if isinstance(stop, str):
-        return [(stop,)] * n
+    if isinstance(stop, str) or stop is None:
+        return [() if stop is None else (stop,)] * n
+    require(np.iterable(stop), f"stop={stop!r}: must be a text, a list of texts, or one such list per prompt")
     if all(isinstance(text, str) for text in stop):
         return [tuple(map(str, stop))] * n
-    return [(texts,) if isinstance(texts, str) else tuple(texts) for texts in _each("stop", stop, n)]
+    each = _each("stop", stop, n)
+    return [tuple(texts) if np.iterable(texts) and not isinstance(texts, str) else (texts,) for texts in each]

@@ -121,6 +121,26 @@ def test_nowhere_says_every_place(tmp_path):
         load_benchmark("sharegpt")
 
 
+@pytest.mark.usefixtures("no_packages")
+def test_data_sets_with_a_script_come_as_the_hub_converted_them(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split, streaming, revision=None):
+        asked.append((name, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found xsum.py")
+        return [{"document": "News.", "summary": "N.", "id": "1"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_benchmark("summarization").prompts[0].turns == ("Summarize: News.",)
+    assert asked == [("EdinburghNLP/xsum", None), ("EdinburghNLP/xsum", "refs/convert/parquet")]
+
+
+def test_a_directory_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="--benchmark_dir=.*nowhere: there is no such directory"):
+        load_benchmark("builtin", benchmark_dir=tmp_path / "nowhere")
+
+
 def test_builtin_is_held_out():
     from ppow_jax.data.conversations import load_conversations
 

@@ -117,6 +117,31 @@ def test_exit_codes(capsys):
         cli.run(lambda settings: 1 // 0, Settings, argv=[])
 
 
+def test_places_to_write_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    cli.check_output("--output", None)
+    cli.check_output("--output", str(tmp_path / "new" / "result.json"))
+    assert (tmp_path / "new").is_dir()
+    with pytest.raises(UserError, match=r"--output=.*: must be a file, but is a directory"):
+        cli.check_output("--output", str(tmp_path))
+    with pytest.raises(UserError, match=r"--output=.*/file/x.json: .*must be a directory that can be written to"):
+        cli.check_output("--output", str(tmp_path / "file" / "x.json"))
+
+
+def test_compiled_programs_are_kept_where_asked(tmp_path, monkeypatch):
+    import jax
+
+    given = {}
+    monkeypatch.setattr(jax.config, "update", given.__setitem__)
+    cli.keep_compiled(None)
+    assert not given
+    cli.keep_compiled(str(tmp_path / "cache"))
+    assert given["jax_compilation_cache_dir"] == str(tmp_path / "cache") and (tmp_path / "cache").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--compilation_cache=.*file: .*must be a directory that can be written to"):
+        cli.keep_compiled(str(tmp_path / "file"))
+
+
 def test_plain_progress_logs_a_line_now_and_then_and_at_the_end(caplog):
     caplog.set_level(logging.INFO, logger="ppow_jax.progress")
     with progress.bar(100, "training", initial=20, every=0.05) as bar:
@@ -129,6 +154,22 @@ def test_plain_progress_logs_a_line_now_and_then_and_at_the_end(caplog):
     assert 2 <= len(lines) <= 8
     assert lines[-1].startswith("training: 100/100 (100%), ") and lines[-1].endswith("left, loss=1.5")
     assert "step/s" in lines[-1]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_off_the_clock_does_not_slow_the_estimate(terminal, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with progress.bar(30, "evaluation") as bar:
+        now = [1000.0]
+        bar._time = lambda: now[0]
+        bar.start_t = bar.last_print_t = now[0]
+        for _ in range(5):
+            with progress.off_the_clock(bar):
+                now[0] += 100  # compiling
+            now[0] += 2
+            bar.update(2)
+        assert bar.format_dict["elapsed"] == 10
+        assert "00:20 left" in str(bar) if not terminal else "00:10<00:20" in str(bar)
 
 
 def test_progress_cut_short_says_where_it_stopped(caplog):

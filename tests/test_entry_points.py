@@ -22,7 +22,8 @@ from ppow_jax.weights import targets, tiny
 from ppow_jax.weights.drafters import export_drafter
 
 ROOT = Path(__file__).parent.parent
-SHAPES = ("--target=tiny", "--dtype=float32", "--window=2", "--max_new_tokens=8")  # compiled once for all tests
+PLAIN = ("--target=tiny", "--dtype=float32", "--max_new_tokens=8")  # compiled once for all tests
+SHAPES = (*PLAIN, "--window=2")
 
 
 @pytest.fixture(autouse=True)
@@ -99,12 +100,12 @@ def test_evaluate(run, drafter, tmp_path):
 
 
 def test_generate(run, drafter, tmp_path):
-    code, plain, _ = run(generate, *SHAPES, "--prompt=What is 3 + 4?")
+    code, plain, _ = run(generate, *PLAIN, "--prompt=What is 3 + 4?")
     assert code == 0 and "tau" not in plain
     number = re.search(r"(\d) tokens without a drafter, [\d.]+ token/s \(prefill [\d.]+ s\)$", plain.strip())
     assert number and 1 <= int(number[1]) <= 8
 
-    path = write(tmp_path / "prompt.txt", "What is 3 + 4?")
+    path = write(tmp_path / "prompt.txt", "What is 3 + 4?\n")
     flags = (*SHAPES, f"--drafter={drafter}", f"--prompt_file={path}")
     code, both, _ = run(generate, *flags, "--compare")
     assert code == 0 and "the outputs are identical" in both and "speedup" in both
@@ -144,11 +145,11 @@ def test_chat(run, monkeypatch):
     for text, turns in (("hi\n\nwhat?\n/quit\nnever\n", 2), ("hi", 1), ("", 0)):
         asked.clear()
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
-        code, out, _ = run(generate, *SHAPES, "--chat")
+        code, out, _ = run(generate, *PLAIN, "--chat")
         assert code == 0 and len(asked) == turns and bool(out) == bool(turns)
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand?\n"))
     asked.clear()
-    code, out, _ = run(generate, *SHAPES, "--chat")
+    code, out, _ = run(generate, *PLAIN, "--chat")
     first, second = asked
     assert first == [{"role": "user", "content": "hi"}]
     assert [message["role"] for message in second] == ["user", "assistant", "user"]
@@ -206,6 +207,11 @@ GENERATE_MISTAKES = [
     (("--prompt=a", "--speculation=tree", "--window=3"), "--window=3: a tree has --tree_depth instead"),
     (("--prompt=a", "--speculation=tree", "--drafter=DRAFTER", "--tree_nodes=900"), "tree nodes 900: must be 1 to 68"),
     (("--prompt=a", "--compare", "--speculation=off"), "--compare: needs another mode than --speculation=off"),
+    (("--prompt=a", "--window=3", "--speculation=off"), "--window=3: needs a drafter, and another mode than"),
+    (("--prompt=a", "--window=3", "--drafter=none"), "--window=3: needs a drafter"),
+    (("--prompt=a", "--window=3"), "--window=3: needs a drafter, but --target=tiny has none"),
+    (("--prompt=a", "--speculation=tree", "--drafter=none"), "--speculation=tree: needs a drafter, but --drafter=none"),
+    (("--prompt=a", "--compilation_cache=BINARY"), "binary.txt: must be a directory that can be written to"),
     (("--prompt=a", "--top_p=0"), "--top_p=0.0: must be above 0"),
     (("--prompt=a", "--stop="), "--stop: must not be empty"),
     (("--prompt=a", "--chat"), "one of them must be given, or --chat"),
@@ -243,7 +249,7 @@ def test_mistakes_that_only_the_target_shows(run, drafter, tmp_path):
     other = make_drafter(tmp_path / "other", vocab_size=300)
     code, _, err = run(generate, *SHAPES, "--prompt=a", f"--drafter={other}")
     assert code == 2 and f"--drafter={other}: the drafter is for a vocabulary of 300 tokens" in err
-    code, _, err = run(generate, *SHAPES, f"--prompt={'x' * 2040}")
+    code, _, err = run(generate, *PLAIN, f"--prompt={'x' * 2040}")
     assert code == 2 and re.search(r"prompt: .*20\d\d tokens.* but tiny has 2048", err)
     path = write(tmp_path / "long.jsonl", json.dumps({"prompt": "x" * 2040}))
     code, _, err = run(evaluate, *SHAPES, f"--drafter={drafter}", f"--prompts={path}")

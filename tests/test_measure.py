@@ -151,7 +151,10 @@ def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
     ways = [chain(3), adaptive(3), tree(3, 3, 8), tree(3, 3, 4)]
     outputs: list[measure.Output] = []
     settings = SETTINGS | {"speculations": ways, "on_output": outputs.append}
+    before = generate.decode._cache_size(), generate.prefill._cache_size()
     rows = measure.evaluate(target, drafter, [SINGLE, TURNS], **settings)
+    compiled = generate.decode._cache_size() - before[0], generate.prefill._cache_size() - before[1]
+    assert compiled == (3, 0)  # one for each way that is new; whole benchmarks, turns and ragged batches share it
     assert [(row["benchmark"], row["mode"]) for row in rows] == [
         (name, mode) for name in ("sums", "turns") for mode in ("chain", "adaptive", "tree", "tree")
     ]

@@ -173,8 +173,15 @@ def load_hub(name: str, split: str, config: str | None = None, stop: int | None 
     import datasets  # takes seconds: only when it is needed
 
     where = f"Hugging Face data set {name!r} (config {config or 'default'!r}, split {split!r})"
+    how = {"split": split, "streaming": stop is not None}
     try:
-        yield from datasets.load_dataset(name, config, split=split, streaming=stop is not None)
+        try:
+            rows = datasets.load_dataset(name, config, **how)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            rows = datasets.load_dataset(name, config, **how, revision="refs/convert/parquet")  # the hub's own copy
+        yield from rows
     except Exception as error:  # noqa: BLE001 (the hub client raises dozens of types: network, name, split, script, disk)
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"cannot load {where}: {type(error).__name__}: {reason}") from None

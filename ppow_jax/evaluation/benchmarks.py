@@ -79,6 +79,8 @@ def load_benchmark(
     """
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"number of prompts is {num_prompts}, but must be at least 1 (benchmark {name!r})")
+    if benchmark_dir is not None and not Path(benchmark_dir).is_dir():
+        raise UserError(f"--benchmark_dir={benchmark_dir}: there is no such directory")
     if name in _ORIGINS:
         title, prompts = name, _find(name, benchmark_dir)
     elif Path(name).is_file() or Path(name).suffix in (".jsonl", ".json", ".gz"):

@@ -164,7 +164,7 @@ def evaluate(
     lengths: list[int] = []
     warm: set[tuple[Speculation, int]] = set()
     total = len(seeds) * sum(len(prompt.turns) for _, prompts in chosen for prompt in prompts)
-    with progress.bar(total, "evaluation", "answer") as bar:
+    with progress.bar(total, f"evaluation, T={temperature:g}, batch {batch_size}", "answer") as bar:
         for name, prompts in chosen:
             plain, fast = _Arm(), [_Arm() for _ in ways]
             answered: list[list[tuple[int, Output]]] = [[] for _ in ways]
@@ -173,7 +173,9 @@ def evaluate(
                     if stop():
                         return []
                     arms = [dataclasses.replace(how, seed=seed) for how in ways]
-                    decoded = _all_arms(target, drafter, batch, arms, i, warm, costs_of)
+                    with progress.off_the_clock(bar):
+                        _warm_up(target, drafter, batch, arms, warm, costs_of)
+                    decoded = _all_arms(target, drafter, batch, arms, i, costs_of)
                     plain.add(batch, decoded[0])
                     for arm, numbered, how, found in zip(fast, answered, arms, decoded[1:], strict=True):
                         arm.add(batch, found)
@@ -236,35 +238,59 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
+CostsOf = Callable[[int, int], np.ndarray]
+
+
+def _warm_up(
+    target: Target,
+    drafter: Drafter,
+    batch: Sequence[Request],
+    ways: Sequence[Decoding],
+    warm: set[tuple[Speculation, int]],
+    costs_of: CostsOf,
+) -> None:
+    """Runs every program that the batch needs once, unless it is in `warm`, which holds those that ran before."""
+    longest = max(len(request.tokens) for request in batch)
+    for speaker, how in _arms(drafter, ways):
+        program = (how.speculation if speaker else off()), how.cache_length(longest)
+        if program not in warm:
+            log.info("compiling %s for caches of %d tokens", program[0].mode, program[1])
+            _run(target, speaker, batch, how, costs_of, rounds=1)
+            warm.add(program)
+
+
 def _all_arms(
     target: Target,
     drafter: Drafter,
     batch: Sequence[Request],
     ways: Sequence[Decoding],
     first: int,
-    warm: set[tuple[Speculation, int]],
-    costs_of: Callable[[int, int], np.ndarray],
+    costs_of: CostsOf,
 ) -> list[Decoded]:
-    """The batch decoded plainly and in all ways, in a circle from arm `first` on. warm: programs that ran before."""
-    prompts, ids = [request.tokens for request in batch], [request.id for request in batch]
-    longest = max(map(len, prompts))
-    arms: list[tuple[Drafter | None, Decoding]] = [(None, ways[0]), *((drafter, how) for how in ways)]
-
-    def run(arm: int, rounds: int = TO_THE_END) -> Decoded:
-        speaker, how = arms[arm]
-        adapts = speaker is not None and how.speculation.adaptive
-        cost_K1 = costs_of(how.window, how.cache_length(rung(TYPICAL_PROMPT))) if adapts else None
-        return decode(target, speaker, prompts, how, ids, rounds, cost_K1)
-
-    for arm, (_, how) in enumerate(arms):
-        program = (off() if arm == 0 else how.speculation), how.cache_length(longest)
-        if program not in warm:
-            log.info("compiling %s for caches of %d tokens", program[0].mode, program[1])
-            run(arm, rounds=1)
-            warm.add(program)
+    """The batch decoded plainly and in all ways, in a circle from arm `first` on."""
+    arms = _arms(drafter, ways)
     order = [(first + i) % len(arms) for i in range(len(arms))]
-    decoded = {arm: run(arm) for arm in order}
+    decoded = {arm: _run(target, arms[arm][0], batch, arms[arm][1], costs_of) for arm in order}
     return [decoded[arm] for arm in range(len(arms))]
+
+
+def _arms(drafter: Drafter, ways: Sequence[Decoding]) -> list[tuple[Drafter | None, Decoding]]:
+    """Plain decoding, then all ways to speculate."""
+    return [(None, ways[0]), *((drafter, how) for how in ways)]
+
+
+def _run(
+    target: Target,
+    speaker: Drafter | None,
+    batch: Sequence[Request],
+    how: Decoding,
+    costs_of: CostsOf,
+    rounds: int = TO_THE_END,
+) -> Decoded:
+    prompts, ids = [request.tokens for request in batch], [request.id for request in batch]
+    adapts = speaker is not None and how.speculation.adaptive
+    cost_K1 = costs_of(how.window, how.cache_length(rung(TYPICAL_PROMPT))) if adapts else None
+    return decode(target, speaker, prompts, how, ids, rounds, cost_K1)
 
 
 def _row(

@@ -36,7 +36,9 @@ COLUMNS = {
     "batch_size": "batch",
     "window": "window",
     "tau": "tau",
+    "tau_interval": "95 %",
     "speedup": "speedup",
+    "speedup_interval": "95 %",
     "tokens_per_second": "token/s",
     "baseline_tokens_per_second": "plain token/s",
     "identical": "identical",
@@ -47,7 +49,7 @@ WINNER_COLUMNS = {
     "temperature": "temp.",
     "batch_size": "batch",
     "mode": "mode",
-    "size": "window",
+    "window": "window",
     "mean_tau": "mean tau",
     "mean_speedup": "mean speedup",
 }
@@ -70,7 +72,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "legend.frameon": False,
 }
-_COLOURS = ("#9aa5b1", "#1f6f8b", "#d9822b", "#7a5195", "#4c9f70", "#c0504d")
+_COLOURS = ("#9aa5b1", "#1f6f8b", "#d9822b", "#7a5195", "#4c9f70", "#c0504d", "#b8a038", "#5b7fd1", "#d67fb0")
 _SHARED = ("tau_sim",)  # comparable between stages: one panel for all of them
 
 
@@ -90,16 +92,28 @@ def winners(results: Sequence[Row]) -> list[dict[str, Any]]:
     """
     ways: dict[tuple, list[Row]] = {}
     for row in results:
-        tree = row.get("tree")
-        size = f"{row['window']} ({tree['nodes']} nodes)" if tree else str(row["window"])
-        ways.setdefault((row["temperature"], row["batch_size"], row["mode"], size), []).append(row)
-    keys = ("temperature", "batch_size", "mode", "size")
+        ways.setdefault((row["temperature"], row["batch_size"], row["mode"], _size(row)), []).append(row)
+    keys = ("temperature", "batch_size", "mode", "window")
     found = [dict(zip(keys, way, strict=True)) | arm("", rows) for way, rows in ways.items()]
     found.sort(key=lambda way: (way["temperature"], way["batch_size"], -_rank(way["mean_speedup"])))
     best: dict[tuple, dict[str, Any]] = {}
     for way in found:
         best.setdefault((way["temperature"], way["batch_size"], way["mode"]), way)
     return list(best.values()) if len(found) > 1 else []
+
+
+def arms_by_way(results: Sequence[Row]) -> list[dict[str, Any]]:
+    """An arm for each way to speculate: `chain 5`, `tree 5 (15 nodes)`, ..."""
+    ways: dict[str, list[Row]] = {}
+    for row in results:
+        ways.setdefault(f"{row['mode']} {_size(row)}", []).append(row)
+    return [arm(name, rows) for name, rows in ways.items()]
+
+
+def _size(row: Row) -> str:
+    """K, and the nodes of a tree."""
+    tree = row.get("tree")
+    return f"{row['window']} ({tree['nodes']} nodes)" if tree else str(row["window"])
 
 
 def _rank(speedup: float) -> float:
@@ -133,7 +147,7 @@ def console_table(rows: Sequence[Row], columns: Mapping[str, str] = COLUMNS, sty
     """
     shown = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
     table = [[_cell(key, row) for key in shown] for row in rows]
-    left = ("arm", "name", "benchmark")
+    left = ("arm", "name", "benchmark", "mode")
     align = ["left" if key in left else "right" for key in shown]
     return tabulate(table, list(shown.values()), tablefmt=style, disable_numparse=True, colalign=align)
 
@@ -153,6 +167,10 @@ def _cell(key: str, row: Row) -> str:
         return "-"
     if key == "identical" and "total" in row:
         return f"{value}/{row['total']}"
+    if key == "window":
+        return _size(row)
+    if key.endswith("_interval"):
+        return "{:.2f}-{:.2f}".format(*value)
     if not isinstance(value, float):
         return str(value)
     if key == "temperature":
@@ -296,10 +314,10 @@ def _bars(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: str) -> 
 
 
 def _label(row: Row, arms: Sequence[Mapping[str, Any]]) -> str:
-    """The benchmark, and whatever else tells the rows apart."""
+    """The benchmark, and whatever else tells the rows of an arm apart."""
     label = str(row["benchmark"])
     for key, short in (("mode", ""), ("temperature", "T="), ("batch_size", "B="), ("window", "K=")):
-        if len({str(other.get(key)) for a in arms for other in a["results"]}) > 1:
+        if any(len({str(other.get(key)) for other in a["results"]}) > 1 for a in arms):
             value = row.get(key)
             label += f"\n{short}{value:g}" if isinstance(value, float) else f"\n{short}{value}"
     return label

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import time
+from html import escape
 from typing import Any
 
 import jax
@@ -79,6 +80,11 @@ class Trace:
     def write(self, path: str | os.PathLike) -> None:
         """Writes one HTML page that needs nothing else."""
         write_atomic(path, trace_page.page(self))
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, for notebooks."""
+        style = "width:100%;height:600px;border:1px solid #d9dce0;border-radius:6px"
+        return f'<iframe srcdoc="{escape(trace_page.page(self))}" style="{style}"></iframe>'
 
 
 def record(model: Model, prompt: Text, **settings: Any) -> Trace:

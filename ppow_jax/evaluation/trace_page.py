@@ -28,8 +28,14 @@ def _facts(trace: "Trace") -> str:
         size = f"tree of {how.shape.nodes} nodes, depth {how.shape.depth}, branch {how.shape.branch}"
     else:
         size = {"off": "no speculation", "chain": f"chain of {how.window}"}.get(how.mode, f"up to {how.window} tokens")
+    usual = {"temperature": None, "top_k": 0, "top_p": 1.0, "seed": None if trace.settings.get("temperature") else 0}
     given = {"temperature": 0} | {name: value for name, value in trace.settings.items() if name != "speculation"}
-    return " · ".join([trace.target, size, *(f"{name.replace('_', ' ')} {value}" for name, value in given.items())])
+    told = {name: value for name, value in given.items() if value != usual.get(name) and value not in ((), None)}
+    return " · ".join([trace.target, size, *(f"{name.replace('_', ' ')} {_plain(v)}" for name, v in told.items())])
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _totals(trace: "Trace") -> str:
@@ -100,6 +106,9 @@ def _children(trace: "Trace", step: "Step", index: int) -> str:
         shown.append(_node("own", _label(trace, step.own), _own_tip(trace, step), ""))
     for n, token in nodes:
         kind, label = "ok" if token.accepted else "no", _label(trace, token.token)
+        if kind == "no":  # struck through, but not the blanks before it
+            word = label.lstrip()
+            label = f"{label[: len(label) - len(word)]}<s>{word}</s>"
         shown.append(_node(kind, label, _drafted_tip(trace, step, n), _children(trace, step, n + 1)))
     return f'<div class="kids">{"".join(shown)}</div>' if shown else ""
 
@@ -156,9 +165,10 @@ _PAGE = Template("""<!DOCTYPE html>
 <section>
 <h2>Steps</h2>
 <p class="note">After the <span class="c root">last token</span> the drafter proposes; the target verifies all at once,
-keeps <span class="c ok">what agrees</span>, drops <span class="c no">the rest</span> and
+keeps <span class="c ok">what agrees</span>, drops <span class="c no"><s>the rest</s></span> and
 <span class="c own">adds one token</span>. Probabilities are at temperature 1.</p>
-<div class="steps"><div class="step head"><span class="n">step</span><span>window</span><span class="n">accepted</span>
+<div class="steps"><div class="step head"><span class="n">step</span><span>window</span>
+<span class="n">accepted of drafted</span>
 <span class="n">drafting + verification</span></div>
 $steps
 </div>
@@ -208,8 +218,8 @@ white-space:nowrap}
 border:1px solid var(--line);border-radius:4px;cursor:default}
 .c.ok{background:var(--ok-bg);border-color:var(--ok);color:var(--ok)}
 .c.own{background:var(--own-bg);border-color:var(--own);color:var(--own)}
-.c.no{background:var(--no-bg);border-color:transparent;color:var(--no);text-decoration:line-through;
-text-decoration-color:color-mix(in srgb,currentColor 45%,transparent)}
+.c.no{background:var(--no-bg);border-color:transparent;color:var(--no)}
+.c.no s{text-decoration-color:color-mix(in srgb,currentColor 45%,transparent)}
 .c.root{color:var(--muted);background:var(--first-bg);border-color:transparent}
 .kids{display:flex;flex-direction:column;gap:3px}.kids>.node{padding-left:14px}
 .kids>.node::after{content:"";position:absolute;left:0;top:11px;width:14px;border-top:1px solid var(--line)}
