@@ -26,10 +26,11 @@ Stop = str | Sequence[str] | Sequence[Sequence[str]]
 class Stats:
     """What speculation did for one request, under vLLM's names. The prefill, and the first token, are in no count.
 
-    num_spec_steps: verifications (steps of plain decoding without speculation, and while an adaptive window rests). num_draft_tokens: all that were
-    verified, so of a tree all nodes. acceptance_histogram: verifications that accepted 0, 1, .. K drafted tokens; the
-    last one as it was judged, even where the answer ended amid it. mean_acceptance_length: tokens per verification, the
-    target's own included. draft_acceptance_rate: accepted per drafted token. nan where there is nothing to judge by.
+    num_spec_steps: verifications (steps of plain decoding without speculation, and while an adaptive window rests).
+    num_draft_tokens: all that were verified, so of a tree all nodes. acceptance_histogram: verifications that accepted
+    0, 1, .. K drafted tokens; the last one as it was judged, even where the answer ended amid it, and those that ran
+    behind a stop text until the host looked. mean_acceptance_length: tokens per verification, the target's own
+    included. draft_acceptance_rate: accepted per drafted token. nan where there is nothing to judge by.
     """
 
     mean_acceptance_length: float

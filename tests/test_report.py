@@ -70,6 +70,27 @@ def test_console_table_formats_and_leaves_out_what_no_row_has():
     assert lines[3].split()[5] == "3.14" and lines[3].split()[-2] == "-"
 
 
+def test_ways_to_speculate_are_told_apart(tmp_path, results):
+    small, large = ({"branch": 4, "depth": 3, "nodes": nodes} for nodes in (8, 15))
+    rows = [
+        row(benchmark, tau, mode=mode, tree=tree, tau_interval=[tau - 0.1, tau + 0.1], speedup_interval=None)
+        for benchmark in ("gsm8k", "mt_bench")
+        for mode, tree, tau in (("chain", None, 2.0), ("tree", small, 2.5), ("tree", large, 3.0))
+    ]
+    arms = report.arms_by_way(rows)
+    assert [(a["name"], a["mean_tau"]) for a in arms] == [
+        ("chain 3", 2.0),
+        ("tree 3 (8 nodes)", 2.5),
+        ("tree 3 (15 nodes)", 3.0),
+    ]
+    lines = report.console_table(rows).splitlines()
+    assert "3 (15 nodes)" in lines[4] and "2.90-3.10" in lines[4] and lines[2].split()[8] == "-"
+    report.plot_results(tmp_path / "ways.png", results | {"arms": arms})
+    assert is_png(tmp_path / "ways.png")
+    labels = {report._label(row, arms) for a in arms for row in a["results"]}
+    assert labels == {"gsm8k", "mt_bench"}  # the bars of a benchmark stand side by side
+
+
 def test_json_is_plain_and_valid(tmp_path, results):
     values = {"tau": np.float32(2.5), "gamma": float("nan"), "histogram": jnp.arange(3)}
     results["arms"][0]["results"][0] |= values
