@@ -154,7 +154,8 @@ def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
     before = generate.decode._cache_size(), generate.prefill._cache_size()
     rows = measure.evaluate(target, drafter, [SINGLE, TURNS], **settings)
     compiled = generate.decode._cache_size() - before[0], generate.prefill._cache_size() - before[1]
-    assert compiled == (3, 0)  # one for each way that is new; whole benchmarks, turns and ragged batches share it
+    lengths = {decoding.rung(len(output.prompt_ids)) for output in outputs}
+    assert compiled == (3 * len(lengths), 0) and len(lengths) == 2  # one for each new way and cache length
     assert [(row["benchmark"], row["mode"]) for row in rows] == [
         (name, mode) for name in ("sums", "turns") for mode in ("chain", "adaptive", "tree", "tree")
     ]
