@@ -114,7 +114,8 @@ def decode(name: str, speculation, prompt_BxP, length_B, new: int):
 def test_decoding_in_every_mode_gives_the_golden_texts(name):
     length_B, tokens_BxL = texts(name)
     prompt_BxP = np.where(np.arange(length_B.max()) < length_B[:, None], tokens_BxL[:, : length_B.max()], 0)
-    for speculation in (off(), chain(K), tree(2, K, 6)):
+    plain = [off()] if name == "qwen3-moe" else []  # the golden texts are plain decoding's, by their own definition
+    for speculation in (*plain, chain(K), tree(2, K, 6)):
         state = decode(name, speculation, prompt_BxP, length_B, NEW)
         for tokens, expected, length in zip(np.asarray(state.tokens_BxL), tokens_BxL, length_B, strict=True):
             assert tokens[: length + NEW].tolist() == expected[: length + NEW].tolist(), speculation.mode

@@ -10,6 +10,7 @@ import small_world as world
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
+from ppow_jax.models import transformer
 from ppow_jax.training.initialise import choose_vocabulary, drafter_config, feature_scale, new_drafter
 
 
@@ -94,3 +95,21 @@ def test_drafters_of_other_sizes_keep_random_values_where_shapes_do_not_fit():
     assert new_drafter(jax.random.key(0), wide, world.target_params(), np.arange(20, dtype=np.int32)).params[
         "fc"
     ].shape == (48, 96)
+
+
+def test_queries_without_norms_are_as_large_as_the_target_s_with_them():
+    config = dataclasses.replace(world.CONFIG, qk_norm=True, head_dim=8)
+    rng, D = np.random.default_rng(0), config.hidden_size
+    layer = {name: np.ones(shape, np.float32) for name, shape in transformer.shapes(config)["layers"][0].items()}
+    for name in ("q_proj", "k_proj"):
+        size_O = rng.uniform(0.1, 9, len(layer[name]) // 8).repeat(8)  # heads of different sizes
+        layer[name] = (rng.normal(size=layer[name].shape) * size_O[:, None]).astype(np.float32)
+        layer[name.replace("proj", "norm")] = rng.uniform(0.5, 3, 8).astype(np.float32)
+    params = world.target_params() | {"layers": [layer]}
+    drafter = new_drafter(jax.random.key(0), drafter_config(config, 20, world.FEATURE_LAYERS), params, np.arange(20))
+    h_NxD = rng.normal(size=(50, D)).astype(np.float32)
+    for name in ("q_proj", "k_proj"):
+        heads_NxHxd = (h_NxD @ layer[name].T).reshape(50, -1, 8)
+        normed = heads_NxHxd / np.sqrt((heads_NxHxd**2).mean(-1, keepdims=True)) * layer[name.replace("proj", "norm")]
+        ours = (h_NxD @ np.asarray(drafter.params[name][:, D:]).T).reshape(50, -1, 8)
+        np.testing.assert_allclose((ours**2).mean((0, 2)), (normed**2).mean((0, 2)), rtol=0.35)
