@@ -2,6 +2,8 @@
 
 import functools
 import os
+import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from golden import families
 from safetensors.numpy import load_file, save_file
+from test_huggingface import mutate
 
 from ppow_jax.errors import UserError
 from ppow_jax.weights.huggingface import WEIGHTS, load_target, save_target
@@ -112,6 +115,28 @@ def test_any_part_of_a_parameter_can_be_read_alone(tmp_path, layout):
     _, params = load_target(tmp_path, jnp.bfloat16, put)
     assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected))
     assert ("embed",) in asked and ("layers", 1, "router") in asked and len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("layout", [dict, stacked])
+def test_fuzz(tmp_path, layout):
+    """Whatever happens to the files: a UserError, or a load of the promised shapes."""
+    original = tmp_path / "original"
+    expected = jax.tree.map(np.shape, families.params(MOE))
+    save_target(original, families.TARGETS[MOE], families.params(MOE))
+    edit(original, layout)
+    refused = 0
+    for seed in range(50):
+        rng, broken = random.Random(seed), tmp_path / "broken"
+        shutil.rmtree(broken, ignore_errors=True)
+        shutil.copytree(original, broken)
+        mutate(rng.choice(sorted(broken.iterdir())), rng)
+        try:
+            found = jax.tree.map(np.shape, load_target(broken)[1])
+        except UserError:
+            refused += 1
+        else:
+            assert found == expected
+    assert 10 < refused < 50
 
 
 LOADING = """
