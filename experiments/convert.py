@@ -68,7 +68,8 @@ def verify(settings: VerifySettings) -> int:
     """Checks that a drafter fits a target, then lets both decode a few prompts and looks whether that helps.
 
     A drafter that is read with wrong layer ids, a wrong vocabulary or for another target loads all the same, and its
-    output is right; only hardly any of its tokens is accepted. That is refused, with what is likely to be wrong.
+    output is right; only fewer of its tokens are accepted, or hardly any. That is refused, with what is likely to be
+    wrong: target layers one lower and one higher are tried in any case.
     """
     from ppow_jax.evaluation import self_check
     from ppow_jax.evaluation.loading import load_drafter
@@ -85,13 +86,16 @@ def verify(settings: VerifySettings) -> int:
         ("vocabulary", f"holds {found.coverage:.0%} of the tokens that the target wrote"),
         ("identical", f"{found.identical} of {found.prompts} answers are those of plain decoding"),
     ]
+    lines += [("otherwise", f"tau would be {tau:.2f} with {what.rstrip(',')}") for what, tau in found.otherwise.items()]
     print(summary.table(lines))
     lossy = settings.dtype == "float32" and found.identical < found.prompts
     if lossy:
         print("\nrefused: in float32 all answers must be identical; the decoding itself is broken")
     if not found.passed:
-        least = self_check.LEAST_TAU
-        print(f"\nrefused: tau is below {least}, so the drafter does not help. Likely causes:\n{found.advice()}")
+        why = "read in another way, the drafter helps more"
+        if not found.helps:
+            why = f"tau is below {self_check.LEAST_TAU}, so the drafter does not help; likely causes"
+        print(f"\nrefused: {why}:\n{found.advice()}")
     return int(lossy or not found.passed)
 
 

@@ -157,7 +157,8 @@ def test_verify_a_drafter_that_helps(tmp_path, small, capsys):
 
 def test_verify_finds_a_drafter_that_is_read_in_another_way_than_it_was_trained(tmp_path, small, capsys, monkeypatch):
     tau = self_check.self_check(target(), world.trained(), window=3, max_new_tokens=20).tau
-    monkeypatch.setattr(self_check, "LEAST_TAU", tau - 0.01)
+    monkeypatch.setattr(self_check, "LEAST_TAU", tau - 0.01)  # the difference is small on a target as small as this
+    monkeypatch.setattr(self_check, "CLEARLY", 1.0)
     assert run(*VERIFY, write_trained(tmp_path, norm_before_residual=True)) == 1
     said = capsys.readouterr().out
     assert "refused: tau is below" in said
@@ -165,12 +166,21 @@ def test_verify_finds_a_drafter_that_is_read_in_another_way_than_it_was_trained(
 
 
 def test_layers_off_by_one_are_tried():
-    made = world.trained()
-    made = made.replace(config=dataclasses.replace(made.config, feature_layers=(1, 2, 3)))
-    variants = self_check._variants(made, 4)
-    assert [x.config.feature_layers for x in variants.values()] == [(2, 3, 4), (0, 1, 2), (1, 2, 3), (1, 2, 3)]
-    assert "target layers one higher, inputs of 2, 3, 4," in variants
-    assert len(self_check._variants(made, 3)) == 3  # there is no layer above the highest
+    config = dataclasses.replace(world.drafter().config, feature_layers=(1, 2, 3))
+    shifted = self_check._shifted(config, 4)
+    assert [x.feature_layers for x in shifted.values()] == [(2, 3, 4), (0, 1, 2)]
+    assert list(shifted)[0] == "target layers one higher, inputs of 2, 3, 4,"
+    assert len(self_check._shifted(config, 3)) == 1  # there is no layer above the highest
+
+
+def test_what_a_check_makes_of_its_figures():
+    check = self_check.SelfCheck(1.5, 10, 40, 4, 4, 0.9, {"layers one lower": 1.53, "layers one higher": 1.2})
+    assert check.passed and not check.better
+    check = dataclasses.replace(check, otherwise={"layers one lower": 1.8})
+    assert check.helps and not check.passed
+    assert check.advice() == "  - with layers one lower tau is 1.80: that is how it was trained"
+    check = dataclasses.replace(check, tau=1.01, otherwise={"layers one lower": 1.03})
+    assert not check.helps and not check.better and "off by one" in check.advice()
 
 
 def test_verify_finds_a_wrong_vocabulary(tmp_path, small, capsys):

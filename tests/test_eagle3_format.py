@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.drafter_config import DrafterConfig, parameter_shapes
+from ppow_jax.models.rope import Llama3, Yarn
 from ppow_jax.weights.card import write_card
 from ppow_jax.weights.drafters import export_drafter, import_drafter
 
@@ -37,6 +38,8 @@ VARIANTS = {
     "eagle31": dataclasses.replace(PLAIN, fc_norm=True, norm_output=True),
     "wide_target": dataclasses.replace(PLAIN, target_hidden_size=12, own_embed=True),
     "biases": dataclasses.replace(PLAIN, attention_bias=True, output_bias=True, norm_before_fc=True),
+    "llama3_rope": dataclasses.replace(PLAIN, rope_scaling=Llama3(8.0, 1.0, 4.0, 64)),
+    "yarn": dataclasses.replace(PLAIN, rope_scaling=Yarn(4.0, 64, 1.25)),
     "biases_but_one": dataclasses.replace(PLAIN, attention_bias=True, fc_norm=True),
     "norm_before_residual": dataclasses.replace(PLAIN, norm_before_residual=True, feature_layers=(0, 1, 2)),
 }
