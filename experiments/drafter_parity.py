@@ -44,10 +44,15 @@ def main(settings: Settings) -> int:
     from experiments.parity import questions, torch_model
     from ppow_jax import load
     from ppow_jax.evaluation.loading import find_drafter
+    from ppow_jax.weights.drafters import import_drafter
     from tests.golden import eagle3_torch
 
     directory = find_drafter(settings.drafter, settings.target)
     require(directory is not None, f"--drafter={settings.drafter}: there is none for this target; name a directory")
+    stored = import_drafter(directory)
+    extras = ("fc_norm", "norm_output", "norm_before_fc", "attention_bias", "own_embed", "rope_scaling")
+    found = [name for name in extras if getattr(stored.config, name)] + [stored.format] * (stored.format != "flat")
+    require(not found, f"--drafter={directory}: must be a plain drafter in the flat format, this one has {found}")
     model = load(settings.target, drafter=str(directory), dtype="float32")
     drafter = eagle3_torch.read(directory)
     rows, golden = [], []
