@@ -56,7 +56,7 @@ def test_nan_in_a_step_stops_the_run_or_is_skipped(tmp_path):
     life = train()
     last = steps()[-1]
     assert life.code == 3 and np.isnan(last["loss"]) and last["skipped"] == 1
-    assert f"supervised: step {last['step']}: loss is nan" in life.log and "the last good checkpoint is " in life.log
+    assert re.search(rf"supervised: step {last['step']}: .*loss is nan.*; the last good checkpoint is ", life.log)
     life = train(skip_nonfinite=24)
     assert life.code == 0, life.log
     bad = [np.isnan(row["loss"]) for row in steps()]
