@@ -1,7 +1,8 @@
 """Whether a drafter really helps its target: a short decoding of built-in prompts, and what is wrong if it does not.
 
 A drafter whose layer ids, vocabulary or norms were read in another way than it was trained loads without any error and
-is lossless; only that hardly any of its tokens is accepted gives it away.
+is lossless; only that less of it is accepted, or hardly anything, gives it away. How much less depends: layer ids off
+by one cost the shipped drafter of SmolLM2 4 % of its tau. So the layers' neighbours are tried in any case.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
 LEAST_TAU = 1.05  # tokens per verification; a drafter that guesses at random stays below, any that was trained is above
-CLEARLY = 1.05  # how much better another reading of the files must be to be taken for the right one
+CLEARLY = 1.03  # how much better another reading of the files must be to be taken for the right one
 LEAST_COVERAGE = 0.5  # of the target's tokens that the draft vocabulary holds
 PROMPTS = (
     "How does a rainbow form?",
