@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.models import cache
+from ppow_jax.models import cache, stack
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
+from ppow_jax.models.stack import StackedKV
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Pace
 from ppow_jax.speculation.propose import Draft
@@ -141,7 +142,7 @@ def _verify(
     params: dict,
     config: ModelConfig,
     drafter: Drafter | None,
-    kv: tuple[KV, ...],
+    kv: tuple[KV | StackedKV, ...],
     state: generate.State,
     draft: Draft | Tree | None,
     *,
@@ -155,7 +156,7 @@ def _verify(
 
 def _state(
     target: Target, drafter: Drafter, K: int, L: int, B: int
-) -> tuple[generate.State, tuple[KV, ...], tuple[KV, ...]]:
+) -> tuple[generate.State, tuple[KV, ...], tuple[KV | StackedKV, ...]]:
     """A state in the middle of a generation, and its drafter's and target's caches, kept apart."""
     config = target.config
     tokens_key, features_key, key = jax.random.split(jax.random.key(0), 3)
@@ -176,6 +177,5 @@ def _state(
         drafted_B=0 * row_B,
         pace=Pace.start(B),
     )
-    layers = range(config.num_layers)
-    target_kv = tuple(cache.empty(B, config.num_kv_heads, L, config.head_dim) for _ in layers)
+    target_kv = stack.like(target.params["layers"], cache.empty(B, config.num_kv_heads, L, config.head_dim))
     return state, drafting.empty_cache(drafter.config, B, L), target_kv

@@ -33,15 +33,21 @@ def route(x_MxD: Array, router_ExD: Array, experts: Experts) -> Routes:
     return Routes(expert_MxX, weight_MxX)
 
 
+def block_rows(N: int, E: int) -> int:
+    """Rows of a block, for N pairs and E experts: about what one expert gets."""
+    return min(BLOCK, max(8, 1 << (N // E).bit_length()))
+
+
 def mixture(layer: dict, x_MxD: Array, routes: Routes, first: Array | int = 0) -> Array:
     """sum_i weight_i expert_i(x), float32 [M, D].
 
     layer: gate_proj, up_proj [E, I, D] and down_proj [E, D, I]. They may hold a part of the experts, from number
-    `first` on, as one device of several does: the result is then what these add to the sum.
+    `first` on, as one device of several does: the result is then what these add to the sum. Or those of N layers,
+    [N, E, ...], of which `number` is this one.
     """
     M, X = routes.expert_MxX.shape
-    E, N = layer["gate_proj"].shape[0], M * X
-    S = min(BLOCK, max(8, 1 << (N // E).bit_length()))  # rows of a block: about what one expert gets
+    E, N = layer["gate_proj"].shape[-3], M * X
+    S = block_rows(N, E)
     number_N = routes.expert_MxX.reshape(N) - first
     number_N = jnp.where((number_N >= 0) & (number_N < E), number_N, E)  # E: not one of these
     order_N = jnp.argsort(number_N, stable=True)
@@ -59,11 +65,18 @@ def mixture(layer: dict, x_MxD: Array, routes: Routes, first: Array | int = 0) -
         pair_S = order_N[jnp.minimum(start_E[e] + offset, N - 1)]
         token_S = jnp.where(inside_S, pair_S // X, M)  # what points behind the end is not added
         weight_S = routes.weight_MxX.reshape(N)[pair_S]
-        matrices = [jax.lax.dynamic_index_in_dim(layer[f"{name}_proj"], e, keepdims=False) for name in _MATRICES]
-        out_SxD = swiglu(x_MxD[pair_S // X], *matrices) * weight_S[:, None]
+        out_SxD = swiglu(x_MxD[pair_S // X], *(_matrix(layer, name, e) for name in _MATRICES)) * weight_S[:, None]
         return y_MxD.at[token_S].add(out_SxD, mode="drop")
 
     return jax.lax.fori_loop(0, end_E[-1], one_block, jnp.zeros(x_MxD.shape, jnp.float32))
 
 
-_MATRICES = ("gate", "up", "down")
+_MATRICES = ("gate_proj", "up_proj", "down_proj")
+
+
+def _matrix(layer: dict, name: str, e: Array) -> Array:
+    """An expert's matrix, read where it lies."""
+    w = layer[name]
+    where = (e,) if w.ndim == 3 else (layer["number"], e)
+    found = jax.lax.dynamic_slice(w, (*where, 0, 0), (*(1 for _ in where), *w.shape[-2:]))
+    return found.reshape(w.shape[-2:])

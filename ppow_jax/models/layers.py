@@ -60,12 +60,19 @@ def rows_of(table_VxD: Array, index: Array) -> Array:
 
 def linear(x: Array, w_OxI: Array) -> Array:
     """x_...xI times w_OxI -> float32 ...xO, multiplied in the dtype of the weights."""
+
+    def product(x_MxI: Array, w_OxI: Array) -> Array:
+        return jnp.einsum("mi,oi->mo", x_MxI, w_OxI, preferred_element_type=jnp.float32)
+
+    def doubled(x_1xI: Array, w_OxI: Array) -> Array:  # XLA:CPU leaves its fast path for a single bfloat16 row
+        return product(jnp.concatenate([x_1xI, x_1xI]), w_OxI)[:1]
+
     x_MxI = x.reshape(-1, x.shape[-1]).astype(w_OxI.dtype)
-    one_row = x_MxI.shape[0] == 1 and w_OxI.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
-    if one_row:  # XLA:CPU leaves its fast path for a single bfloat16 row
-        x_MxI = jnp.concatenate([x_MxI, x_MxI])
-    y_MxO = jnp.einsum("mi,oi->mo", x_MxI, w_OxI, preferred_element_type=jnp.float32)
-    return (y_MxO[:1] if one_row else y_MxO).reshape(*x.shape[:-1], w_OxI.shape[0])
+    if x_MxI.shape[0] == 1 and w_OxI.dtype == jnp.bfloat16:
+        y_MxO = jax.lax.platform_dependent(x_MxI, w_OxI, cpu=doubled, default=product)
+    else:
+        y_MxO = product(x_MxI, w_OxI)
+    return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
 
 
 def linear_bf16(x: Array, w_OxI: Array) -> Array:

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.models import stack
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.experts import mixture, route
 from ppow_jax.models.layers import KV, Keys, attention, biased, heads, linear, rms_norm, rope, rotation, rows_of
+from ppow_jax.models.stack import Run, StackedKV
 
 Array = jax.Array
 
@@ -20,23 +22,23 @@ class Outputs(NamedTuple):
     """What a forward pass gives for S new tokens.
 
     hidden_BxSxD: the final hidden state, normed (input of the head). features_BxSxF: the hidden states that
-    enter the chosen layers, side by side (F = 3 * D). kv: per layer, the new tokens' keys and values. experts: per
-    layer that has them, the experts of each token, [B, S, experts per token].
+    enter the chosen layers, side by side (F = 3 * D). kv: the new tokens' keys and values, of each run of layers.
+    experts: per layer that has them, the experts of each token, [B, S, experts per token].
     """
 
     hidden_BxSxD: Array
     features_BxSxF: Array | None
-    kv: tuple[KV, ...]
+    kv: tuple[KV | StackedKV, ...]
     experts: tuple[Array, ...] = ()
 
 
 class Context(NamedTuple):
-    """Keys of earlier tokens: per layer a `KV` of length L, and mask_BxSxL of what each new token sees.
+    """Keys of earlier tokens: per run of layers a `KV` of length L, and mask_BxSxL of what each new token sees.
 
     position_BxL: of those tokens (or [L], or [1, L], the same for all rows); only sliding windows need it.
     """
 
-    kv: Sequence[KV]
+    kv: Sequence[KV | StackedKV]
     mask_BxSxL: Array
     position_BxL: Array | None = None
 
@@ -52,9 +54,10 @@ def forward(
 ) -> Outputs:
     """Runs the target over S new tokens that see the contexts and, through self_mask, each other.
 
-    self_mask_BxSxS: a new token may see itself and earlier ones of the S, never later ones. Layers with a sliding
-    window see less than the masks say. feature_layers: indices in the "input of layer" convention (N = the output of
-    the last layer, before the norm). The pass writes nothing: the caller decides which of the returned keys to keep.
+    params: layers apart or stacked (`models.stack`), with the same results. self_mask_BxSxS: a new token may see itself
+    and earlier ones of the S, never later ones. Layers with a sliding window see less than the masks say.
+    feature_layers: indices in the "input of layer" convention (N = the output of the last layer, before the norm). The
+    pass writes nothing: the caller decides which of the returned keys to keep.
     """
     x_BxSxD = rows_of(params["embed"], tokens_BxS)
     rotary = rotation(position_BxS, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -65,18 +68,36 @@ def forward(
             self_mask_BxSxS & _near(config, position_BxS, position_BxS),
             [c.mask_BxSxL & _near(config, position_BxS, c.position_BxL) for c in contexts],
         )
-    features, kv, experts = {}, [], []
-    for n, layer in enumerate(params["layers"]):
-        features[n] = x_BxSxD
-        own_mask, context_masks = masks if config.window(n) is None else sliding_masks
-        blocks = [Keys(context.kv[n], mask) for context, mask in zip(contexts, context_masks, strict=True)]
-        with jax.named_scope(f"layer_{n}"):
-            x_BxSxD, new_kv, chosen_BxSxX = decoder_layer(layer, config, x_BxSxD, rotary, own_mask, blocks)
-        kv.append(new_kv)
+
+    def applied(run: Run):
+        """(parameters, x_BxSxD, KVs of the contexts) -> the outputs of a layer of this run; all of it see alike."""
+        own_mask, context_masks = masks if config.window(run.begin) is None else sliding_masks
+
+        def one(layer: dict, x_BxSxD: Array, context_kv: Sequence[KV]) -> LayerOutputs:
+            blocks = [Keys(kv, mask) for kv, mask in zip(context_kv, context_masks, strict=True)]
+            return decoder_layer(layer, config, x_BxSxD, rotary, own_mask, blocks)
+
+        return one
+
+    features: dict[int, Array] = {}
+    new: list[KV | StackedKV] = []
+    experts: list[Array] = []
+    for r, run in enumerate(stack.runs(params["layers"])):
+        context_kv = [context.kv[r] for context in contexts]
+        if run.stacked:
+            x_BxSxD, entered, (kv, chosen_NxBxSxX) = stack.scan(applied(run), run, x_BxSxD, context_kv, feature_layers)
+            features |= entered
+            new.append(StackedKV(*kv))
+            experts += [] if chosen_NxBxSxX is None else list(chosen_NxBxSxX)
+            continue
+        features[run.begin] = x_BxSxD
+        with jax.named_scope(f"layer_{run.begin}"):
+            x_BxSxD, new_kv, chosen_BxSxX = applied(run)(run.params, x_BxSxD, context_kv)
+        new.append(new_kv)
         experts += [] if chosen_BxSxX is None else [chosen_BxSxX]
     features[config.num_layers] = x_BxSxD
     chosen = jnp.concatenate([features[n] for n in feature_layers], -1) if feature_layers else None
-    return Outputs(rms_norm(x_BxSxD, params["norm"], config.rms_norm_eps), chosen, tuple(kv), tuple(experts))
+    return Outputs(rms_norm(x_BxSxD, params["norm"], config.rms_norm_eps), chosen, tuple(new), tuple(experts))
 
 
 def _near(config: ModelConfig, position_BxS: Array, position_BxL: Array | None) -> Array:
@@ -115,8 +136,9 @@ def decoder_layer(
         gate, up = jax.nn.silu(biased(h_BxSxD, layer, "gate")), biased(h_BxSxD, layer, "up")
         return LayerOutputs(x_BxSxD + biased(gate * up, layer, "down"), kv, None)
     h_MxD = h_BxSxD.reshape(-1, h_BxSxD.shape[-1])
-    routes = route(h_MxD, layer["router"], config.experts)
-    x_BxSxD += mixture(layer, h_MxD, routes).reshape(x_BxSxD.shape)
+    with jax.named_scope("experts"):
+        routes = route(h_MxD, layer["router"], config.experts)
+        x_BxSxD += mixture(layer, h_MxD, routes).reshape(x_BxSxD.shape)
     return LayerOutputs(x_BxSxD, kv, routes.expert_MxX.reshape(*x_BxSxD.shape[:2], -1))
 
 

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models import cache, transformer
+from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
@@ -100,7 +100,7 @@ def verify_window(
         result = jax.lax.switch(widest, [functools.partial(judged, draft, w) for w in widths])
 
     start_B = cache.after(root_B, result.token_BxK1[:, 0])
-    target_kv = tuple(cache.write(old, new, start_B) for old, new in zip(state.target_kv, result.kv, strict=True))
+    target_kv = stack.each_layer(functools.partial(cache.write, start_B=start_B), state.target_kv, result.kv)
     counted_B = jnp.where(state.done_B, 0, 1)
     K1 = state.histogram_BxK1.shape[1]
     accepted_BxK1 = jax.nn.one_hot(result.accepted_B, K1, dtype=jnp.int32)

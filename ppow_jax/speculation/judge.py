@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models import cache, transformer
+from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models.layers import KV
+from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
 from ppow_jax.models.vocabulary import argmax
 from ppow_jax.speculation.propose import Draft
@@ -45,7 +46,7 @@ class Round(NamedTuple):
     token_BxK1: Array
     hidden_BxN1xD: Array
     features_BxK1xF: Array | None
-    kv: tuple[KV, ...]
+    kv: tuple[KV | StackedKV, ...]
     index_BxK1: Array
     healthy_B: Array
     experts_B: Array | None = None
@@ -75,7 +76,7 @@ def judge(
     experts_B = unique_experts(out.experts, config.experts.number) if config.experts else None
     if isinstance(draft, Tree):
         accepted_B, index_BxK1, token_BxK1 = _accept_tree(state, draft, logits, sampling, speculation.window)
-        kv = tuple(compact(new, index_BxK1) for new in out.kv)
+        kv = stack.each_layer(functools.partial(compact, index_BxD1=index_BxK1), out.kv)
         features = jnp.take_along_axis(out.features_BxSxF, index_BxK1[..., None], 1)
         return Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B, experts_B)
     accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
@@ -85,7 +86,7 @@ def judge(
         return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)]) if short else x
 
     index_BxK1 = jnp.broadcast_to(jnp.arange(speculation.window + 1), (B, speculation.window + 1))
-    kv = tuple(KV(pad(k, 3), pad(v, 2)) for k, v in out.kv)
+    kv = stack.each_layer(lambda new: KV(pad(new.k_BxKvxdxL, 3), pad(new.v_BxKvxLxd, 2)), out.kv)
     features = None if out.features_BxSxF is None else pad(out.features_BxSxF, 1)
     token_BxK1, hidden_BxN1xD = pad(token_BxK1, 1), pad(out.hidden_BxSxD, 1)
     return Round(accepted_B, token_BxK1, hidden_BxN1xD, features, kv, index_BxK1, healthy_B, experts_B)

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models import cache, transformer
+from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
+from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
 from ppow_jax.speculation.adaptive import Pace
 from ppow_jax.speculation.sampling import Sampling, draw
@@ -45,7 +46,7 @@ def prefill(
     pieces = -(-P // S)
     padded_BxP1 = jnp.pad(prompt_BxP, ((0, 0), (0, pieces * S + 1 - P)))
     read = functools.partial(_read, params, config, drafter, padded_BxP1, prompt_B - 1, S)
-    prompt = _unread(config, drafter, B, pieces * S, cache_dtype)
+    prompt = _unread(params["layers"], config, drafter, B, pieces * S, cache_dtype)
     if pieces == 1:
         prompt = read(0, prompt)
     else:
@@ -62,7 +63,7 @@ def prefill(
         done_B=(prompt_B >= limit_B) | ~healthy_B,
         key_B=key_B,
         healthy_B=healthy_B,
-        target_kv=tuple(_fit(kv, L) for kv in prompt.target_kv),
+        target_kv=stack.each_layer(functools.partial(_fit, L=L), prompt.target_kv),
         drafter_kv=None,
         features_BxK1xF=None,
         pending_B=jnp.ones(B, jnp.int32),
@@ -82,19 +83,18 @@ def prefill(
 class Prompt(NamedTuple):
     """What prompts have left behind, as far as they are read.
 
-    target_kv, drafter_kv: caches, per layer. hidden_BxD, features_BxF: of each row's last token, once that is read.
+    target_kv: caches, per run of layers (`models.stack`). drafter_kv: per layer. hidden_BxD, features_BxF: of each
+    row's last token, once that is read.
     """
 
-    target_kv: tuple[KV, ...]
+    target_kv: tuple[KV | StackedKV, ...]
     drafter_kv: tuple[KV, ...] | None
     hidden_BxD: Array
     features_BxF: Array | None
 
 
-def _unread(config: ModelConfig, drafter: Drafter | None, B: int, P: int, cache_dtype) -> Prompt:
-    target_kv = tuple(
-        cache.empty(B, config.num_kv_heads, P, config.head_dim, cache_dtype) for _ in range(config.num_layers)
-    )
+def _unread(layers, config: ModelConfig, drafter: Drafter | None, B: int, P: int, cache_dtype) -> Prompt:
+    target_kv = stack.like(layers, cache.empty(B, config.num_kv_heads, P, config.head_dim, cache_dtype))
     hidden_BxD = jnp.zeros((B, config.hidden_size))
     if drafter is None:
         return Prompt(target_kv, None, hidden_BxD, None)
@@ -123,7 +123,7 @@ def _read(
     out = transformer.forward(
         params, config, tokens_BxS1[:, :S], position_BxS, transformer.causal_mask(B, S), contexts, layers
     )
-    target_kv = tuple(cache.write(old, new, start_B) for old, new in zip(prompt.target_kv, out.kv, strict=True))
+    target_kv = stack.each_layer(functools.partial(cache.write, start_B=start_B), prompt.target_kv, out.kv)
     index_Bx1 = jnp.clip(last_B - start, 0, S - 1)[:, None]
     here_Bx1 = (last_B // S == piece)[:, None]
 

@@ -5,6 +5,9 @@ token is the *root* of the next window. The drafter's cache holds indices < n-1-
 features of the last `pending` indices (those the last verification accepted), which the next round writes first.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,20 +15,22 @@ import jax.numpy as jnp
 from ppow_jax.models import cache
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.layers import KV
+from ppow_jax.models.stack import StackedKV
 from ppow_jax.speculation.adaptive import Pace
 
 Array = jax.Array
 
 
 class State(flax.struct.PyTreeNode):
-    """Everything a generation carries, in fixed shapes; every leaf but none starts with the batch axis.
+    """Everything a generation carries, in fixed shapes; every leaf starts with the batch axis, stacked caches apart.
 
     tokens_BxL: prompt and output. prompt_B, length_B, limit_B: prompt length, committed tokens, and the length at
     which the row must stop. done_B. key_B: one PRNG key per row, so that a row's output does not depend on its
     neighbours. healthy_B: whether the target's logits have been usable, see `usable`; a row stops where they are not.
-    target_kv, drafter_kv: per layer; features_BxK1xF, pending_B: see the module. histogram_BxK1: how
-    many verifications accepted k tokens. drafted_B: tokens that were drafted. pace: see `speculation.adaptive`.
-    experts_B: different experts that verifications touched, summed over these, where the target has experts.
+    target_kv: per run of layers (`models.stack`). drafter_kv: per layer. features_BxK1xF, pending_B: see the module.
+    histogram_BxK1: how many verifications accepted k tokens. drafted_B: tokens that were drafted. pace: see
+    `speculation.adaptive`. experts_B: different experts that verifications touched, summed over these, where the target
+    has experts.
     """
 
     tokens_BxL: Array
@@ -35,7 +40,7 @@ class State(flax.struct.PyTreeNode):
     done_B: Array
     key_B: Array
     healthy_B: Array
-    target_kv: tuple[KV, ...]
+    target_kv: tuple[KV | StackedKV, ...]
     drafter_kv: tuple[KV, ...] | None
     features_BxK1xF: Array | None
     pending_B: Array
@@ -43,6 +48,17 @@ class State(flax.struct.PyTreeNode):
     drafted_B: Array
     pace: Pace
     experts_B: Array | None = None
+
+
+def map_leaves(function: Callable[..., Array], *states: State) -> State:
+    """function(leaf, ...) of every leaf of alike states, the batch axis first; stacked caches layer by layer."""
+
+    def of(leaf: Array | StackedKV, *others: Any) -> Array | StackedKV:
+        if not isinstance(leaf, StackedKV):
+            return function(leaf, *others)
+        return StackedKV(*(jax.vmap(function)(*arrays) for arrays in zip(leaf, *others, strict=True)))
+
+    return jax.tree.map(of, *states, is_leaf=lambda x: isinstance(x, StackedKV))
 
 
 def cache_length(longest_prompt: int, max_new_tokens: int, K: int) -> int:

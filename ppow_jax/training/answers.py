@@ -26,6 +26,7 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import off
+from ppow_jax.speculation.state import map_leaves
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ def _prefill(params, config, jobs, ids, R, settings: AnswerSettings, L: int, key
 
 def _blank(fresh: generate.State, slots: int) -> generate.State:
     """A state of `slots` rows that are all done."""
-    blank = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), fresh.replace(key_B=None))
+    blank = map_leaves(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), fresh.replace(key_B=None))
     keys = jax.random.split(jax.random.key(0), slots)
     length_B, prompt_B, limit_B = jnp.ones((3, slots), jnp.int32)
     return blank.replace(
@@ -270,4 +271,4 @@ def _rows(rows: np.ndarray, R: int, slots: int) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def _insert(state: generate.State, fresh: generate.State, rows_R: jax.Array) -> generate.State:
-    return jax.tree.map(lambda old, new: old.at[rows_R].set(new, mode="drop"), state, fresh)
+    return map_leaves(lambda old, new: old.at[rows_R].set(new, mode="drop"), state, fresh)

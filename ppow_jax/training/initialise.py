@@ -9,7 +9,7 @@ import numpy as np
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models import transformer
+from ppow_jax.models import stack, transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import DrafterConfig, check_feature_layers, default_feature_layers
@@ -72,7 +72,8 @@ def new_drafter(
     target's keeps random values where shapes do not fit, as the MLP does where the target has experts.
     """
     params = drafting.init(key, config)
-    last = {name: np.asarray(x, np.float32) for name, x in target_params["layers"][-1].items() if x.ndim < 3}
+    last = stack.layer(target_params["layers"], -1)
+    last = {name: np.asarray(x, np.float32) for name, x in last.items() if x.ndim < 3}
     head_VxD = transformer.head(target_params)
     E, D = config.hidden_size, config.target_hidden_size
     scale = np.ones(3) if config.fc_norm else np.asarray(feature_scale) / feature_scale[2]

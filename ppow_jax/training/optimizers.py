@@ -1,12 +1,16 @@
 """The optimiser of both stages."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.training import initialise
 from ppow_jax.training.context import Context
+from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import features_seen
 
 # What Muon orthogonalises. The fusion sees channels of very different size, and the head has a row per token: Adam's.
@@ -14,23 +18,38 @@ _MUON = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def make_optimizer(context: Context, drafter: Drafter, peak: float, steps: int, warmup: int):
+    """The optimiser of a run's drafter, see `optimizer`; the size of the features is measured on the run's data."""
+    scale_F = None
+    if not (drafter.config.fc_norm or drafter.config.norm_before_fc):
+        scale_F = initialise.channel_scale(features_seen(context, drafter.config.feature_layers))
+    return optimizer(context.settings, list(drafter.params), peak, steps, warmup, scale_F)
+
+
+def optimizer(
+    settings: TrainSettings,
+    names: Sequence[str],
+    peak: float,
+    steps: int,
+    warmup: int,
+    channel_scale_F: np.ndarray | None = None,
+) -> optax.GradientTransformation:
     """AdamW, or Muon for the layer's own matrices, with warm-up and a cosine to a tenth.
 
-    The fusion sees raw features, whose channels differ in size by a factor of a thousand: its step is divided by the
-    size of the channel, which is Adam on features of unit size without changing the drafter's format.
+    names: of the drafter's parameters. channel_scale_F: where the fusion sees raw features, whose channels differ in
+    size by a factor of a thousand: its step is divided by the size of the channel, which is Adam on features of unit
+    size without changing the drafter's format.
     """
     warmup = min(warmup, steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, peak / 10)
     update = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
-    if context.settings.optimizer == "muon":
+    if settings.optimizer == "muon":
         muon = optax.contrib.muon(
             schedule, consistent_rms=0.2, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
         )  # a step as large as Adam's (2502.16982)
-        labels = {name: "muon" if name.split(".")[-1] in _MUON else "adamw" for name in drafter.params}
+        labels = {name: "muon" if name.split(".")[-1] in _MUON else "adamw" for name in names}
         update = optax.partition({"muon": muon, "adamw": update}, labels)
-    parts = [optax.clip_by_global_norm(context.settings.clip_norm), update]
-    if not (drafter.config.fc_norm or drafter.config.norm_before_fc):
-        features_NxF = features_seen(context, drafter.config.feature_layers)
-        inverse_F = jnp.asarray(1.0 / initialise.channel_scale(features_NxF), jnp.float32)
+    parts = [optax.clip_by_global_norm(settings.clip_norm), update]
+    if channel_scale_F is not None:
+        inverse_F = jnp.asarray(1.0 / channel_scale_F, jnp.float32)
         parts.append(optax.stateless(lambda updates, _: updates | {"fc": updates["fc"] * inverse_F}))
     return optax.chain(*parts)

@@ -58,6 +58,8 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     clock = Clock(workdir / "attempts.jsonl")
     benchmarks = _benchmarks(settings)
     target = targets.load(settings.target, settings.dtype)
+    if settings.scan_layers:
+        target = targets.stacked(target)
     start = find_start(settings, workdir, target)
     jobs = collect_jobs(settings, target)
     check_space(settings, workdir, start.config if start else new_config(settings, target), target, jobs)

@@ -11,6 +11,7 @@ from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV, rows_of
+from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
 from ppow_jax.models.vocabulary import survey
 from ppow_jax.objectives import supervised
@@ -261,7 +262,7 @@ def _decode_reference(target_params, config, scored: Scored, chosen_BxA, hidden_
     position_BxA = jnp.take_along_axis(scored.windows.position_BxT, anchor_BxA, 1) + 2
     prefix, head_VxD = _prefix_context(scored, anchor_BxA), transformer.head(target_params)
     own_AxA = jnp.broadcast_to(jnp.eye(A, dtype=bool), (B, A, A))
-    past: list[tuple[KV, ...]] = []
+    past: list[tuple[KV | StackedKV, ...]] = []
     total_BxA, hidden = jnp.zeros((B, A)), hidden_BxAxD
     for s in range(K):
         flat = hidden.reshape(B * A, -1)

@@ -9,6 +9,7 @@ from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.layers import KV, linear
+from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.vocabulary import Survey, survey
 from ppow_jax.objectives.supervised import Windows
 
@@ -17,12 +18,12 @@ Array = jax.Array
 
 class Scored(NamedTuple):
     """windows: see `Windows`. survey: per anchor (flattened to B*M), over the whole vocabulary. kv: the target's
-    keys of the rows, per layer. hidden_BxMxD: the final hidden state that the anchor's first step is judged by.
+    keys of the rows, per run of layers. hidden_BxMxD: the final hidden state that the anchor's first step is judged by.
     """
 
     windows: Windows
     survey: Survey
-    kv: tuple[KV, ...]
+    kv: tuple[KV | StackedKV, ...]
     hidden_BxMxD: Array
 
 
@@ -62,7 +63,7 @@ def score(
     batch = PackedBatch(*map(jnp.asarray, batch))
     last = batch.tokens_BxT.shape[1] - 1
     judge_BxM = jnp.minimum(batch.anchor_BxM + 1, last)
-    kv: tuple[KV, ...] = ()
+    kv: tuple[KV | StackedKV, ...] = ()
     if cached is not None:
         features_BxTxF, hidden_BxMxD = cached
     else:

@@ -20,6 +20,9 @@ class TrainSettings:
         "smollm2-135m", "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Run"
     )
     dtype: str = field("bfloat16", "Precision of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
+    scan_layers: bool = field(
+        False, "Scan over the target's layers, stacked: programs compile fast, but run slower on a CPU.", group="Run"
+    )
     seed: int = field(0, "Seed of data order, initialisation and rollouts.", low=0, group="Run")
     checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, group="Run")
     evaluate_every: int = field(50, "Steps between two measurements of the simulated acceptance.", low=1, group="Run")

@@ -21,6 +21,7 @@ from ppow_jax.training.optimizers import make_optimizer
 from ppow_jax.training.profile import Profile
 from ppow_jax.training.results import cast, export_arm
 from ppow_jax.training.rollout import RolloutSettings
+from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import new_drafter
 from ppow_jax.training.workdir import has_best
 
@@ -117,19 +118,7 @@ def _features(context: Context, drafter: Drafter) -> FeatureStore:
 def _ppow(context: Context, drafter: Drafter) -> Drafter:
     s = context.settings
     optimizer = make_optimizer(context, drafter, s.ppow_learning_rate, s.ppow_steps * s.passes, 0)
-    rollouts = RolloutSettings(
-        window=s.window,
-        group=s.group,
-        windows=s.windows,
-        rollout_temperature=s.rollout_temperature,
-        verify_temperature=0.0 if s.acceptance == "greedy" else s.acceptance_temperature,
-        eta=s.eta,
-        eps=s.eps,
-        adaw=s.adaw,
-        adaw_start=s.adaw_start,
-        greedy_reference=not context.greedy_text,
-        costs=CostModel(_gamma(context, drafter), s.general_cost, s.verify_cost, s.rollback_cost, s.bonus),
-    )
+    rollouts = rollout_settings(s, _gamma(context, drafter), context.greedy_text)
     step = functools.partial(
         ppow.train_step,
         config=context.target.config,
@@ -148,6 +137,25 @@ def _ppow(context: Context, drafter: Drafter) -> Drafter:
         return step(state, shell, context.target.params, batch, jax.random.fold_in(key, index), cached)
 
     return _train(context, drafter, "ppow", _data(context, store, offset), one, s.ppow_steps, optimizer, offset)
+
+
+def rollout_settings(s: TrainSettings, gamma: float, greedy_text: bool) -> RolloutSettings:
+    """Stage 2's rollouts. gamma: cost of a draft step in steps of the target. greedy_text: the target wrote the answers
+    at temperature 0.
+    """
+    return RolloutSettings(
+        window=s.window,
+        group=s.group,
+        windows=s.windows,
+        rollout_temperature=s.rollout_temperature,
+        verify_temperature=0.0 if s.acceptance == "greedy" else s.acceptance_temperature,
+        eta=s.eta,
+        eps=s.eps,
+        adaw=s.adaw,
+        adaw_start=s.adaw_start,
+        greedy_reference=not greedy_text,
+        costs=CostModel(gamma, s.general_cost, s.verify_cost, s.rollback_cost, s.bonus),
+    )
 
 
 def _gamma(context: Context, drafter: Drafter) -> float:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.errors import UserError
-from ppow_jax.models import transformer
+from ppow_jax.models import stack, transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.weights import gguf, gguf_tokenizer, huggingface, tiny
 from ppow_jax.weights.layout import Put, put_whole
@@ -46,6 +46,11 @@ def load(name: str, dtype: str = "bfloat16", put: Put = put_whole) -> Target:
     if Path(name).suffix == ".gguf":
         return _from_gguf(name, Path(name), DTYPES[dtype], put)
     return _from_directory(name, DTYPES[dtype], put)
+
+
+def stacked(target: Target) -> Target:
+    """The target with its layers stacked, so that programs hold one layer's code; see `models.stack`."""
+    return dataclasses.replace(target, params=stack.stack(target.params, target.config))
 
 
 def _from_gguf(name: str, path: Path, dtype, put: Put) -> Target:

@@ -1,0 +1,1 @@
+"""What a program would take on a device that is not there: compiled, counted, never run."""

@@ -1,0 +1,271 @@
+"""The text of a compiled XLA program (HLO) as instructions with shapes, and how often its loops run.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs; layers that are scanned over would be
+counted as one. Here the program is walked with the trip counts that its loops' conditions give.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # all other types end in their bits, as bf16, f8e4m3fn
+_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_MEMORY = re.compile(r"S\((\d+)\)")
+_MAX_TRIPS = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array. memory: its space, 0 being the device's main memory, others are on the chip or the host's."""
+
+    kind: str
+    dims: tuple[int, ...]
+    memory: int = 0
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """Without the padding of a layout."""
+        bits = _BITS.get(self.kind)
+        if bits is None:
+            found = re.match(r"[a-z]+(\d+)", self.kind)
+            bits = int(found[1]) if found else 0
+        return -(-self.size * bits // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """shapes: of the result, a tuple's laid out flat. operands: names. rest: attributes as they stand."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    argument: str
+    rest: str
+    root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """`name=VALUE` as text: a braced value with its braces, any other up to the comma."""
+        found = re.search(rf"(?:^|[ ,]){name}=", self.rest)
+        if not found:
+            return None
+        begin = found.end()
+        if self.rest[begin : begin + 1] == "{":
+            return self.rest[begin : _closing(self.rest, begin, "{}") + 1]
+        return re.split(r", (?=[\w]+=)", self.rest[begin:], maxsplit=1)[0].strip()
+
+    @property
+    def scopes(self) -> str:
+        """Where in the traced program it comes from, as `jit(f)/layers/dot_general`."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    def called(self, name: str) -> str | None:
+        """The computation that an attribute such as `body` names."""
+        value = self.attribute(name)
+        return value.lstrip("%") if value else None
+
+
+# Of a loop of unknown length: how often it runs, None if that is unknown here too.
+Rounds = Callable[[Instruction], float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """Instructions by name, operands before users."""
+
+    name: str
+    instructions: Mapping[str, Instruction]
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        """What it returns."""
+        return next(i for i in self.instructions.values() if i.root)
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        """By number."""
+        return {int(i.argument): i for i in self.instructions.values() if i.opcode == "parameter"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program of one device. devices: on how many the same program runs."""
+
+    entry: str
+    computations: Mapping[str, Computation]
+    devices: int
+
+    def executed(self, assumed: Rounds = lambda loop: None) -> Iterator[tuple[Computation, Instruction, float]]:
+        """Every instruction that is run, outside of fusions, with how often it is run.
+
+        A loop that waits for a condition counts as often as `assumed` says, once where that is None. Of a conditional's
+        branches all count.
+        """
+        yield from self._executed(self.entry, 1, assumed)
+
+    def _executed(self, name: str, times: float, assumed) -> Iterator[tuple[Computation, Instruction, float]]:
+        computation = self.computations[name]
+        for instruction in computation.instructions.values():
+            if instruction.opcode == "while":
+                trips: float | None = self.trip_count(computation, instruction)
+                if trips is None:
+                    trips = assumed(instruction) or 1
+                yield from self._executed(instruction.called("body"), times * trips, assumed)
+            elif instruction.opcode == "conditional":
+                for branch in _branches(instruction):
+                    yield from self._executed(branch, times, assumed)
+            elif instruction.opcode in ("call", "async-start"):
+                target = instruction.called("to_apply") or instruction.called("calls")
+                yield from self._executed(target, times, assumed)
+            else:
+                yield computation, instruction, times
+
+    def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
+        """How often the body of a `while` runs, None where that is not a constant."""
+        known = re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.rest)
+        if known:
+            return int(known[1])
+        condition, body = (self.computations[loop.called(part)] for part in ("condition", "body"))
+        start = computation.instructions[loop.operands[0]]
+        state: dict[int, int] = {}
+        if start.opcode == "tuple":
+            found = {i: self._constant(computation, name, {}) for i, name in enumerate(start.operands)}
+            state = {i: value for i, value in found.items() if value is not None}
+        if body.root.opcode != "tuple":
+            return None
+        for trips in range(_MAX_TRIPS):
+            go_on = self._constant(condition, condition.root.name, {0: state})
+            if go_on is None:
+                return None
+            if not go_on:
+                return trips
+            step = {i: self._constant(body, name, {0: state}) for i, name in enumerate(body.root.operands)}
+            state = {i: value for i, value in step.items() if value is not None}
+        return None
+
+    def _constant(self, computation: Computation, name: str, arguments: Mapping[int, object]) -> int | None:
+        """The value of a whole number, where it follows from constants and arguments (a tuple's as a mapping)."""
+        instruction = computation.instructions[name]
+        if instruction.shapes and (instruction.shapes[0].dims or instruction.shapes[0].kind[0] not in "sup"):
+            return None
+        opcode = instruction.opcode
+        if opcode == "constant":
+            text = instruction.argument
+            return {"true": 1, "false": 0}.get(text) if text in ("true", "false") else int(text)
+        if opcode == "parameter":
+            value = arguments.get(int(instruction.argument))
+            return value if isinstance(value, int) else None
+        if opcode == "get-tuple-element":
+            source, index = computation.instructions[instruction.operands[0]], int(instruction.attribute("index"))
+            if source.opcode == "fusion":
+                return self._result(computation, source, arguments, index)
+            values = arguments.get(int(source.argument)) if source.opcode == "parameter" else None
+            return values.get(index) if isinstance(values, Mapping) else None
+        if opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start", "reshape"):
+            return self._constant(computation, instruction.operands[0], arguments)
+        if opcode in ("fusion", "call"):
+            return self._result(computation, instruction, arguments)
+        if opcode not in _ARITHMETIC and opcode != "compare":
+            return None
+        values = [self._constant(computation, o, arguments) for o in instruction.operands]
+        if any(value is None for value in values):
+            return None
+        if opcode == "compare":
+            return int(_COMPARISONS[instruction.attribute("direction")](*values))
+        return _ARITHMETIC[opcode](*values)
+
+    def _result(
+        self, computation: Computation, call: Instruction, arguments: Mapping[int, object], index: int | None = None
+    ) -> int | None:
+        """What a fusion or a call gives, of a tuple the one at `index`; see `_constant`."""
+        callee = self.computations[call.called("calls") or call.called("to_apply")]
+        name = callee.root.name
+        if callee.root.opcode == "tuple" and index is not None:
+            name = callee.root.operands[index]
+        inner = {i: self._constant(computation, operand, arguments) for i, operand in enumerate(call.operands)}
+        return self._constant(callee, name, inner)
+
+
+_ARITHMETIC: dict[str, Callable[..., int]] = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "multiply": lambda a, b: a * b,
+    "minimum": min,
+    "maximum": max,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "not": lambda a: 1 - a,
+}
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "LT": lambda a, b: a < b,
+    "LE": lambda a, b: a <= b,
+    "GT": lambda a, b: a > b,
+    "GE": lambda a, b: a >= b,
+    "EQ": lambda a, b: a == b,
+    "NE": lambda a, b: a != b,
+}
+
+
+def parse(text: str) -> Module:
+    """Reads what `compiled.as_text()` gives. Raises ValueError where it is no HLO module."""
+    computations: dict[str, Computation] = {}
+    entry, name = "", ""
+    instructions: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            name, instructions = found[2], {}
+            entry = name if found[1] else entry
+            computations[name] = Computation(name, instructions)
+        elif found := _INSTRUCTION.match(line):
+            instruction = _instruction(found[2], found[3], bool(found[1]))
+            instructions[instruction.name] = instruction
+    if not entry:
+        raise ValueError("this is no HLO module: it has no ENTRY computation")
+    header = text.split("\n", 1)[0]
+    devices = re.search(r"num_partitions=(\d+)", header)
+    replicas = re.search(r"replica_count=(\d+)", header)
+    return Module(entry, computations, int(devices[1]) if devices else int(replicas[1]) if replicas else 1)
+
+
+def _instruction(name: str, text: str, root: bool) -> Instruction:
+    end = _closing(text, 0, "()") + 1 if text.startswith("(") else text.index(" ")
+    shapes = tuple(_shapes(text[:end]))
+    opcode, _, after = text[end:].strip().partition("(")
+    close = _closing("(" + after, 0, "()") - 1
+    argument, rest = after[:close], after[close + 1 :].lstrip(", ")
+    operands = tuple(re.findall(r"%([\w.\-]+)", argument))
+    return Instruction(name, opcode, shapes, operands, argument, rest, root)
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    for kind, dims, layout in _ARRAY.findall(text):
+        found = _MEMORY.search(layout)
+        sizes = tuple(int(d.removeprefix("<=")) for d in dims.split(",") if d)
+        yield Shape(kind, sizes, int(found[1]) if found else 0)
+
+
+def _closing(text: str, begin: int, pair: str) -> int:
+    """Index of the bracket that closes the one at `begin`."""
+    depth = 0
+    for i in range(begin, len(text)):
+        depth += (text[i] == pair[0]) - (text[i] == pair[1])
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced {pair} in HLO: {text[:200]}")
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    listed = instruction.attribute("branch_computations")
+    if listed:
+        return re.findall(r"%?([\w.\-]+)", listed.strip("{}"))
+    return [instruction.called("true_computation"), instruction.called("false_computation")]

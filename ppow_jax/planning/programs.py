@@ -1,0 +1,219 @@
+"""The real programs of training and decoding, with shapes for arrays: what `plan` compiles.
+
+Nothing here holds a weight. Every argument is a shape, a dtype and its place on the mesh, as training and decoding put
+it there.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax import sharding
+from ppow_jax.data.batches import PackedBatch
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models import stack, transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter_config import DrafterConfig
+from ppow_jax.models.experts import block_rows
+from ppow_jax.planning.hlo import Instruction, Rounds
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.prefill import PIECE
+from ppow_jax.speculation.sampling import Sampling
+from ppow_jax.speculation.settings import Speculation
+from ppow_jax.training import initialise, ppow, stages, supervised
+from ppow_jax.training.optimizers import optimizer
+from ppow_jax.training.settings import TrainSettings
+from ppow_jax.weights.targets import DTYPES
+
+KINDS = ("target", "drafter", "optimizer", "caches", "batch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with abstract arguments.
+
+    kinds: what of the arguments belongs to each of KINDS. tokens: that a step reads (training) or may write at most
+    (decoding). step: what a step is, in words. rounds: how often loops run whose length the program does not know.
+    """
+
+    function: Any
+    arguments: tuple
+    options: dict[str, Any]
+    kinds: dict[str, Any]
+    tokens: int
+    step: str
+    rounds: Rounds
+
+    def lower(self, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+        """Traced for the devices of the mesh."""
+        with sharding.use(mesh):
+            return self.function.lower(*self.arguments, **self.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """target, drafter: configurations. params, drafter_params: abstract, in place. layers are stacked where `scan`."""
+
+    target: ModelConfig
+    drafter: DrafterConfig
+    params: dict
+    drafter_params: dict
+    target_ids_W: Any
+
+    def speaker(self, dtype: Any) -> Drafter:
+        """The drafter as decoding has it."""
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=x.sharding),
+            self.drafter_params,
+        )
+        return Drafter(self.drafter, params, self.target_ids_W)
+
+
+def models(settings: TrainSettings, target: ModelConfig, mesh: jax.sharding.Mesh, scan: bool) -> Models:
+    """Target and new drafter of a run, as shapes."""
+    config = initialise.drafter_config(
+        target, min(settings.draft_vocab_size, target.vocab_size), settings.feature_layers, settings.fc_norm
+    )
+    key = jax.random.key(0)
+
+    def make() -> dict:
+        params = transformer.init(key, target, DTYPES[settings.dtype])
+        return stack.stack(params, target) if scan else params
+
+    params = sharding.abstract(jax.eval_shape(make), mesh, target)
+    drafter = sharding.abstract(jax.eval_shape(lambda: drafting.init(key, config)), mesh, config)
+    ids_W = _whole(jax.ShapeDtypeStruct((config.draft_vocab_size,), jnp.int32), mesh)
+    return Models(target, config, params, drafter, ids_W)
+
+
+def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.sharding.Mesh) -> Program:
+    """One step of stage `supervised` or `ppow`."""
+    mixed = settings.dtype == "bfloat16"
+    shell = Drafter(found.drafter, {}, found.target_ids_W, mixed)
+    scale_F = None if settings.fc_norm else np.ones(3 * found.target.hidden_size)
+    update = optimizer(
+        settings, list(found.drafter_params), settings.learning_rate, settings.supervised_steps, 0, scale_F
+    )
+    create = functools.partial(supervised.TrainState.create, optimizer=update)
+    state = sharding.abstract(jax.eval_shape(create, found.drafter_params), mesh, found.drafter)
+    batch = _batch(settings, mesh)
+    greedy_text = settings.answer_temperature == 0
+    arguments: tuple = (state, shell, found.params, batch)
+    options: dict[str, Any] = {"config": found.target, "optimizer": update, "greedy_text": greedy_text}
+    if hasattr(settings, "accumulate"):
+        options["accumulate"] = settings.accumulate
+    function: Callable = supervised.train_step
+    if stage == "supervised":
+        options |= {"steps": settings.ttt_steps, "decay": settings.ttt_decay}
+    else:
+        function = ppow.train_step
+        arguments += (_whole(jax.eval_shape(lambda: jax.random.key(0)), mesh),)
+        gamma = max(settings.gamma, 0.0)  # where it is to be measured, its value changes no shape
+        options |= {
+            "rollouts": stages.rollout_settings(settings, gamma, greedy_text),
+            "policy": ppow.PolicySettings(settings.clip, settings.kl_weight, settings.passes),
+        }
+    kinds = {"target": found.params, "drafter": state.params, "optimizer": state.opt_state, "batch": batch}
+    tokens, step = settings.batch_size * settings.row_length, "optimiser step"
+    return Program(function, arguments, options, kinds, tokens, step, expert_rounds(found.target))
+
+
+def decoding(
+    settings: TrainSettings,
+    found: Models,
+    mesh: jax.sharding.Mesh,
+    speculation: Speculation,
+    prompt_tokens: int,
+    new_tokens: int,
+    cache_dtype: str,
+    *,
+    prefill: bool = False,
+) -> Program:
+    """One round of decoding a batch, or with `prefill` the reading of its prompts. Greedy."""
+    B, K = settings.batch_size, speculation.window
+    drafter = found.speaker(DTYPES[settings.dtype])
+    L = generate.cache_length(prompt_tokens, new_tokens, K)
+    rows = _rows(
+        {
+            "prompt_BxP": jax.ShapeDtypeStruct((B, prompt_tokens), jnp.int32),
+            "prompt_B": jax.ShapeDtypeStruct((B,), jnp.int32),
+            "limit_B": jax.ShapeDtypeStruct((B,), jnp.int32),
+            "key_B": jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B)),
+        },
+        mesh,
+    )
+    inputs = tuple(rows[name] for name in ("prompt_BxP", "prompt_B", "limit_B", "key_B"))
+    read_arguments = (found.params, found.target, drafter, *inputs)
+    read_options = {"K": K, "sampling": Sampling(), "L": L, "cache_dtype": DTYPES[cache_dtype]}
+    kinds = {"target": found.params, "drafter": drafter.params, "batch": rows}
+    if prefill:
+        tokens, step = B * prompt_tokens, "reading the prompts"
+        pieces, experts = -(-prompt_tokens // PIECE), expert_rounds(found.target)
+
+        def rounds(loop: Instruction) -> float | None:
+            return experts(loop) if "experts" in loop.scopes else pieces
+
+        return Program(generate.prefill, read_arguments, read_options, kinds, tokens, step, rounds)
+
+    def read(params, drafter, *rows):
+        return generate.prefill(params, found.target, drafter, *rows, **read_options)
+
+    state = jax.eval_shape(read, found.params, drafter, *inputs)
+    state = sharding.abstract(state, mesh, found.target)
+    caches = {"target": state.target_kv, "drafter": state.drafter_kv}
+    kinds |= {"caches": caches, "batch": state.replace(target_kv=(), drafter_kv=None)}
+    limit = _whole(jax.ShapeDtypeStruct((), jnp.int32), mesh)
+    arguments = (found.params, found.target, drafter, state, limit)
+    options = {"speculation": speculation, "sampling": Sampling()}
+    tokens, step = B * (K + 1), "round of drafting and verification"
+    return Program(generate.decode, arguments, options, kinds, tokens, step, expert_rounds(found.target))
+
+
+def expert_rounds(config: ModelConfig) -> Rounds:
+    """Blocks of tokens that a mixture's loop takes if all its experts get their share (see `models.experts.mixture`).
+
+    The loop carries what it adds up, [M, D], which says how many tokens it has.
+    """
+
+    def rounds(loop: Instruction) -> float | None:
+        if config.experts is None or "experts" not in loop.scopes:
+            return None
+        D = config.hidden_size
+        sums = [shape for shape in loop.shapes if len(shape.dims) == 2 and D in shape.dims and shape.kind == "f32"]
+        stacks = [shape for shape in loop.shapes if len(shape.dims) > 2 and D in shape.dims[-2:]]
+        if not sums or not stacks:
+            return None
+        pairs, E = sums[0].size // D * config.experts.per_token, max(shape.dims[-3] for shape in stacks)
+        touched = E * (1 - (1 - 1 / config.experts.number) ** pairs)
+        return touched * math.ceil(pairs / config.experts.number / block_rows(pairs, E))
+
+    return rounds
+
+
+def _batch(settings: TrainSettings, mesh: jax.sharding.Mesh) -> PackedBatch:
+    B, T, M = settings.batch_size, settings.row_length, settings.max_anchors
+    shapes = PackedBatch(
+        tokens_BxT=jax.ShapeDtypeStruct((B, T), jnp.int32),
+        segment_BxT=jax.ShapeDtypeStruct((B, T), jnp.int32),
+        position_BxT=jax.ShapeDtypeStruct((B, T), jnp.int32),
+        anchor_BxM=jax.ShapeDtypeStruct((B, M), jnp.int32),
+        anchor_mask_BxM=jax.ShapeDtypeStruct((B, M), jnp.bool_),
+    )
+    return _rows(shapes, mesh)
+
+
+def _rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    return sharding.abstract(tree, mesh)
+
+
+def _whole(x: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    """On every device."""
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

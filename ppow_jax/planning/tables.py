@@ -1,0 +1,81 @@
+"""Plans side by side: a Markdown table, and how messages grow with the number of devices."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ppow_jax.errors import UserError
+
+GIB = 1 << 30
+_NEEDED = ("target", "program", "topology", "mesh", "devices", "fits", "hbm_used_bytes", "collective_bytes")
+
+
+def read(path: str) -> dict[str, Any]:
+    """A plan that `experiments.plan --output` wrote. Raises UserError where it is none."""
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--compare={path}: cannot be read as a plan ({error})") from None
+    missing = [key for key in _NEEDED if not isinstance(plan, dict) or key not in plan]
+    if missing:
+        raise UserError(f"--compare={path}: is no plan, it lacks {', '.join(missing)}")
+    return plan
+
+
+def table(plans: Sequence[Mapping[str, Any]]) -> str:
+    """A row per plan, in Markdown."""
+    return tabulate([_row(plan) for plan in plans], headers="keys", tablefmt="github")
+
+
+def _row(plan: Mapping[str, Any]) -> dict[str, Any]:
+    row = {
+        "target": plan["target"],
+        "program": plan["program"],
+        "slice": plan["topology"],
+        "mesh": short(plan["mesh"]),
+        "rows": plan["batch_size"],
+        "fits": "yes" if plan["fits"] else "no",
+        "GiB per device": f"{plan['hbm_used_bytes'] / GIB:.1f} of {plan['hbm_per_device_bytes'] / GIB:.0f}",
+    }
+    if plan["step_seconds_roofline"] is None:
+        return row | {"TFLOP": "", "GiB moved": "", "GiB sent": "", "ms at least": "", "limit": ""}
+    return row | {
+        "TFLOP": f"{plan['flops'] / 1e12:.3g}",
+        "GiB moved": f"{plan['bytes_accessed'] / GIB:.3g}",
+        "GiB sent": f"{plan['collective_bytes'] / GIB:.3g}",
+        "ms at least": f"{1e3 * plan['step_seconds_roofline']:.3g}",
+        "limit": plan["limited_by"],
+    }
+
+
+def short(mesh: str) -> str:
+    """A mesh without its axes of one device."""
+    return ",".join(part for part in mesh.split(",") if not part.endswith(":1")) or "one device"
+
+
+def plot(path: str, plans: Sequence[Mapping[str, Any]]) -> None:
+    """PNG: bytes that a device sends in a step, over the number of devices, a line per target and program."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=100, layout="constrained")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for plan in plans:
+        if plan["collective_bytes"] is not None:
+            name = f"{plan['target']}, {plan['program']}"
+            lines.setdefault(name, []).append((plan["devices"], plan["collective_bytes"] / GIB))
+    for name, points in sorted(lines.items()):
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks := sorted({plan["devices"] for plan in plans}), [str(n) for n in ticks])
+    axes.set(xlabel="devices", ylabel="GiB sent per device and step", title="Weak scaling, from compiled programs")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
