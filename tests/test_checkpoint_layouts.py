@@ -149,7 +149,7 @@ LOADING = """
 
     directory, layers, shards = Path(sys.argv[1]), int(sys.argv[2]), 4
     config = ModelConfig.from_hf({
-        "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 16384, "hidden_size": 512, "intermediate_size": 4096,
+        "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 4096,
         "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64,
         "num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 512, "mlp_only_layers": [0],
         "eos_token_id": 0,
@@ -176,7 +176,7 @@ LOADING = """
 def test_loading_holds_the_weights_once(tmp_path):
     """LOAD_BYTES=4e9 makes it a model of that size."""
     wanted = float(os.environ.get("LOAD_BYTES", 3e8))
-    layers = round(wanted / 29e6) + 1
+    layers = round(wanted / 27e6) + 1
     run = functools.partial(subprocess.run, text=True, check=True, capture_output=True)
     arguments = [sys.executable, "-c", textwrap.dedent(LOADING), str(tmp_path), str(layers)]
     run(arguments)  # writes the files

@@ -157,7 +157,8 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file, none of them read yet. Raises UserError if the file is missing or broken."""
     try:
         with safe_open(path, framework="np") as file:
-            return {name: _stored(file, name, path) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+            mapped = _Mapped(path)
+            return {name: _stored(file, name, mapped) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({_reason(error)})") from None
 
@@ -234,13 +235,35 @@ def tensors_writer(tensors: Mapping[str, np.ndarray]) -> Callable[[Path], object
     return write
 
 
-def _stored(file: Any, name: str, path: Path) -> StoredTensor:
+class _Mapped:
+    """A safetensors file that is let go once a fiftieth of it was read.
+
+    Pages of a file that stays mapped add up to a second copy of it in memory; mapping it anew costs a look at its
+    header.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: Any = None
+        self._bytes = 0
+
+    def read(self, name: str, index: layout.Index) -> np.ndarray:
+        """A tensor, or a part of it."""
+        if self._file is None:
+            self._file, self._bytes = safe_open(self.path, framework="np"), 0
+        value = self._file.get_slice(name)[index] if index else self._file.get_tensor(name)
+        self._bytes += value.nbytes
+        if self._bytes > self.path.stat().st_size / 50:
+            self._file = None
+        return value
+
+
+def _stored(file: Any, name: str, mapped: _Mapped) -> StoredTensor:
     def read(index: layout.Index = ()) -> np.ndarray:
-        try:  # opened anew: the pages of a file that stays mapped add up to a second copy in memory
-            with safe_open(path, framework="np") as file:
-                return file.get_slice(name)[index] if index else file.get_tensor(name)
+        try:
+            return mapped.read(name, index)
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: tensor {name} cannot be read ({_reason(error)})") from None
+            raise UserError(f"{mapped.path}: tensor {name} cannot be read ({_reason(error)})") from None
 
     entry = file.get_slice(name)
     return StoredTensor(tuple(entry.get_shape()), str(entry.get_dtype()), read)
