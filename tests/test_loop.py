@@ -96,6 +96,13 @@ def test_a_stopped_loop_goes_on_where_it_was(uninterrupted, tmp_path, steps):
     assert run_loop(tmp_path)[1] and essentials(tmp_path) == essentials(uninterrupted[0])  # finished work stays
 
 
+def test_a_resumed_loop_runs_the_program_of_the_first(tmp_path):
+    step = jax.jit(lambda state, index: state.advance({"w": state.params["w"] * 0.9 + index}, state.opt_state))
+    made = fake_loop(step=lambda state, index, _: (step(state, index), {"loss": 1.0}))
+    assert not run_loop(tmp_path, made, stop=StopAfter(5))[1]
+    assert run_loop(tmp_path, made)[1] and step._cache_size() == 1
+
+
 def test_a_killed_loop_goes_on_from_its_last_checkpoint(uninterrupted, tmp_path):
     """Killed in step 9: steps 7 and 8 come again, and step 8 is not measured into the metrics twice."""
     whole = fake_loop()

@@ -62,6 +62,8 @@ def run(
     clock = clock or Clock()
     with Checkpoints(directory / "checkpoints") as checkpoints, Best(directory / "best") as best:
         done = 0
+        # Committed to its devices, as a restored state is: a resumed run finds the programs of the first one compiled.
+        state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
         abstract = jax.eval_shape(lambda: state)
         with clock.on("restore"):
             found = checkpoints.restore_latest(abstract)
