@@ -74,9 +74,10 @@ class Command:
 
     def finish(self) -> int:
         try:
-            return self.process.wait(timeout=600)
+            return self.process.wait(timeout=1200)
         finally:
             self.process.kill()
+            self.process.wait()
             print(self.log.read_text())  # pytest shows it where a test fails
 
     def signal_at(self, stage: str, step: int, signum: int) -> int:
