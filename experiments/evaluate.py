@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppow_jax import cli
+from ppow_jax import cli, mesh_shape
 from ppow_jax.config import check_fields, field, require
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class Settings:
     compilation_cache: str | None = field(
         None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Models"
     )
+
+    mesh: str | None = field(None, mesh_shape.HELP, group="Models")
 
     prompts: str | None = field(None, "JSON lines with prompts or chats to measure on.", group="Prompts")
     benchmarks: tuple[str, ...] = field(
@@ -76,6 +78,7 @@ class Settings:
 
     def __post_init__(self):
         check_fields(self)
+        mesh_shape.MeshShape.parse(self.mesh)
         plot_rule = f"--plot={self.plot}: must end in .png"
         require(self.plot is None or self.plot.endswith(".png"), plot_rule)
         for name in ("modes", "window", "tree_depth", "tree_nodes", "temperature", "batch_size", "seeds"):
@@ -130,6 +133,13 @@ def main(settings: Settings) -> None:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Loads everything and measures -> what --output holds (docs/results_schema.md)."""
+    from ppow_jax import sharding
+
+    with sharding.use(sharding.make_mesh(mesh_shape.MeshShape.parse(settings.mesh))):
+        return _measure(settings)
+
+
+def _measure(settings: Settings) -> dict[str, Any]:
     from ppow_jax.evaluation import loading, report
     from ppow_jax.evaluation import measure as measuring
     from ppow_jax.evaluation.benchmarks import load_benchmark

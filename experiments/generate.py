@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppow_jax import cli
+from ppow_jax import cli, mesh_shape
 from ppow_jax.config import check_fields, field, require
 from ppow_jax.errors import UserError
 
@@ -50,6 +50,8 @@ class Settings:
         None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Models"
     )
 
+    mesh: str | None = field(None, mesh_shape.HELP, group="Models")
+
     speculation: str | None = field(
         None,
         "How rounds draft. By default chain, if there is a drafter.",
@@ -78,6 +80,7 @@ class Settings:
 
     def __post_init__(self):
         check_fields(self)
+        mesh_shape.MeshShape.parse(self.mesh)
         given = (self.prompt is not None) + (self.prompt_file is not None) + self.chat
         require(given == 1, "--prompt=TEXT or --prompt_file=FILE: one of them must be given, or --chat")
         require(self.top_p > 0, f"--top_p={self.top_p}: must be above 0")
@@ -115,7 +118,14 @@ def main(settings: Settings) -> None:
     cli.check_output("--trace", settings.trace)
     cli.keep_compiled(settings.compilation_cache)
 
-    from ppow_jax import inference  # slow to import: after the settings' checks
+    from ppow_jax import sharding  # slow to import: after the settings' checks
+
+    with sharding.use(sharding.make_mesh(mesh_shape.MeshShape.parse(settings.mesh))):
+        _answer(settings, text)
+
+
+def _answer(settings: Settings, text: str | None) -> None:
+    from ppow_jax import inference
     from ppow_jax.evaluation import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)

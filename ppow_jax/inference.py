@@ -19,8 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax import sharding
 from ppow_jax.config import require
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
@@ -200,9 +202,16 @@ class Model:
         longest = max(prompt_BxP.shape[1], min(rung(int(limit_B.max())), positions + 1))
         L = generate.cache_length(longest, 0, speculation.window)
         begin = time.perf_counter()
-        rows = prompt_BxP, prompt_B, limit_B, jax.vmap(jax.random.key)(seed_B)
+        keys = jax.vmap(jax.random.key)(seed_B)
+        rows = generate.Prompts(jnp.asarray(prompt_BxP), jnp.asarray(prompt_B), jnp.asarray(limit_B), keys)
         state = generate.prefill(
-            self.target.params, self.target.config, drafter, *rows, K=speculation.window, sampling=sampling, L=L
+            self.target.params,
+            self.target.config,
+            drafter,
+            *sharding.place(rows),
+            K=speculation.window,
+            sampling=sampling,
+            L=L,
         )
         jax.block_until_ready(state.length_B)  # for the clock: nothing comes to the host
         seconds = time.perf_counter() - begin

@@ -55,3 +55,17 @@ class MeshShape:
 
     def __str__(self) -> str:
         return ",".join(f"{axis}:{size}" for axis, size in zip(AXES, self.sizes, strict=True))
+
+
+def check_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Raises UserError unless the three flags are all given, and fit each other, or none is."""
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        return
+    rule = "--coordinator, --num_processes and --process_id go together"
+    require(not missing, f"--{(missing or [''])[0]}: is missing; {rule}")
+    host, _, port = coordinator.rpartition(":")
+    require(bool(host) and port.isdecimal(), f"--coordinator={coordinator}: must be HOST:PORT of process 0")
+    rule = f"must be less than --num_processes={num_processes}"
+    require(process_id < num_processes, f"--process_id={process_id}: {rule}")

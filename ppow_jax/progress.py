@@ -26,7 +26,10 @@ def bar(total: int, desc: str, unit: str = "step", initial: int = 0, every: floa
       initial: units that an earlier run had done; they do not count for the rate.
       every: seconds between two lines where standard error is not a terminal.
     """
-    kwargs: dict[str, Any] = {"total": total, "desc": desc, "unit": f" {unit}", "initial": initial}
+    silent = not logger.isEnabledFor(logging.INFO)
+    kwargs: dict[str, Any] = {
+        "total": total, "desc": desc, "unit": f" {unit}", "initial": initial, "disable": silent
+    }  # fmt: skip
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, smoothing=0.1, **kwargs)
     return _Lines(every, **kwargs)

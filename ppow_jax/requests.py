@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax import sharding
 from ppow_jax.config import require
 from ppow_jax.evaluation.decoding import rung
 from ppow_jax.models.drafter import Drafter
@@ -217,13 +218,13 @@ class Batch:
     def look(self, begin: float) -> None:
         """Reads the answers from the state, which has been decoded since `begin`, and ends those with a stop text."""
         s = self.state
-        rows = jax.device_get((s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B))
+        rows = sharding.fetch((s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B))
         seconds = time.perf_counter() - begin
         finished_B = np.array(rows[2])
         for b, answer in enumerate(self.answers):
             answer.read(*(row[b] for row in rows), seconds=seconds)
             finished_B[b] = answer.result is not None
-        self.state = dataclasses.replace(s, done_B=jnp.asarray(finished_B))
+        self.state = s.replace(**sharding.place({"done_B": jnp.asarray(finished_B)}))
 
 
 def arrays(requests: Sequence[Request], B: int, positions: int) -> tuple[np.ndarray, ...]:

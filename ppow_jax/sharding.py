@@ -11,6 +11,7 @@ moments of optimisers, which carry the same names; the suffix of shapes for all 
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ T = TypeVar("T")
 # (T, S, L), head_dim (d), and the vocabulary of logits. Head axes are cut between heads only.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "tokens": ("data", "fsdp"),  # before experts, which see those of the whole expert axis
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -43,6 +45,7 @@ RULES: dict[str, tuple[str, ...]] = {
 # Parameters of target and drafter -> logical axes. In front of these an array may have stacked layers and experts.
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "embed": ("vocab", "hidden"),
+    "embed_VxE": ("vocab", "hidden"),
     "lm_head": ("vocab", "hidden"),
     "q_proj": ("heads", "hidden"),
     "k_proj": ("kv_heads", "hidden"),
@@ -51,6 +54,11 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "q_bias": ("heads",),
     "k_bias": ("kv_heads",),
     "v_bias": ("kv_heads",),
+    "o_bias": ("hidden",),
+    "gate_bias": ("mlp",),
+    "up_bias": ("mlp",),
+    "down_bias": ("hidden",),
+    "router": (None, "hidden"),
     "gate_proj": ("mlp", "hidden"),
     "up_proj": ("mlp", "hidden"),
     "down_proj": ("hidden", "mlp"),
@@ -77,6 +85,11 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
     return jax.make_mesh(shape.sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def shape_of(mesh: Mesh) -> MeshShape:
+    """How many devices each axis of a mesh has."""
+    return MeshShape(**mesh.shape)
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh | None) -> Iterator[None]:
     """Programs inside of the `with` run on the mesh; on none, they run on the default device."""
@@ -88,14 +101,21 @@ def use(mesh: Mesh | None) -> Iterator[None]:
 
 
 def current() -> Mesh | None:
-    """The mesh in use, outside of jitted programs; None on a single device."""
-    mesh = jax.sharding.get_mesh()
-    return None if mesh.empty else mesh
+    """The mesh in use; None on a single device, and inside of programs, which know its sizes alone."""
+    try:
+        return jax.sharding.get_mesh() if in_use() else None
+    except ValueError:  # JAX's word for "inside of a program"
+        return None
 
 
-def _sizes() -> dict[str, int]:
-    """Axis sizes of the mesh in use, inside and outside of programs; empty on a single device."""
+def axis_sizes() -> dict[str, int]:
+    """Of the mesh in use, inside and outside of programs; empty on a single device."""
     return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def in_use() -> bool:
+    """Whether a mesh of several devices is, inside and outside of programs."""
+    return bool(axis_sizes())
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int], counts: Mapping[str, int]) -> P:
@@ -103,11 +123,14 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, i
 
     counts: numbers of heads: an axis of H * d values is cut between heads or not at all.
     """
-    cut: list[tuple[str, ...] | None] = []
+    cut: list[tuple[str, ...] | str | None] = []
     for axis, length in zip(axes, shape, strict=True):
         names = tuple(name for name in RULES.get(axis or "", ()) if sizes.get(name, 1) > 1)
         parts = math.prod(sizes[name] for name in names)
-        cut.append(names if names and counts.get(axis, length) % parts == 0 and length % parts == 0 else None)
+        fits = bool(names) and counts.get(axis, length) % parts == 0 and length % parts == 0
+        cut.append((names if len(names) > 1 else names[0]) if fits else None)
+    while cut and cut[-1] is None:  # as XLA spells the layout of results: equal layouts must be equal keys of caches
+        cut.pop()
     return P(*cut)
 
 
@@ -160,7 +183,7 @@ def born(make: Callable[..., T], *args: Any, config: Any = None) -> T:
     """make(*args), compiled so that each device makes only what it holds of the result."""
     mesh = current()
     if mesh is None:
-        return jax.jit(make)(*args)
+        return constrain(make(*args), config)
     return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *args), mesh, config))(*args)
 
 
@@ -174,32 +197,60 @@ def place(tree: T, config: Any = None) -> T:
 
 def put(x: Any, where: NamedSharding) -> jax.Array:
     """One array under a sharding; of what the host holds, only what this process's devices need is copied."""
-    if isinstance(x, jax.Array) and (not x.is_fully_addressable or jax.process_count() == 1):
+    if isinstance(x, jax.Array) and jax.process_count() == 1:
         return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=where)(x)
     if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = np.asarray(jax.random.key_data(x))
         return jax.jit(jax.random.wrap_key_data, out_shardings=where)(data)
     return jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__)
 
 
+def put_parts(path: Sequence[str | int], shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """A parameter out of a file (see `weights.layout`), each piece of it read alone by the process that needs it."""
+    axes = logical_axes(str(path[-1]), len(shape))
+    where = NamedSharding(current(), spec(axes, shape, axis_sizes(), {}))
+    return jax.make_array_from_callback(shape, where, read)
+
+
+def like(tree: T) -> T:
+    """Shapes and dtypes of arrays that lie somewhere, and where."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays as NumPy's, on every process; all of them have to ask."""
+    mesh = current()
+    if mesh is not None and not all(x.is_fully_addressable for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
+        tree = _replicate(tree, where=NamedSharding(mesh, P()))
+    return jax.device_get(tree)
+
+
+@functools.partial(jax.jit, static_argnames=("where",))
+def _replicate(tree: Any, *, where: NamedSharding) -> Any:
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), tree)
+
+
 def constrain(tree: T, config: Any = None) -> T:
     """Inside a program: the same arrays, lying where their names say."""
-    sizes = _sizes()
+    sizes = axis_sizes()
     if not sizes:
         return tree
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs(tree, sizes, config))
 
 
-def pin(x: jax.Array, letters: str) -> jax.Array:
-    """Inside a program: an array lying as its shape says, such as "BxK1xV": rows cut, window and vocabulary whole."""
-    sizes = _sizes()
+def pin(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Inside a program: an array whose first axes are these logical ones; None, and those left out, stay whole."""
+    sizes = axis_sizes()
     if not sizes:
         return x
-    axes = tuple(map(_LETTERS.get, letters.split("x")))
+    axes += (None,) * (x.ndim - len(axes))
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes, {}))
 
 
-def row_parts(B: int) -> int:
-    """Into how many equal parts B rows are cut: devices that hold different ones."""
-    parts = math.prod(size for axis, size in _sizes().items() if axis in RULES["batch"])
-    return parts if B % parts == 0 else 1
+def parts(axis: str, length: int) -> int:
+    """Into how many equal parts a logical axis of this length is cut by the mesh in use."""
+    sizes = axis_sizes()
+    number = math.prod(sizes.get(name, 1) for name in RULES[axis])
+    return number if length % number == 0 else 1

@@ -48,7 +48,7 @@ def test_windows_are_distinct_allowed_and_few_where_there_are_few():
     allowed = rng.random((6, 9)) < 0.6
     allowed[0], allowed[1], allowed[2] = False, np.arange(9) == 4, True
     weight = jnp.asarray(rng.random((6, 9)) * (rng.random((6, 9)) < 0.7))  # some weights are zero
-    draw = jax.jit(jax.vmap(lambda key: choose_windows(key, weight, jnp.asarray(allowed), 4)))
+    draw = jax.jit(jax.vmap(lambda key: choose_windows(jax.random.split(key, 6), weight, jnp.asarray(allowed), 4)))
     index_NxBxA, valid_NxBxA = map(np.asarray, draw(jax.random.split(jax.random.key(0), 50)))
     for index, valid in zip(index_NxBxA, valid_NxBxA, strict=True):
         for b in range(6):
@@ -64,7 +64,7 @@ def test_windows_are_drawn_in_proportion_without_replacement():
     allowed = jnp.array([[True, True, True, True, False]])
     weights = jnp.asarray(np.append(weight, 50.0))[None]  # the heaviest is not allowed
     n = 20_000
-    draw = jax.jit(jax.vmap(lambda key: choose_windows(key, weights, allowed, 2)[0][0]))
+    draw = jax.jit(jax.vmap(lambda key: choose_windows(key[None], weights, allowed, 2)[0][0]))
     index_Nx2 = np.asarray(draw(jax.random.split(jax.random.key(1), n)))
     for first, second in itertools.permutations(range(4), 2):
         p = weight[first] / 10 * weight[second] / (10 - weight[first])
@@ -74,6 +74,6 @@ def test_windows_are_drawn_in_proportion_without_replacement():
 
 def test_equal_weights_are_uniform():
     n = 20_000
-    draw = jax.jit(jax.vmap(lambda k: choose_windows(k, jnp.ones((1, 8)), jnp.ones((1, 8), bool), 1)[0][0, 0]))
+    draw = jax.jit(jax.vmap(lambda k: choose_windows(k[None], jnp.ones((1, 8)), jnp.ones((1, 8), bool), 1)[0][0, 0]))
     count = np.bincount(np.asarray(draw(jax.random.split(jax.random.key(2), n))), minlength=8)
     assert (abs(count - n / 8) < 4.5 * math.sqrt(n / 8)).all()

@@ -128,6 +128,24 @@ def test_mixed_precision_comes_close_in_values_and_gradients():
     assert error < 0.05 * norm
 
 
+def test_what_is_computed_again_is_not_kept_and_changes_no_gradient():
+    drafter, (features, embed) = make("00"), inputs()
+
+    def loss(params, remat):
+        changed = drafter.replace(params=params, remat=remat)
+        return jnp.mean(windows(changed, features, embed) ** 2)
+
+    def kept(remat):
+        shapes = jax.eval_shape(lambda p: jax.vjp(functools.partial(loss, remat=remat), p)[1], drafter.params)
+        return sum(x.size for x in jax.tree.leaves(shapes))
+
+    assert kept("full") < kept("dots") < kept("none")
+    gradients = jax.jit(lambda p: [jax.grad(loss)(p, remat) for remat in drafting.REMAT])(drafter.params)
+    for gradient in gradients[1:]:
+        for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradients[0]), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_random_parameters_have_the_described_shapes():
     for config in models.DRAFTERS.values():
         shapes = jax.eval_shape(lambda config=config: drafting.init(jax.random.key(0), config))

@@ -19,6 +19,7 @@ from ppow_jax.objectives.rewards import CostModel, proximity_reward
 from ppow_jax.training import ppow
 from ppow_jax.training import rollout as rollout_module
 from ppow_jax.training.rollout import RolloutSettings
+from ppow_jax.training.scoring import restricted
 from ppow_jax.training.supervised import TrainState
 
 K, G, A = 3, 4, 3
@@ -63,9 +64,11 @@ def roller(settings):
             return proximity_reward(accepted, reference, draft, eta, eps)
 
         with mock.patch.object(rollout_module, "proximity_reward", watch):
-            windows, metrics = rollout_module.rollout(
-                key, step, drafter, world.target_params(), world.CONFIG, scored, settings
+            key_B = jax.random.split(key, world.ROWS)
+            windows, measured = rollout_module.rollout(
+                key_B, step, drafter, world.target_params(), world.CONFIG, scored, settings
             )
+        metrics = rollout_module.summary(windows, measured, scored.windows.anchor_mask_BxM)
         logits = ppow.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
         return Rolled(windows, metrics, logits, deltas[0])
 
@@ -151,9 +154,10 @@ def test_accepted_lengths_are_those_of_the_target_from_scratch():
     np.testing.assert_allclose(metrics["accepted_length"], accepted.mean(), rtol=1e-6)
     np.testing.assert_array_equal(metrics["accepted_histogram"], np.bincount(accepted, minlength=K + 1))
     # the anchor of the KL: the target's distribution over the draft vocabulary at every drafted token
-    restricted = np.exp(log_softmax(logits[..., np.asarray(world.trained().target_ids_W)]))
-    ours = np.stack([windows.p_BxXxKxW[beam] for beam in beams])
-    np.testing.assert_allclose(ours, restricted, atol=1e-5)
+    expected = np.exp(log_softmax(logits[..., np.asarray(world.trained().target_ids_W)]))
+    head_WxD = world.target_params()["lm_head"][world.trained().target_ids_W]
+    ours = restricted(np.stack([windows.hidden_BxXxKxD[beam] for beam in beams]), head_WxD)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_redrafting_gives_the_same_log_probabilities():

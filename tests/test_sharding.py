@@ -52,11 +52,11 @@ def test_a_mesh_takes_all_devices_and_no_more():
 
 def test_every_parameter_of_the_target_is_cut_by_the_table():
     specs = sharding.specs(world.target_params(), SIZES, world.CONFIG)
-    assert specs["embed"] == P(None, ("fsdp",))  # 61 tokens: tensor does not divide them
+    assert specs["embed"] == P(None, "fsdp")  # 61 tokens: tensor does not divide them
     layer = specs["layers"][1]
-    assert layer["q_proj"] == layer["k_proj"] == layer["gate_proj"] == P(("tensor",), ("fsdp",))
-    assert layer["o_proj"] == layer["down_proj"] == P(("fsdp",), ("tensor",))
-    assert layer["input_norm"] == specs["norm"] == P(None)
+    assert layer["q_proj"] == layer["k_proj"] == layer["gate_proj"] == P("tensor", "fsdp")
+    assert layer["o_proj"] == layer["down_proj"] == P("fsdp", "tensor")
+    assert layer["input_norm"] == specs["norm"] == P()
     known = {name for layer in world.target_params()["layers"] for name in layer} | set(world.target_params())
     assert {name for name in known if name not in sharding.PARAMETERS} == {"layers", "norm", "input_norm", "post_norm"}
 
@@ -64,8 +64,8 @@ def test_every_parameter_of_the_target_is_cut_by_the_table():
 def test_heads_are_never_cut_in_two():
     """4 heads of 8 on 8 devices: 32 rows could be cut, heads cannot; the MLP is."""
     layer = sharding.specs(world.target_params(), {"tensor": 8}, world.CONFIG)["layers"][0]
-    assert layer["q_proj"] == layer["k_proj"] == P(None, None)
-    assert layer["gate_proj"] == P(("tensor",), None)
+    assert layer["q_proj"] == layer["k_proj"] == P()
+    assert layer["gate_proj"] == P("tensor")
 
 
 def test_experts_and_stacked_layers_come_in_front():
@@ -75,8 +75,8 @@ def test_experts_and_stacked_layers_come_in_front():
     assert sharding.logical_axes("q_proj", 3) == (None, None, None)
     three = {"layers": {"stacked": {"q_proj": jnp.zeros((3, 8, 4)), "up_proj": jnp.zeros((3, 6, 8, 4))}}}
     specs = sharding.specs(three, SIZES | {"expert": 2})["layers"]["stacked"]
-    assert specs["q_proj"] == P(None, ("tensor",), ("fsdp",))
-    assert specs["up_proj"] == P(None, ("expert",), ("tensor",), ("fsdp",))
+    assert specs["q_proj"] == P(None, "tensor", "fsdp")
+    assert specs["up_proj"] == P(None, "expert", "tensor", "fsdp")
 
 
 def test_the_optimizer_lies_as_the_parameters():
@@ -87,22 +87,22 @@ def test_the_optimizer_lies_as_the_parameters():
     for name, spec in sharding.specs(shell.params, SIZES, shell.config).items():
         of_name = [x for path, x in leaves.items() if path.endswith(f"['{name}']")]
         assert of_name == [spec] * 3  # the parameter, and Adam's two moments
-    assert specs.params["fc"] == P(("fsdp",), None) and specs.step == P()
+    assert specs.params["fc"] == P("fsdp") and specs.step == P()
 
 
 def test_shapes_in_names_say_how_all_else_lies():
     kv = jax.eval_shape(lambda: cache.empty(4, 2, 16, 8))
-    assert sharding.specs([kv], SIZES)[0].k_BxKvxdxL == P(ROWS, ("tensor",), None, None)
-    assert sharding.specs(world.batch(), {"data": 2}).anchor_BxM == P(("data",), None)
+    assert sharding.specs([kv], SIZES)[0].k_BxKvxdxL == P(ROWS, "tensor")
+    assert sharding.specs(world.batch(), {"data": 2}).anchor_BxM == P("data")
     named = {"features_BxK1xF": jnp.zeros((4, 3, 6)), "done_B": jnp.zeros(4), "odd_BxK": jnp.zeros((3, 2)), "x": 0.0}
     specs = sharding.specs(jax.tree.map(jnp.asarray, named), SIZES)
-    assert specs == {"features_BxK1xF": P(ROWS, None, None), "done_B": P(ROWS), "odd_BxK": P(None, None), "x": P()}
+    assert specs == {"features_BxK1xF": P(ROWS), "done_B": P(ROWS), "odd_BxK": P(), "x": P()}
 
 
 def test_without_a_mesh_nothing_happens():
     params = drafter.init(jax.random.key(0), world.drafter().config)
     assert sharding.current() is None and sharding.place(params) is params and sharding.constrain(params) is params
-    assert sharding.row_parts(8) == 1
+    assert sharding.parts("batch", 8) == 1
     with sharding.use(sharding.make_mesh(devices=jax.devices()[:1])):
         assert sharding.current() is None
     made = sharding.born(lambda key: transformer.init(key, world.CONFIG), jax.random.key(0))

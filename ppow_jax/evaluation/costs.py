@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax import sharding
 from ppow_jax.models import cache, stack
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
@@ -134,7 +135,7 @@ def _draft(
     sampling: Sampling,
 ):
     out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), speculation, sampling)
-    return out.drafter_kv, draft
+    return sharding.constrain(out.drafter_kv), draft
 
 
 @functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("kv",))
@@ -151,7 +152,7 @@ def _verify(
 ):
     out, _ = generate.verify_window(params, config, drafter, state.replace(target_kv=kv), draft, speculation, sampling)
     used = out.tokens_BxL, out.length_B, out.done_B, out.features_BxK1xF  # what is not used is not computed
-    return out.target_kv, used
+    return sharding.constrain(out.target_kv), used
 
 
 def _state(
@@ -178,4 +179,4 @@ def _state(
         pace=Pace.start(B),
     )
     target_kv = stack.like(target.params["layers"], cache.empty(B, config.num_kv_heads, L, config.head_dim))
-    return state, drafting.empty_cache(drafter.config, B, L), target_kv
+    return sharding.place((state, drafting.empty_cache(drafter.config, B, L), target_kv))

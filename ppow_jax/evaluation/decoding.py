@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax import sharding
 from ppow_jax.config import require
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
@@ -128,16 +129,15 @@ def decode(
     state = generate.decode(target.params, config, drafter, state, rounds, **how_to)
     jax.block_until_ready(state)
     end = time.perf_counter()
-    tokens_BxL, prompt_B, length_B = map(np.asarray, (state.tokens_BxL, state.prompt_B, state.length_B))
+    read = state.tokens_BxL, state.prompt_B, state.length_B, state.histogram_BxK1, state.drafted_B, state.experts_B
+    tokens_BxL, prompt_B, length_B, histogram_BxK1, drafted_B, experts_B = sharding.fetch(read)
     answers = [tokens_BxL[b, prompt_B[b] : length_B[b]] for b in range(len(prompts))]
-    accepted_BxK1 = np.asarray(state.histogram_BxK1)[: len(prompts)]
-    drafted = int(np.asarray(state.drafted_B)[: len(prompts)].sum())
-    experts = 0.0 if state.experts_B is None else float(np.asarray(state.experts_B)[: len(prompts)].sum())
-    return Decoded(answers, accepted_BxK1, drafted, middle - begin, end - middle, experts)
+    drafted = int(drafted_B[: len(prompts)].sum())
+    experts = 0.0 if experts_B is None else float(experts_B[: len(prompts)].sum())
+    return Decoded(answers, histogram_BxK1[: len(prompts)], drafted, middle - begin, end - middle, experts)
 
 
-def _batch(prompts: Sequence[np.ndarray], ids: Sequence[int], how: Decoding) -> tuple[jax.Array, ...]:
-    """(prompt_BxP, prompt_B, limit_B, key_B) of `generate.prefill`."""
+def _batch(prompts: Sequence[np.ndarray], ids: Sequence[int], how: Decoding) -> generate.Prompts:
     B = how.batch_size
     if not 0 < len(prompts) == len(ids) <= B or not all(map(len, prompts)):
         raise ValueError(f"needed: 1..{B} prompts of one token or more, and as many ids")
@@ -147,7 +147,8 @@ def _batch(prompts: Sequence[np.ndarray], ids: Sequence[int], how: Decoding) -> 
         prompt_BxP[b, : len(prompt)] = prompt
         prompt_B[b], limit_B[b], id_B[b] = len(prompt), len(prompt) + how.max_new_tokens, ids[b]
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(how.seed), id_B)
-    return jnp.asarray(prompt_BxP), jnp.asarray(prompt_B), jnp.asarray(limit_B), key_B
+    rows = jnp.asarray(prompt_BxP), jnp.asarray(prompt_B), jnp.asarray(limit_B), key_B
+    return sharding.place(generate.Prompts(*rows))
 
 
 def top2_margin(target: Target, tokens: np.ndarray) -> float:
@@ -161,5 +162,5 @@ def top2_margin(target: Target, tokens: np.ndarray) -> float:
 def _top2_margin(params: dict, tokens_T: jax.Array, length: jax.Array, *, config) -> jax.Array:
     T = tokens_T.shape[0]
     out = transformer.forward(params, config, tokens_T[None], jnp.arange(T)[None], transformer.causal_mask(1, T))
-    best = jax.lax.top_k(transformer.logits(params, out.hidden_BxSxD[0, length - 1]), 2)[0]
+    best = jax.lax.top_k(transformer.logits(params, out.hidden_BxSxD[:, length - 1])[0], 2)[0]
     return best[0] - best[1]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import is_vector, validate_fit
@@ -40,14 +41,15 @@ def load_drafter(directory: str | Path, target: Target, dtype: str = "bfloat16")
     Raises UserError when the files are broken, or made for another target.
     """
     stored = import_drafter(
-        directory, num_target_layers=target.config.num_layers, target_embed_VxD=target.params["embed"]
+        directory, num_target_layers=target.config.num_layers, target_embed_VxD=sharding.fetch(target.params["embed"])
     )
     validate_fit(stored.config, target.config, f"--drafter={directory}")
     params = {
         name: jnp.asarray(value, jnp.float32 if is_vector(name) else DTYPES[dtype])
         for name, value in stored.params.items()
     }
-    embed_VxE = None if stored.embed_VxE is None else jnp.asarray(stored.embed_VxE)
-    return Drafter(
-        config=stored.config, params=params, target_ids_W=jnp.asarray(stored.target_ids_W), embed_VxE=embed_VxE
+    own = None if stored.embed_VxE is None else jnp.asarray(stored.embed_VxE)
+    drafter = Drafter(
+        config=stored.config, params=params, target_ids_W=jnp.asarray(stored.target_ids_W), embed_VxE=own
     )
+    return sharding.place(drafter, stored.config)

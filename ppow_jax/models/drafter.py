@@ -6,7 +6,8 @@ per earlier step, at the same index, in one joint softmax. Training-time test, r
 `step`, with M anchors per row (EAGLE-3, 2503.01840; EAGLE-3.1 norms, 2605.09992).
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -40,13 +41,21 @@ class Prefix(NamedTuple):
     kv: tuple[KV, ...]
     mask_BxMxL: Array
 
+# Policies of `jax.checkpoint`. none keeps everything; dots keeps the products with parameters and computes attention
+# again; full keeps what enters a step alone.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Drafter(flax.struct.PyTreeNode):
     """A drafter with its vocabulary.
 
     params: see `drafter_config.parameter_shapes`. target_ids_W: int32, the target's id of each draft id, ascending.
     embed_VxE: an embedding of the drafter's own, frozen; None for the target's. mixed: multiply float32 parameters in
-    bfloat16, in both passes (for training).
+    bfloat16, in both passes (for training). remat: what a draft step computes again in the backward pass, see REMAT.
     """
 
     config: DrafterConfig = flax.struct.field(pytree_node=False)
@@ -54,6 +63,7 @@ class Drafter(flax.struct.PyTreeNode):
     target_ids_W: Array
     mixed: bool = flax.struct.field(pytree_node=False, default=False)
     embed_VxE: Array | None = None
+    remat: str = flax.struct.field(pytree_node=False, default="none")
 
     def product(self, x: Array, name: str, layer: int = 0) -> Array:
         """x times a matrix of the drafter, plus its bias where it has one."""
@@ -143,6 +153,13 @@ def step(
     position_BxM: anchor index + step. prefix: blocks of keys of the indices up to the anchor (mask_BxMxL). The first
     step's own key is the anchor's, which the prefix holds already; later steps add theirs to the chain.
     """
+    once: Callable = functools.partial(_step, first=first)
+    if drafter.remat != "none":
+        once = jax.checkpoint(once, policy=REMAT[drafter.remat])
+    return once(drafter, g_BxMxE, embed_BxMxE, position_BxM, prefix, chain)
+
+
+def _step(drafter: Drafter, g_BxMxE, embed_BxMxE, position_BxM, prefix, chain: tuple[Layers, ...], *, first: bool):
     rotary = drafter.rotation(position_BxM)
     a, residual = inputs(drafter, g_BxMxE, embed_BxMxE)
     mine: Layers = ()

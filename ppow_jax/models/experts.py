@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.models.families import Experts
 from ppow_jax.models.layers import linear, swiglu
 
@@ -80,3 +81,28 @@ def _matrix(layer: dict, name: str, e: Array) -> Array:
     where = (e,) if w.ndim == 3 else (layer["number"], e)
     found = jax.lax.dynamic_slice(w, (*where, 0, 0), (*(1 for _ in where), *w.shape[-2:]))
     return found.reshape(w.shape[-2:])
+
+
+def spread_mixture(layer: dict, x_MxD: Array, routes: Routes) -> Array:
+    """`mixture` on the mesh in use: every device applies the experts, and the part of their width, that it holds.
+
+    The tokens of an expert axis are brought together before, and what its devices give is added up after.
+    """
+    sizes = sharding.axis_sizes()
+    if not sizes:
+        return mixture(layer, x_MxD, routes)
+    used = {name: layer[name] for name in (*_MATRICES, "number") if name in layer}
+    lying = {}
+    for name, w in used.items():
+        axes = sharding.logical_axes(name, w.ndim, stacked=w.ndim == 4)
+        kept = [axis if axis in ("experts", "mlp") else None for axis in axes]  # fsdp: gathered, as in every layer
+        lying[name] = sharding.spec(kept, w.shape, sizes, {})
+    rows = sharding.spec(("tokens", None), x_MxD.shape, sizes, {})
+    summed = [axis for axis in ("expert", "tensor") if axis in lying["gate_proj"]]
+
+    def here(used: dict, x_MxD: Array, routes: Routes) -> Array:
+        first = jax.lax.axis_index("expert") * used["gate_proj"].shape[-3] if "expert" in summed else 0
+        return jax.lax.psum(mixture(used, x_MxD, routes, first), summed)
+
+    spread = jax.shard_map(here, in_specs=(lying, rows, rows), out_specs=rows, check_vma=False)
+    return spread(used, x_MxD, routes)

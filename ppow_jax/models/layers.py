@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from ppow_jax import sharding
 from ppow_jax.models.rope import Scaling
 
 Array = jax.Array
@@ -85,12 +86,22 @@ def linear_bf16(x: Array, w_OxI: Array) -> Array:
     return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
 
 
-def weight_gradient(g_MxO: Array, x_MxI: Array) -> Array:
-    """g^T x -> float32 [O, I]. The cotangent is transposed in memory first: twice as fast on CPU in bfloat16."""
-    g_OxM = g_MxO.T
-    if g_MxO.dtype == jnp.bfloat16:
-        g_OxM = with_layout_constraint(jax.lax.optimization_barrier(g_OxM), Layout((0, 1)))
-    return jnp.einsum("om,mi->oi", g_OxM, x_MxI, preferred_element_type=jnp.float32)
+def weight_gradient(g_PxMxO: Array, x_PxMxI: Array) -> Array:
+    """g^T x of each part -> float32 [P, O, I].
+
+    On a CPU in bfloat16 the cotangent is transposed in memory first: twice as fast.
+    """
+
+    def plain(g_PxMxO, x_PxMxI):
+        return jnp.einsum("pmo,pmi->poi", g_PxMxO, x_PxMxI, preferred_element_type=jnp.float32)
+
+    def transposed(g_1xMxO, x_1xMxI):
+        g_OxM = with_layout_constraint(jax.lax.optimization_barrier(g_1xMxO[0].T), Layout((0, 1)))
+        return jnp.einsum("om,mi->oi", g_OxM, x_1xMxI[0], preferred_element_type=jnp.float32)[None]
+
+    if g_PxMxO.dtype != jnp.bfloat16 or g_PxMxO.shape[0] > 1 or sharding.in_use():
+        return plain(g_PxMxO, x_PxMxI)
+    return jax.lax.platform_dependent(g_PxMxO, x_PxMxI, cpu=transposed, default=plain)
 
 
 @jax.custom_vjp
@@ -107,7 +118,7 @@ def _product_bf16_bwd(saved, g_MxO):
     x_MxI, w_OxI = saved
     g_MxO = g_MxO.astype(jnp.bfloat16)
     dx_MxI = jnp.einsum("mo,oi->mi", g_MxO, w_OxI, preferred_element_type=jnp.float32)
-    return dx_MxI, weight_gradient(g_MxO, x_MxI)
+    return dx_MxI, weight_gradient(g_MxO[None], x_MxI[None])[0]
 
 
 _product_bf16.defvjp(_product_bf16_fwd, _product_bf16_bwd)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.models import stack
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.experts import mixture, route
+from ppow_jax.models.experts import route, spread_mixture
 from ppow_jax.models.layers import KV, Keys, attention, biased, heads, linear, rms_norm, rope, rotation, rows_of
 from ppow_jax.models.stack import Run, StackedKV
 
@@ -138,7 +139,7 @@ def decoder_layer(
     h_MxD = h_BxSxD.reshape(-1, h_BxSxD.shape[-1])
     with jax.named_scope("experts"):
         routes = route(h_MxD, layer["router"], config.experts)
-        x_BxSxD += mixture(layer, h_MxD, routes).reshape(x_BxSxD.shape)
+        x_BxSxD += spread_mixture(layer, h_MxD, routes).reshape(x_BxSxD.shape)
     return LayerOutputs(x_BxSxD, kv, routes.expert_MxX.reshape(*x_BxSxD.shape[:2], -1))
 
 
@@ -158,8 +159,8 @@ def head(params: dict) -> Array:
 
 
 def logits(params: dict, hidden: Array) -> Array:
-    """Target logits [..., V], float32, of normed hidden states [..., D]."""
-    return linear(hidden, head(params))
+    """Target logits [..., V], float32, of normed hidden states [B, ..., D]; whole along V on every device."""
+    return sharding.pin(linear(hidden, head(params)), "batch")
 
 
 def causal_mask(B: int, S: int) -> Array:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.models.layers import linear
 
 Array = jax.Array
@@ -32,20 +33,28 @@ class Survey(NamedTuple):
 def survey(hidden_NxD: Array, head_VxD: Array, temperature: float = 1.0, chunk: int = 8192) -> Survey:
     """Streams over the vocabulary in chunks of rows of the head, so that at most [N, chunk] logits exist.
 
-    Ties go to the lowest id, as in `argmax` over the whole vocabulary.
+    Ties go to the lowest id, as in `argmax` over the whole vocabulary. On a mesh that cuts the vocabulary its P parts
+    are streamed side by side, each where it lies, and put together at the end.
     """
     N, V = hidden_NxD.shape[0], head_VxD.shape[0]
-    best_N, argmax_N = jnp.full(N, -jnp.inf), jnp.zeros(N, jnp.int32)
-    total_N, weighted_N = jnp.zeros(N), jnp.zeros(N)  # sum of e^(z - best), and of z e^(z - best)
-    for start in range(0, V, chunk):
-        z_NxC = linear(hidden_NxD, head_VxD[start : start + chunk]) / temperature
-        top_N = z_NxC.max(-1)
-        argmax_N = jnp.where(top_N > best_N, start + argmax(z_NxC), argmax_N)
-        new_N = jnp.maximum(best_N, top_N)
-        scale_N = jnp.exp(best_N - new_N)
-        e_NxC = jnp.exp(z_NxC - new_N[:, None])
-        total_N = total_N * scale_N + e_NxC.sum(-1)
-        weighted_N = weighted_N * scale_N + (e_NxC * z_NxC).sum(-1)
-        best_N = new_N
+    P = sharding.parts("vocab", V)
+    head_PxVxD = head_VxD.reshape(P, V // P, -1)
+    best, index = jnp.full((N, P), -jnp.inf), jnp.zeros((N, P), jnp.int32)
+    total, weighted = jnp.zeros((N, P)), jnp.zeros((N, P))  # sum of e^(z - best), and of z e^(z - best)
+    for start in range(0, V // P, max(1, chunk // P)):
+        rows_PxCxD = head_PxVxD[:, start : start + max(1, chunk // P)]
+        z_NxPxC = linear(hidden_NxD, rows_PxCxD.reshape(-1, head_VxD.shape[1])).reshape(N, P, -1) / temperature
+        top = z_NxPxC.max(-1)
+        index = jnp.where(top > best, start + argmax(z_NxPxC), index)
+        new = jnp.maximum(best, top)
+        scale, best = jnp.exp(best - new), new
+        e_NxPxC = jnp.exp(z_NxPxC - best[..., None])
+        total = total * scale + e_NxPxC.sum(-1)
+        weighted = weighted * scale + (e_NxPxC * z_NxPxC).sum(-1)
+    best_N = best.max(-1)
+    first_N = argmax(best)  # of equals the first: the lowest ids
+    argmax_N = first_N * (V // P) + jnp.take_along_axis(index, first_N[:, None], 1)[:, 0]
+    scale = jnp.exp(best - best_N[:, None])
+    total_N, weighted_N = (total * scale).sum(-1), (weighted * scale).sum(-1)
     logsumexp_N = best_N + jnp.log(total_N)
     return Survey(argmax_N, logsumexp_N, logsumexp_N - weighted_N / total_N)

@@ -28,12 +28,13 @@ def window_means(v_BxM: Array, K: int) -> Array:
     return functools.reduce(jnp.add, [padded[:, s : s + v_BxM.shape[1]] for s in range(K)]) / K
 
 
-def choose_windows(key: Array, weight_BxM: Array, allowed_BxM: Array, A: int) -> tuple[Array, Array]:
+def choose_windows(key_B: Array, weight_BxM: Array, allowed_BxM: Array, A: int) -> tuple[Array, Array]:
     """A distinct anchors per row, drawn without replacement with probability proportional to weight.
 
-    Returns (index_BxA into M, valid_BxA: False where a row has fewer than A allowed anchors). By Gumbel top-k.
+    key_B: one per row. Returns (index_BxA into M, valid_BxA: False where a row has fewer than A allowed anchors). By
+    Gumbel top-k.
     """
-    gumbel_BxM = jax.random.gumbel(key, weight_BxM.shape)
+    gumbel_BxM = jax.vmap(lambda key: jax.random.gumbel(key, weight_BxM.shape[1:]))(key_B)
     score_BxM = jnp.log(jnp.maximum(weight_BxM, 1e-12)) + gumbel_BxM
     top_BxA, index_BxA = jax.lax.top_k(jnp.where(allowed_BxM, score_BxM, -jnp.inf), A)
     return index_BxA, jnp.isfinite(top_BxA)

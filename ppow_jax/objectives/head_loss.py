@@ -1,15 +1,18 @@
 """The drafter's head and its soft cross-entropy in one function, so that [B, M, W] logits are never kept.
 
 The gradient of a cross-entropy is known as soon as its logits are, so the forward pass computes it too, one batch row
-at a time while the row's logits are still in the processor's cache; the backward pass only scales.
+at a time while the row's logits are still in the processor's cache; the backward pass only scales. On a mesh it is one
+row of every device at a time: P parts of the batch go side by side.
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.models.layers import linear, weight_gradient
 
 Array = jax.Array
@@ -36,42 +39,55 @@ def head_loss(
     h_BxMxE: normed hidden states. w_WxE: the head. p_BxMxW: target distribution (sums to 1). label_BxM: draft id of the
     target's argmax (-1: unknown, never matches). weight_BxM: of each loss in `total`; constant. dtype: of the products.
     """
-    rows = [
-        _row(h, w_WxE, p, label, dtype)[:4] for h, p, label in zip(h_BxMxE, p_BxMxW, label_BxM, strict=True)
-    ]
+    rows = [_row(h, w_WxE, p, label, dtype)[:4] for h, p, label in _rows(h_BxMxE, p_BxMxW, label_BxM)]
     return _gather(rows, weight_BxM)
 
 
-def _row(h_MxE, w_WxE, p_MxW, label_M, dtype):
-    z_MxW = linear(h_MxE, w_WxE.astype(dtype))
-    top_M = z_MxW.max(-1)
-    e_MxW = jnp.exp(z_MxW - top_M[:, None])
-    total_M = e_MxW.sum(-1)
-    logsumexp_M = top_M + jnp.log(total_M)
-    loss_M = logsumexp_M - jnp.sum(p_MxW * z_MxW, -1)
-    q_MxW = e_MxW / total_M[:, None]
-    label_z_M = jnp.take_along_axis(z_MxW, jnp.maximum(label_M, 0)[:, None], 1)[:, 0]
-    known_M = label_M >= 0
-    log_q_M = jnp.where(known_M, label_z_M - logsumexp_M, -jnp.inf)
-    return loss_M, known_M & (label_z_M >= top_M), jnp.minimum(p_MxW, q_MxW).sum(-1), log_q_M, q_MxW
+def _rows(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """[P, ...] of each [B, ...]: the first row of every part, then the second one, and so on."""
+    B = arrays[0].shape[0]
+    parts = sharding.parts("batch", B)
+    cut = [x.reshape(parts, B // parts, *x.shape[1:]) for x in arrays]
+    return (tuple(x[:, row] for x in cut) for row in range(B // parts))
+
+
+def _together(rows: Sequence[Array]) -> Array:
+    """What `_rows` took apart."""
+    stacked = jnp.stack(rows, 1)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def _row(h_PxMxE, w_WxE, p_PxMxW, label_PxM, dtype):
+    z_PxMxW = linear(h_PxMxE, w_WxE.astype(dtype))
+    top_PxM = z_PxMxW.max(-1)
+    e_PxMxW = jnp.exp(z_PxMxW - top_PxM[..., None])
+    total_PxM = e_PxMxW.sum(-1)
+    logsumexp_PxM = top_PxM + jnp.log(total_PxM)
+    loss_PxM = logsumexp_PxM - jnp.sum(p_PxMxW * z_PxMxW, -1)
+    q_PxMxW = e_PxMxW / total_PxM[..., None]
+    label_z_PxM = jnp.take_along_axis(z_PxMxW, jnp.maximum(label_PxM, 0)[..., None], -1)[..., 0]
+    known_PxM = label_PxM >= 0
+    match_PxM = known_PxM & (label_z_PxM >= top_PxM)
+    log_q_PxM = jnp.where(known_PxM, label_z_PxM - logsumexp_PxM, -jnp.inf)
+    return loss_PxM, match_PxM, jnp.minimum(p_PxMxW, q_PxMxW).sum(-1), log_q_PxM, q_PxMxW
 
 
 def _gather(rows, weight_BxM):
-    loss_BxM, match_BxM, overlap_BxM, log_q_BxM = (jnp.stack(x) for x in zip(*rows, strict=True))
+    loss_BxM, match_BxM, overlap_BxM, log_q_BxM = (_together(x) for x in zip(*rows, strict=True))
     total = jnp.sum(jnp.where(weight_BxM > 0, weight_BxM * loss_BxM, 0.0))
     return HeadLoss(total, loss_BxM, match_BxM, overlap_BxM, log_q_BxM)
 
 
 def _forward(h_BxMxE, w_WxE, p_BxMxW, label_BxM, weight_BxM, dtype):
-    rows, dh, dw_WxE = [], [], jnp.zeros(())
-    for h_MxE, p_MxW, label_M, weight_M in zip(h_BxMxE, p_BxMxW, label_BxM, weight_BxM, strict=True):
-        *row, q_MxW = _row(h_MxE, w_WxE, p_MxW, label_M, dtype)
-        g_MxW = ((q_MxW - p_MxW) * weight_M[:, None]).astype(dtype)
+    rows, dh, dw_PxWxE = [], [], jnp.zeros(())
+    for h_PxMxE, p_PxMxW, label_PxM, weight_PxM in _rows(h_BxMxE, p_BxMxW, label_BxM, weight_BxM):
+        *row, q_PxMxW = _row(h_PxMxE, w_WxE, p_PxMxW, label_PxM, dtype)
+        g_PxMxW = ((q_PxMxW - p_PxMxW) * weight_PxM[..., None]).astype(dtype)
         w = w_WxE.astype(dtype)
-        dh.append(jnp.einsum("mw,we->me", g_MxW, w, preferred_element_type=jnp.float32))
-        dw_WxE += weight_gradient(g_MxW, h_MxE.astype(dtype))
+        dh.append(jnp.einsum("pmw,we->pme", g_PxMxW, w, preferred_element_type=jnp.float32))
+        dw_PxWxE += weight_gradient(g_PxMxW, h_PxMxE.astype(dtype))
         rows.append(row)
-    return _gather(rows, weight_BxM), (jnp.stack(dh), dw_WxE)
+    return _gather(rows, weight_BxM), (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
 
 
 def _backward(dtype, saved, cotangent):

@@ -40,14 +40,23 @@ class Surrogate(NamedTuple):
 
 
 def clipped_surrogate(
-    logp_NxK: Array, old_logp_NxK: Array, decisive_NxK: Array, advantage_N: Array, valid_N: Array, clip: float
+    logp_NxK: Array,
+    old_logp_NxK: Array,
+    decisive_NxK: Array,
+    advantage_N: Array,
+    valid_N: Array,
+    clip: float,
+    count: Array | None = None,
 ) -> Surrogate:
-    """mean min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi(window) / pi_old(window) over the decisive tokens."""
+    """mean min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi(window) / pi_old(window) over the decisive tokens.
+
+    count: valid windows of the batch that the mean is taken over, where these are a part of it.
+    """
     difference_NxK = jnp.where(decisive_NxK, logp_NxK - old_logp_NxK, 0.0)
     ratio_N = jnp.exp(jnp.clip(difference_NxK.sum(-1), -20.0, 20.0))
     bounded_N = jnp.clip(ratio_N, 1.0 - clip, 1.0 + clip)
     gain_N = jnp.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
-    count = jnp.maximum(valid_N.sum(), 1)
+    count = jnp.maximum(valid_N.sum() if count is None else count, 1)
 
     def mean(x_N):
         return jnp.sum(jnp.where(valid_N, x_N, 0.0)) / count

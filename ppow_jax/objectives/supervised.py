@@ -83,16 +83,32 @@ class DraftStep(NamedTuple):
     valid_BxM: Array
 
 
+def _ahead(x_BxM: Array, s: int) -> Array:
+    """What anchor m + s holds: anchors of an answer are consecutive."""
+    M = x_BxM.shape[1]
+    return jnp.pad(x_BxM, ((0, 0), (0, s)) + ((0, 0),) * (x_BxM.ndim - 2))[:, s : s + M]
+
+
+def _at_step(windows: Windows, s: int) -> tuple[Array, Array]:
+    """(label_BxM of the anchors' step s, valid_BxM: whether its token belongs to the anchor's answer)."""
+    valid_BxM = windows.anchor_mask_BxM & _ahead(windows.anchor_mask_BxM, s)
+    valid_BxM &= _ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s
+    return _ahead(windows.label_BxM, s), valid_BxM
+
+
+def counts(windows: Windows, steps: int) -> Array:
+    """How many anchors carry a loss at each step, float32 [S]."""
+    at_steps = (_at_step(windows, s) for s in range(steps))
+    return jnp.stack([jnp.sum(valid & (label >= 0), dtype=jnp.float32) for label, valid in at_steps])
+
+
 def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> list[DraftStep]:
     """`steps` draft steps from every anchor, tokens from the text, features the drafter's own from step 1 on."""
-    M, T = windows.anchor_BxM.shape[1], windows.tokens_BxT.shape[1]
+    T = windows.tokens_BxT.shape[1]
     g_BxTxE, kv = prefix(drafter, embed_VxD, windows)
     keys = [Prefix(kv, anchor_mask(windows, windows.anchor_BxM))]
     g_BxMxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxM[..., None], 1)
     position_BxM = jnp.take_along_axis(windows.position_BxT, windows.anchor_BxM, 1)
-
-    def ahead(x, s):  # what anchor m + s holds: anchors of an answer are consecutive
-        return jnp.pad(x, ((0, 0), (0, s)) + ((0, 0),) * (x.ndim - 2))[:, s : s + M]
 
     chain: tuple = ()
     unrolled = []
@@ -101,9 +117,8 @@ def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> 
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, keys, chain, first=s == 0)
         g_BxMxE = drafting.feed(drafter, out)
-        valid_BxM = windows.anchor_mask_BxM & ahead(windows.anchor_mask_BxM, s)
-        valid_BxM &= ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s
-        label_BxM, probability_BxMxW = ahead(windows.label_BxM, s), ahead(windows.probability_BxMxW, s)
+        label_BxM, valid_BxM = _at_step(windows, s)
+        probability_BxMxW = _ahead(windows.probability_BxMxW, s)
         unrolled.append(DraftStep(drafter.norm(out, "norm"), label_BxM, probability_BxMxW, valid_BxM))
     return unrolled
 
@@ -116,13 +131,22 @@ def judge(drafter: Drafter, step: DraftStep, weight_BxM: Array) -> HeadLoss:
 
 
 def training_time_test(
-    drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int, decay: float
+    drafter: Drafter,
+    embed_VxD: Array,
+    windows: Windows,
+    steps: int,
+    decay: float,
+    counts_S: Array | None = None,
 ) -> StepScores:
-    """Unrolls `steps` draft steps from every anchor; see `StepScores` (each field stacked over steps)."""
+    """Unrolls `steps` draft steps from every anchor; see `StepScores` (each field stacked over steps).
+
+    counts_S: of the batch that the mean loss is taken over, where these rows are a part of it; see `counts`.
+    """
+    counts_S = counts(windows, steps) if counts_S is None else counts_S
     scores = []
     for s, step in enumerate(unroll(drafter, embed_VxD, windows, steps)):
         counted_BxM = (step.valid_BxM & (step.label_BxM >= 0)).astype(jnp.float32)
-        judged = judge(drafter, step, decay**s * counted_BxM / jnp.maximum(counted_BxM.sum(), 1.0))
+        judged = judge(drafter, step, decay**s * counted_BxM / jnp.maximum(counts_S[s], 1.0))
         known_BxM = step.label_BxM >= 0
         scores.append(
             StepScores(judged.total, judged.loss_BxM, judged.match_BxM, step.valid_BxM, known_BxM, judged.overlap_BxM)
@@ -130,20 +154,45 @@ def training_time_test(
     return StepScores(*(jnp.stack(x) for x in zip(*scores, strict=True)))
 
 
-def mean_loss(scores: StepScores) -> Array:
-    """Masked mean loss of each step, [S]."""
-    counted_SxBxM = scores.valid & scores.known
-    total_S = jnp.sum(jnp.where(counted_SxBxM, scores.loss, 0.0), (1, 2))
-    return total_S / jnp.maximum(counted_SxBxM.sum((1, 2)), 1)
+class Totals(NamedTuple):
+    """Sums of `StepScores` over rows and anchors, so that microbatches and devices add up exactly. All [S], float32.
+
+    accepted_S, reached_S: of the anchors whose earlier steps all matched, how many match, and how many there were.
+    Their ratios are the conditional acceptances of a greedy chain; see `simulated_length`. loss_S, known_S: of the
+    anchors that carry a loss. match_S, overlap_S, valid_S: of all whose step belongs to their answer.
+    """
+
+    accepted_S: Array
+    reached_S: Array
+    loss_S: Array
+    known_S: Array
+    match_S: Array
+    overlap_S: Array
+    valid_S: Array
+
+    @classmethod
+    def of(cls, scores: StepScores) -> "Totals":
+        """Of one batch of rows."""
+
+        def total(x_SxBxM, mask_SxBxM):
+            return jnp.sum(jnp.where(mask_SxBxM, x_SxBxM, 0), (1, 2), dtype=jnp.float32)
+
+        known = scores.valid & scores.known
+        return cls(
+            *chain_counts(scores),
+            total(scores.loss, known),
+            total(1, known),
+            total(scores.match, scores.valid),
+            total(scores.overlap, scores.valid),
+            total(1, scores.valid),
+        )
 
 
 def chain_counts(scores: StepScores) -> tuple[Array, Array]:
-    """(accepted_S, reached_S): of the anchors whose earlier steps all matched, how many were there and how many
-    match. Their ratios are the conditional acceptances of a greedy chain; see `simulated_length`.
-    """
+    """(accepted_S, reached_S); see `Totals`."""
     alive_SxBxM = jnp.cumprod(scores.match & scores.valid, axis=0).astype(bool)
     before_SxBxM = jnp.concatenate([jnp.ones_like(alive_SxBxM[:1]), alive_SxBxM[:-1]]) & scores.valid
-    return alive_SxBxM.sum((1, 2)), before_SxBxM.sum((1, 2))
+    return alive_SxBxM.sum((1, 2), dtype=jnp.float32), before_SxBxM.sum((1, 2), dtype=jnp.float32)
 
 
 def simulated_length(accepted_S: Array, reached_S: Array) -> Array:

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
@@ -19,10 +20,10 @@ from ppow_jax.speculation.prefill import prefill
 from ppow_jax.speculation.propose import NONE, Draft, propose
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
-from ppow_jax.speculation.state import State, cache_length, commit_tokens, row_keys
+from ppow_jax.speculation.state import Prompts, State, cache_length, commit_tokens, row_keys
 from ppow_jax.speculation.tree import Tree, propose_tree
 
-__all__ = ["Round", "State", "cache_length", "decode", "draft_window", "prefill", "verify_window"]
+__all__ = ["Prompts", "Round", "State", "cache_length", "decode", "draft_window", "prefill", "verify_window"]
 
 Array = jax.Array
 
@@ -155,4 +156,4 @@ def decode(
         state, _ = verify_window(params, config, speaker, state, draft, speculation, sampling, cost_K1)
         return step + 1, state
 
-    return jax.lax.while_loop(unfinished, one_round, (0, state))[1]
+    return sharding.constrain(jax.lax.while_loop(unfinished, one_round, (0, state))[1])

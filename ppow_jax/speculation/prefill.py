@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
@@ -73,11 +74,11 @@ def prefill(
         experts_B=jnp.zeros(B) if config.experts else None,
     )
     state = commit_tokens(state, first_B[:, None], jnp.ones(B, jnp.int32), config)
-    if drafter is None:
-        return state
-    features_BxK1xF = jnp.pad(prompt.features_BxF[:, None], ((0, 0), (0, K), (0, 0)))
-    drafter_kv = tuple(_fit(kv, L) for kv in prompt.drafter_kv)
-    return state.replace(drafter_kv=drafter_kv, features_BxK1xF=features_BxK1xF)
+    if drafter is not None:
+        features_BxK1xF = jnp.pad(prompt.features_BxF[:, None], ((0, 0), (0, K), (0, 0)))
+        drafter_kv = tuple(_fit(kv, L) for kv in prompt.drafter_kv)
+        state = state.replace(drafter_kv=drafter_kv, features_BxK1xF=features_BxK1xF)
+    return sharding.constrain(state)
 
 
 class Prompt(NamedTuple):

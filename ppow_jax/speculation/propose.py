@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.speculation.sampling import Sampling, draw
@@ -60,7 +61,7 @@ def propose(
         """What steps s, s+1, .. K-1 draft, a tuple each; going_BxM: windows that take step s."""
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, prefix, chain, first=s == 0)
-        logits_BxMxW = drafting.logits(drafter, out)
+        logits_BxMxW = sharding.pin(drafting.logits(drafter, out), "batch")
         id_BxM, log_q_BxMxW = draw(_at_step(key_B, s), logits_BxMxW, sampling)
         token_BxM, g_BxMxE = drafter.target_ids_W[id_BxM], drafting.feed(drafter, out)
         z_BxM = jnp.take_along_axis(logits_BxMxW, id_BxM[..., None], -1)[..., 0]

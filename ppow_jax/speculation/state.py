@@ -6,7 +6,7 @@ features of the last `pending` indices (those the last verification accepted), w
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -19,6 +19,15 @@ from ppow_jax.models.stack import StackedKV
 from ppow_jax.speculation.adaptive import Pace
 
 Array = jax.Array
+
+
+class Prompts(NamedTuple):
+    """Right-padded prompts of one token or more, their lengths, total lengths at which rows stop, keys of rows."""
+
+    prompt_BxP: Array
+    prompt_B: Array
+    limit_B: Array
+    key_B: Array
 
 
 class State(flax.struct.PyTreeNode):

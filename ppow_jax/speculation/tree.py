@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.config import require
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter, Prefix
@@ -89,7 +90,8 @@ def propose_tree(
     for s in range(shape.depth):
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g, embed_BxMxE, position_Bx1 + s, prefix, chain, first=s == 0)
-        top_BxMxX, id_BxMxX = jax.lax.top_k(jax.nn.log_softmax(drafting.logits(drafter, out)), X)
+        logits_BxMxW = sharding.pin(drafting.logits(drafter, out), "batch")
+        top_BxMxX, id_BxMxX = jax.lax.top_k(jax.nn.log_softmax(logits_BxMxW), X)
         level = (path_BxM[..., None] + top_BxMxX).reshape(B, -1)
         logp_BxC.append(level)
         token_BxC.append(drafter.target_ids_W[id_BxMxX].reshape(B, -1))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax import files, progress
+from ppow_jax import distributed, files, progress, sharding
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.data.encoding import Example, encode_prompt
 from ppow_jax.errors import UserError
@@ -104,6 +104,7 @@ def regenerate(
     _check_settings(directory, settings)
     _check_prompts(directory, chunks)
     answers = [_read(_path(directory, c), len(chunk)) for c, chunk in enumerate(chunks)]
+    distributed.wait("answers read")
     have = sum(len(found) for found in answers if found is not None)
     new_tokens, begin = 0, time.perf_counter()
     with progress.bar(len(jobs), "answers", "answer", initial=have) as bar:
@@ -115,7 +116,8 @@ def regenerate(
             if found is None:
                 break
             answers[c] = found
-            _write(_path(directory, c), found)
+            if distributed.leader():
+                _write(_path(directory, c), found)
             new_tokens += sum(map(len, found))
             bar.set_postfix(tokens_per_second=round(new_tokens / (time.perf_counter() - begin)), refresh=False)
             bar.update(len(chunk))
@@ -129,9 +131,12 @@ def regenerate(
 def _check_settings(directory: Path, settings: AnswerSettings) -> None:
     path = directory / "settings.json"
     mine = dataclasses.asdict(settings)
-    if not path.exists():
-        files.write_atomic(path, json.dumps(mine, indent=1))
-        return
+
+    def write() -> None:
+        if not path.exists():
+            files.write_atomic(path, json.dumps(mine, indent=1))
+
+    distributed.by_leader(write)
     try:
         theirs = json.loads(path.read_text())
     except ValueError as error:
@@ -151,7 +156,7 @@ def _check_prompts(directory: Path, chunks: list[list[Job]]) -> None:
     for c, (a, b) in enumerate(zip(mine, theirs, strict=False)):
         if a != b and _path(directory, c).exists():
             raise UserError(f"{_path(directory, c)}: the prompts that it answers have changed; name another directory")
-    files.write_atomic(path, json.dumps(mine + theirs[len(mine) :]))
+    distributed.by_leader(lambda: files.write_atomic(path, json.dumps(mine + theirs[len(mine) :])))
 
 
 def _chunks(jobs: Sequence[Job], size: int) -> list[list[Job]]:
@@ -218,10 +223,10 @@ def _generate_chunk(
             )
             row_job[rows] = taken
         state = generate.decode(params, config, None, state, settings.segment, speculation=off(), sampling=sampling)
-        done_B, prompt_B, length_B = map(np.asarray, (state.done_B, state.prompt_B, state.length_B))
+        done_B, prompt_B, length_B = sharding.fetch((state.done_B, state.prompt_B, state.length_B))
         finished = np.flatnonzero(done_B & (row_job >= 0))
         if len(finished):
-            tokens_BxL = np.asarray(state.tokens_BxL)
+            tokens_BxL = sharding.fetch(state.tokens_BxL)
             for row in finished:
                 answers[row_job[row]] = tokens_BxL[row, prompt_B[row] : length_B[row]]
             row_job[finished] = -1
@@ -240,14 +245,13 @@ def _prefill(params, config, jobs, ids, R, settings: AnswerSettings, L: int, key
         prompt_RxP[r, : len(job.prompt)] = job.prompt
         prompt_R[r], limit_R[r] = len(job.prompt), len(job.prompt) + settings.max_new_tokens
     id_R = jnp.asarray([*ids, *[0] * (R - len(ids))])
+    key_R = jax.vmap(lambda i: jax.random.fold_in(key, i))(id_R)
+    rows = generate.Prompts(jnp.asarray(prompt_RxP), jnp.asarray(prompt_R), jnp.asarray(limit_R), key_R)
     return generate.prefill(
         params,
         config,
         None,
-        jnp.asarray(prompt_RxP),
-        jnp.asarray(prompt_R),
-        jnp.asarray(limit_R),
-        jax.vmap(lambda i: jax.random.fold_in(key, i))(id_R),
+        *sharding.place(rows),
         K=0,
         sampling=Sampling.of(settings.temperature),
         L=L,
@@ -256,19 +260,30 @@ def _prefill(params, config, jobs, ids, R, settings: AnswerSettings, L: int, key
 
 def _blank(fresh: generate.State, slots: int) -> generate.State:
     """A state of `slots` rows that are all done."""
-    blank = map_leaves(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), fresh.replace(key_B=None))
-    keys = jax.random.split(jax.random.key(0), slots)
-    length_B, prompt_B, limit_B = jnp.ones((3, slots), jnp.int32)
-    return blank.replace(
-        key_B=keys, done_B=jnp.ones(slots, bool), length_B=length_B, prompt_B=prompt_B, limit_B=limit_B
-    )
+    def rows(x):
+        return jnp.zeros((slots, *x.shape[1:]), x.dtype)
+
+    shapes = jax.eval_shape(lambda: map_leaves(rows, fresh.replace(key_B=None)))
+
+    def make(key) -> generate.State:
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        length_B, prompt_B, limit_B = jnp.ones((3, slots), jnp.int32)
+        return blank.replace(
+            key_B=jax.random.split(key, slots),
+            done_B=jnp.ones(slots, bool),
+            length_B=length_B,
+            prompt_B=prompt_B,
+            limit_B=limit_B,
+        )
+
+    return sharding.born(make, jax.random.key(0))
 
 
 def _rows(rows: np.ndarray, R: int, slots: int) -> jax.Array:
     """Row of each of R fresh entries; dummies point past the end and are dropped."""
-    return jnp.asarray([*rows, *[slots] * (R - len(rows))])
+    return sharding.place(jnp.asarray([*rows, *[slots] * (R - len(rows))]))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def _insert(state: generate.State, fresh: generate.State, rows_R: jax.Array) -> generate.State:
-    return map_leaves(lambda old, new: old.at[rows_R].set(new, mode="drop"), state, fresh)
+    return sharding.constrain(map_leaves(lambda old, new: old.at[rows_R].set(new, mode="drop"), state, fresh))

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ppow_jax import distributed
 from ppow_jax.errors import UserError
 from ppow_jax.files import writable_directory
 
@@ -148,7 +149,9 @@ class Checkpoints:
         for step in [step for step in self.steps if step > after]:
             folder = self.directory / str(step)
             number = len(list(self.directory.glob(f"{step}.damaged*")))
-            folder.rename(folder.with_name(f"{step}.damaged" + (f"{number}" if number else "")))
+            if distributed.leader():
+                folder.rename(folder.with_name(f"{step}.damaged" + (f"{number}" if number else "")))
+        distributed.wait("set aside")
         self._manager.reload()
 
     def wait(self) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax import files, progress
+from ppow_jax import distributed, files, progress, sharding
 from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
@@ -61,16 +61,20 @@ class FeatureStore:
         path, self._note = directory / "features.bin", directory / "batches_done"
         size = int(self.start[-1]) * self.width * dtype.itemsize
         self._data = str(_checksum(batches, layers))
-        if not path.exists():
-            self._note.unlink(missing_ok=True)
-            with open(path.with_suffix(".new"), "wb") as file:
-                files.reserve(file, size)
-            os.replace(file.name, path)  # so it is there in full length or not at all
+        distributed.by_leader(lambda: self._make_room(path, size))
         done, *data = self._note.read_text().split() if self._note.exists() else ("0",)
         if path.stat().st_size != size or data not in ([], [self._data]):
             raise UserError(f"{path}: holds features of other data; remove the directory, or name another --workdir")
         self._values = np.memmap(path, dtype, "r+", shape=(int(self.start[-1]), self.width))
         self.complete = self._fill(int(done), params, config, layers, stop)
+
+    def _make_room(self, path: Path, size: int) -> None:
+        if path.exists():
+            return
+        self._note.unlink(missing_ok=True)
+        with open(path.with_suffix(".new"), "wb") as file:
+            files.reserve(file, size)
+        os.replace(file.name, path)  # so it is there in full length or not at all
 
     def _fill(self, first: int, params, config: ModelConfig, layers, stop) -> bool:
         total = self.batches.steps_of_epochs(1)  # epoch 0 holds every example once
@@ -82,8 +86,8 @@ class FeatureStore:
                     self._save(step)
                     return False
                 batch = self.batches.at(step)
-                values_BxTxX = np.asarray(_read(params, batch, config=config, layers=layers))
-                for b, t, i, n in self._places(step):
+                values_BxTxX = sharding.fetch(_read(params, sharding.place(batch), config=config, layers=layers))
+                for b, t, i, n in self._places(step) if distributed.leader() else ():
                     self._values[self.start[i] : self.start[i] + n] = values_BxTxX[b, t : t + n]
                 bar.update(1)
                 if (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
@@ -91,8 +95,11 @@ class FeatureStore:
         return True
 
     def _save(self, done: int) -> None:
-        self._values.flush()
-        files.write_atomic(self._note, f"{done} {self._data}")
+        def note():
+            self._values.flush()
+            files.write_atomic(self._note, f"{done} {self._data}")
+
+        distributed.by_leader(note)
 
     def _places(self, step: int):
         """(row, first token in the row, example, its length) of every example of a batch."""

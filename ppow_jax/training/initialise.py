@@ -1,11 +1,13 @@
 """A new drafter for a target: its draft vocabulary, and a start from the target's own head and last layer."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax import sharding
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
@@ -71,10 +73,16 @@ def new_drafter(
     features come normed, and what the layer adds is made as small as they are. A drafter whose sizes differ from the
     target's keeps random values where shapes do not fit, as the MLP does where the target has experts.
     """
+    last, head_WxD = stack.layer(target_params["layers"], -1), transformer.head(target_params)[target_ids_W]
+    make = functools.partial(_start, config=config, feature_scale=feature_scale)
+    params = sharding.born(make, key, last, target_params["norm"], head_WxD, config=config)
+    return Drafter(config=config, params=params, target_ids_W=sharding.place(jnp.asarray(target_ids_W)))
+
+
+def _start(key: jax.Array, last: dict, norm_D, head_WxD, *, config: DrafterConfig, feature_scale) -> dict:
     params = drafting.init(key, config)
-    last = stack.layer(target_params["layers"], -1)
-    last = {name: np.asarray(x, np.float32) for name, x in last.items() if x.ndim < 3}
-    head_VxD = transformer.head(target_params)
+    last = {name: x for name, x in last.items() if x.ndim < 3}
+    last, norm_D, head_WxD = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (last, norm_D, head_WxD))
     E, D = config.hidden_size, config.target_hidden_size
     scale = np.ones(3) if config.fc_norm else np.asarray(feature_scale) / feature_scale[2]
     params["fc"] *= (3 * D) ** -0.5 / 0.02 * 0.1 / np.repeat(scale, D).astype(np.float32)
@@ -86,19 +94,19 @@ def new_drafter(
             "o_proj": last["o_proj"] * added,
             "post_norm": last["post_norm"],
             **{name: last[name] for name in ("gate_proj", "up_proj") if name in last},
-            "norm": np.asarray(target_params["norm"], np.float32),
-            "lm_head": np.asarray(head_VxD[target_ids_W], np.float32),
+            "norm": norm_D,
+            "lm_head": head_WxD,
         }
         if "down_proj" in last:  # a mixture of experts has no one MLP to start from
             start["down_proj"] = last["down_proj"] * added
-        params |= {name: jnp.asarray(x) for name, x in start.items() if params[name].shape == x.shape}
+        params |= {name: x for name, x in start.items() if params[name].shape == x.shape}
         for name in ("q_proj", "k_proj", "v_proj"):
             if params[name].shape[0] == last[name].shape[0]:
                 params[name] = params[name].at[:, E:].set(_without_norm(last, name))
-    return Drafter(config=config, params=params, target_ids_W=jnp.asarray(target_ids_W))
+    return params
 
 
-def _without_norm(last: dict[str, np.ndarray], name: str) -> np.ndarray:
+def _without_norm(last: dict[str, jax.Array], name: str) -> jax.Array:
     """The target's matrix for a layer without norms of queries and keys: they become as large as those of a typical
     input are with the norms, where the target has them.
     """
@@ -106,8 +114,8 @@ def _without_norm(last: dict[str, np.ndarray], name: str) -> np.ndarray:
     if scale_d is None:
         return last[name]
     w_HxdxD = last[name].reshape(-1, len(scale_d), last[name].shape[1])
-    size_Hx1x1 = np.sqrt(np.mean(np.sum((w_HxdxD * last["input_norm"]) ** 2, -1), -1))[:, None, None]
-    return (w_HxdxD / np.maximum(size_Hx1x1, 1e-6) * scale_d[:, None]).reshape(last[name].shape)
+    size_Hx1x1 = jnp.sqrt(jnp.mean(jnp.sum((w_HxdxD * last["input_norm"]) ** 2, -1), -1))[:, None, None]
+    return (w_HxdxD / jnp.maximum(size_Hx1x1, 1e-6) * scale_d[:, None]).reshape(last[name].shape)
 
 
 def feature_scale(features_NxF: np.ndarray) -> np.ndarray:

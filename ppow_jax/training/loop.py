@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from ppow_jax import progress
+from ppow_jax import progress, sharding
 from ppow_jax.errors import UserError
 from ppow_jax.training.checkpoint import Best, Checkpoints
 from ppow_jax.training.clock import Clock, compile_seconds, memory_bytes
@@ -63,8 +63,9 @@ def run(
     with Checkpoints(directory / "checkpoints") as checkpoints, Best(directory / "best") as best:
         done = 0
         # Committed to its devices, as a restored state is: a resumed run finds the programs of the first one compiled.
-        state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
-        abstract = jax.eval_shape(lambda: state)
+        if not sharding.in_use():  # on a mesh it is
+            state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+        abstract = sharding.like(state)
         with clock.on("restore"):
             found = checkpoints.restore_latest(abstract)
         if found is not None:
@@ -90,6 +91,7 @@ def run(
             metrics.write(done, f"{loop.stage}_held_out", measured)
             log.info("%s: step %d, %s %.3f", loop.stage, done, loop.score, measured[loop.score])
             with clock.on("save"):
+                checkpoints.wait()  # processes save one thing at a time: Orbax's barriers have one name
                 best.offer(done, measured[loop.score], state.params)
 
         if done == 0:
@@ -119,6 +121,7 @@ def run(
             checkpoints.wait()
             log.warning("%s: saved after step %d of %d", loop.stage, done, loop.total)
         with clock.on("restore"):
+            checkpoints.wait()
             _, params, _ = best.restore(abstract.params)
         log.info("%s: best %s %.3f at step %d", loop.stage, loop.score, best.score, best.step)
         return params, done == loop.total

@@ -128,6 +128,27 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics(MetricsWriter):
+    """Of the processes that write none; they may read what there is."""
+
+    def __init__(self, workdir: str | os.PathLike, name: str = "metrics.jsonl"):
+        self.path = pathlib.Path(workdir) / name
+
+    def resume(self, stage: str, step: int) -> list[dict[str, Any]]:
+        """The rows of `stage` up to `step`."""
+        rows = _rows(self.path) if self.path.exists() else []
+        return [row for row in rows if row["stage"] == stage and row["step"] <= step]
+
+    def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> None:
+        """Nothing to write."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a metrics file, in order; half a line at the end is left out."""
     return [{name: _decode(value) for name, value in row.items()} for row in _rows(pathlib.Path(path))]

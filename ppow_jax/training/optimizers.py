@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
@@ -50,6 +49,6 @@ def optimizer(
         update = optax.partition({"muon": muon, "adamw": update}, labels)
     parts = [optax.clip_by_global_norm(settings.clip_norm), update]
     if channel_scale_F is not None:
-        inverse_F = jnp.asarray(1.0 / channel_scale_F, jnp.float32)
+        inverse_F = np.asarray(1.0 / channel_scale_F, np.float32)
         parts.append(optax.stateless(lambda updates, _: updates | {"fc": updates["fc"] * inverse_F}))
     return optax.chain(*parts)

@@ -4,13 +4,14 @@ import errno
 import logging
 
 from ppow_jax import config as config_lib
-from ppow_jax import files
+from ppow_jax import distributed, files, sharding
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, load_benchmark
+from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context, Stopped
 from ppow_jax.training.corpus import collect_jobs, load_batches
-from ppow_jax.training.metrics import MetricsWriter, NonFiniteError
+from ppow_jax.training.metrics import MetricsWriter, NoMetrics, NonFiniteError
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.results import evaluate_arms, export_arm
 from ppow_jax.training.settings import TrainSettings
@@ -34,9 +35,13 @@ def run(settings: TrainSettings) -> int:
     0: all done. 130 and 143: SIGINT or SIGTERM came; what was finished is kept. 3: a number was not finite. Raises
     UserError for bad settings, data or files, before anything is compiled where that can be known, and for a full disk.
     """
-    with StopSignal() as stop:
+    s = settings
+    with distributed.connect(s.coordinator, s.num_processes, s.process_id, s.multihost), StopSignal() as stop:
         try:
-            _stages(settings, stop)
+            mesh = sharding.make_mesh(MeshShape.parse(s.mesh))
+            s.check_rows(sharding.shape_of(mesh))
+            with sharding.use(mesh):
+                _stages(s, stop)
         except Stopped:
             log.warning("stopped; the same command goes on from here")
             return stop.exit_code
@@ -54,8 +59,10 @@ def run(settings: TrainSettings) -> int:
 
 def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     workdir = open_workdir(settings)
-    tensorboard = TensorBoard(workdir / "tensorboard") if settings.tensorboard else None
-    clock = Clock(workdir / "attempts.jsonl")
+    distributed.wait("workdir")  # from here on one process writes there
+    leader = distributed.leader()
+    tensorboard = TensorBoard(workdir / "tensorboard") if settings.tensorboard and leader else None
+    clock = Clock(workdir / "attempts.jsonl" if leader else None)
     benchmarks = _benchmarks(settings)
     target = targets.load(settings.target, settings.dtype)
     if settings.scan_layers:
@@ -65,10 +72,11 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     check_space(settings, workdir, start.config if start else new_config(settings, target), target, jobs)
     if stop.requested:
         raise Stopped
-    config_lib.write_flagfile(workdir / "flags.txt", settings)  # only now: settings that fail bind no workdir
-    files.clear_left_over(workdir)
+    # only now: settings that fail bind no workdir
+    distributed.by_leader(lambda: config_lib.write_flagfile(workdir / "flags.txt", settings))
+    distributed.by_leader(lambda: files.clear_left_over(workdir))
     keep_start(start, workdir)
-    with MetricsWriter(workdir, tensorboard=tensorboard) as metrics:
+    with MetricsWriter(workdir, tensorboard=tensorboard) if leader else NoMetrics(workdir) as metrics:
         with clock.stage("answers"):
             train, held_out = load_batches(settings, workdir, target, jobs, stop)
         context = Context(settings, workdir, target, train, held_out, metrics, stop, clock)

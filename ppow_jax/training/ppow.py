@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ppow_jax import sharding
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import drafter as drafting
+from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.objectives import supervised
@@ -17,8 +20,9 @@ from ppow_jax.objectives.expected import window_loss
 from ppow_jax.objectives.policy import clipped_surrogate, decisive_tokens
 from ppow_jax.objectives.rewards import speedup_reward
 from ppow_jax.objectives.supervised import Windows
-from ppow_jax.training.rollout import Rollout, RolloutSettings, criticality_of, rollout
-from ppow_jax.training.scoring import Scored, score
+from ppow_jax.training.accumulate import each, summed
+from ppow_jax.training.rollout import Rollout, RolloutSettings, criticality_of, rollout, summary
+from ppow_jax.training.scoring import Scored, restricted, score
 from ppow_jax.training.supervised import TrainState
 
 Array = jax.Array
@@ -39,7 +43,7 @@ class PolicySettings:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "rollouts", "policy", "greedy_text"),
+    static_argnames=("config", "optimizer", "rollouts", "policy", "greedy_text", "accumulate"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -55,34 +59,56 @@ def train_step(
     rollouts: RolloutSettings,
     policy: PolicySettings,
     greedy_text: bool,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's.
 
     cached: the target's pass over the batch, where it was made before (`training.features`); enough for exact steps.
+    accumulate: microbatches that sampled steps are computed in; the results are those of the whole batch.
     """
     layers, ids_W, embed = drafter.config.feature_layers, drafter.target_ids_W, target_params["embed"]
-    with jax.named_scope("target"):
-        scored = score(target_params, config, layers, ids_W, batch, greedy_text, cached)
     behaviour = drafter.replace(params=jax.lax.stop_gradient(state.params))
+
+    def read(batch, cached=None):
+        with jax.named_scope("target"):
+            return score(target_params, config, layers, ids_W, batch, greedy_text, cached)
+
+    def roll_out(rows):
+        batch, key_B = rows
+        scored = read(batch)
+        with jax.named_scope("rollouts"):
+            windows, measured = rollout(key_B, state.step, behaviour, target_params, config, scored, rollouts)
+        return scored.windows._replace(probability_BxMxW=None), windows, measured
+
     metrics: dict[str, Array] = {}
-    with jax.named_scope("rollouts"):
-        if policy.exact:
+    if policy.exact:
+        if accumulate > 1:
+            raise ValueError("exact steps take the whole batch at once")
+        scored = read(batch, cached)
+        with jax.named_scope("rollouts"):
             priority_BxM = _priority(behaviour, embed, config, scored, state.step, rollouts)
-            objective = functools.partial(_exact_loss, drafter, embed, scored.windows, priority_BxM, rollouts, policy)
-        else:
-            windows, metrics = rollout(key, state.step, behaviour, target_params, config, scored, rollouts)
-            objective = functools.partial(_loss, drafter, target_params, scored.windows, windows, rollouts, policy)
+        objective = functools.partial(_exact_loss, drafter, embed, priority_BxM, rollouts, policy)
+        rows: Any = scored.windows
+    else:
+        key_B = jax.random.split(key, batch.tokens_BxT.shape[0])
+        text, windows, measured = each(roll_out, (batch, key_B), accumulate)
+        metrics = summary(windows, measured, text.anchor_mask_BxM)
+        counts = windows.valid_BxX.sum(), _counted(windows, rollouts).sum()
+        objective = functools.partial(_loss, drafter, target_params, counts, rollouts, policy)
+        rows = text, windows
     params, opt_state, signs = state.params, state.opt_state, []
     for _ in range(policy.passes):
+        differentiate = functools.partial(jax.grad(objective, has_aux=True), params)
         with jax.named_scope("gradient"):
-            gradient, details = jax.grad(objective, has_aux=True)(params)
+            gradient, details = summed(differentiate, rows, accumulate)
+            gradient = sharding.constrain(gradient, drafter.config)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, opt_state, params)
             params = optax.apply_updates(params, updates)
             signs += [details["loss"], optax.tree.norm(gradient)]
     state = state.advance(params, opt_state, *signs)  # all passes of a step, or none
     metrics |= details | {"gradient_norm": signs[-1], "skipped": state.skipped}
-    return state, metrics
+    return sharding.constrain(state, drafter.config), jax.tree.map(sharding.pin, metrics)
 
 
 def _priority(drafter, embed, config, scored: Scored, step, rollouts: RolloutSettings) -> Array:
@@ -97,7 +123,7 @@ def _priority(drafter, embed, config, scored: Scored, step, rollouts: RolloutSet
 
 
 def _exact_loss(
-    drafter, embed, text: Windows, priority_BxM, rollouts: RolloutSettings, policy: PolicySettings, params
+    drafter, embed, priority_BxM, rollouts: RolloutSettings, policy: PolicySettings, params, text: Windows
 ):
     drafter, K = drafter.replace(params=params), rollouts.window
     reward_K1 = speedup_reward(jnp.arange(K + 1), K, rollouts.costs)
@@ -105,28 +131,50 @@ def _exact_loss(
     return window_loss(drafter, steps, reward_K1, policy.kl_weight, priority_BxM)
 
 
-def _loss(drafter, target_params, text: Windows, windows: Rollout, rollouts: RolloutSettings, policy, params):
-    """-(clipped surrogate) + beta KL(target || drafter) on the tokens that count."""
+def _decisive(windows: Rollout, rollouts: RolloutSettings) -> Array:
+    K = windows.token_BxXxK.shape[-1]
+    return decisive_tokens(windows.accepted_BxX, K, whole_if_none=rollouts.eta > 0)
+
+
+def _counted(windows: Rollout, rollouts: RolloutSettings) -> Array:
+    return _decisive(windows, rollouts) & windows.valid_BxX[..., None]
+
+
+def _loss(
+    drafter,
+    target_params,
+    counts: tuple[Array, Array],
+    rollouts: RolloutSettings,
+    policy: PolicySettings,
+    params,
+    rows: tuple[Windows, Rollout],
+):
+    """-(clipped surrogate) + beta KL(target || drafter) on the tokens that count.
+
+    counts: valid windows, and tokens that count, of the whole batch, of which these rows may be a part.
+    """
+    text, windows = rows
     drafter = drafter.replace(params=params)
     B, X, K = windows.token_BxXxK.shape
     z_BxXxKxW = redraft(drafter, target_params["embed"], text, windows)
     log_q = jax.nn.log_softmax(z_BxXxKxW / rollouts.rollout_temperature, axis=-1)
     logp_BxXxK = jnp.take_along_axis(log_q, windows.id_BxXxK[..., None], -1)[..., 0]
-    decisive = decisive_tokens(windows.accepted_BxX, K, whole_if_none=rollouts.eta > 0)
     surrogate = clipped_surrogate(
         logp_BxXxK.reshape(B * X, K),
         windows.logp_BxXxK.reshape(B * X, K),
-        decisive.reshape(B * X, K),
+        _decisive(windows, rollouts).reshape(B * X, K),
         windows.advantage_BxX.reshape(-1),
         windows.valid_BxX.reshape(-1),
         policy.clip,
+        counts[0],
     )
-    counted = decisive & windows.valid_BxX[..., None]
+    counted = _counted(windows, rollouts)
 
     def mean(x):
-        return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.maximum(counted.sum(), 1)
+        return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.maximum(counts[1], 1)
 
-    kl = mean(divergence(windows.p_BxXxKxW, z_BxXxKxW))
+    p_BxXxKxW = restricted(windows.hidden_BxXxKxD, transformer.head(target_params)[drafter.target_ids_W])
+    kl = mean(divergence(p_BxXxKxW, z_BxXxKxW))
     entropy = mean(-jnp.sum(jnp.exp(log_q) * log_q, -1))
     value = -surrogate.objective + policy.kl_weight * kl
     return value, {

@@ -5,6 +5,8 @@ import signal
 import threading
 from types import FrameType
 
+from ppow_jax import distributed
+
 EXIT_SIGINT = 128 + signal.SIGINT  # 130
 EXIT_SIGTERM = 128 + signal.SIGTERM  # 143
 
@@ -22,16 +24,17 @@ class StopSignal:
     def __init__(self) -> None:
         self.signum = 0
         self._former: dict[int, object] = {}
+        self._agreement = distributed.Agreement()
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came."""
-        return self.signum != 0
+        """Whether a signal came to this process, or to any of those that run together: they ask equally often."""
+        return self._agreement.ask(self.signum != 0)
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it; 0 if none came."""
-        return 128 + self.signum if self.requested else 0
+        """128 + the signal's number, as shells have it; 0 if none came. That of SIGTERM, if another process got it."""
+        return 128 + (self.signum or signal.SIGTERM) if self.requested else 0
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
@@ -44,7 +47,7 @@ class StopSignal:
         self._former = {}
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.signum:
             raise KeyboardInterrupt
         self.signum = signum
         logger.warning("%s: saving, then stopping (again to stop at once)", signal.Signals(signum).name)

@@ -5,12 +5,11 @@ import logging
 import zlib
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import config as config_lib
-from ppow_jax import files
+from ppow_jax import distributed, files, sharding
 from ppow_jax.evaluation import report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
@@ -58,7 +57,11 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
             arm = report.arm(name, rows) | made_of
         done.append(arm)
         result = about | {"settings": settings, "arms": done, "time": context.clock.summary() | _parts(workdir)}
-        report.write_json(workdir / "report.json", result)
+        distributed.by_leader(lambda: report.write_json(workdir / "report.json", result))  # noqa: B023  (called at once)
+    distributed.by_leader(lambda: _report(workdir, result))
+
+
+def _report(workdir: Path, result: dict) -> None:
     report.plot_results(workdir / "results.png", result)
     curves = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
     report.plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), curves)
@@ -79,8 +82,9 @@ def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
     measured = former_arms(workdir).get(arm, {})
     figures = measured["results"] if measured.get("drafter") == checksum(drafter) else []
 
+    params, ids_W, embed_VxE = sharding.fetch((drafter.params, drafter.target_ids_W, drafter.embed_VxE))
+
     def write(directory: Path) -> None:
-        params, ids_W = jax.device_get(drafter.params), np.asarray(drafter.target_ids_W)
         export_drafter(
             directory,
             drafter.config,
@@ -88,7 +92,7 @@ def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
             ids_W,
             target_name=s.target,
             target_architecture=context.target.config.architecture,
-            embed_VxE=drafter.embed_VxE,
+            embed_VxE=embed_VxE,
         )
         write_card(
             directory,
@@ -99,7 +103,7 @@ def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
             format=best_format(drafter.config),
         )
 
-    files.replace_directory(workdir / name, write)
+    distributed.by_leader(lambda: files.replace_directory(workdir / name, write))
     log.info("exported %s: %s", arm, workdir / name)
 
 
@@ -117,8 +121,9 @@ def former_arms(workdir: Path) -> dict[str, dict]:
 
 def checksum(drafter: Drafter) -> int:
     """Of all that makes a drafter: equal for equal ones."""
-    checksum = zlib.crc32(np.asarray(drafter.target_ids_W), zlib.crc32(repr(drafter.config).encode()))
-    own = {} if drafter.embed_VxE is None else {"embed": drafter.embed_VxE}
-    for _, value in sorted((drafter.params | own).items()):
+    params, ids_W, embed_VxE = sharding.fetch((drafter.params, drafter.target_ids_W, drafter.embed_VxE))
+    checksum = zlib.crc32(ids_W, zlib.crc32(repr(drafter.config).encode()))
+    own = {} if embed_VxE is None else {"embed": embed_VxE}
+    for _, value in sorted((params | own).items()):
         checksum = zlib.crc32(np.ascontiguousarray(value), checksum)
     return checksum

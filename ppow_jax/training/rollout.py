@@ -21,7 +21,7 @@ from ppow_jax.objectives.rewards import CostModel, proximity_reward, speedup_rew
 from ppow_jax.speculation.propose import propose
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.verify import leading
-from ppow_jax.training.scoring import Scored, restricted
+from ppow_jax.training.scoring import Scored
 
 Array = jax.Array
 
@@ -53,8 +53,8 @@ class Rollout(NamedTuple):
     """N = B * A * G windows of K tokens, constants for the gradient; beams lie as [B, A*G].
 
     anchor_BxX: anchor index of each beam (X = A * G). token_, id_, logp_BxXxK: the drafts, target and draft ids, and
-    their log-probability when drawn. accepted_BxX, reward_BxX, advantage_BxX, valid_BxX. p_BxXxKxW: the target's
-    distribution over the draft vocabulary at each drafted position.
+    their log-probability when drawn. accepted_BxX, reward_BxX, advantage_BxX, valid_BxX. hidden_BxXxKxD: the target's
+    state that judges each drafted token; `scoring.restricted` makes its distribution over the draft vocabulary of it.
     """
 
     anchor_BxX: Array
@@ -66,24 +66,38 @@ class Rollout(NamedTuple):
     reward_BxX: Array
     advantage_BxX: Array
     valid_BxX: Array
-    p_BxXxKxW: Array
+    hidden_BxXxKxD: Array
+
+
+class Measured(NamedTuple):
+    """What the metrics of rollouts are made of, beside the windows themselves.
+
+    speedup_BxX, proximity_BxX: the parts of the reward. critical_BxA, chosen_BxA: criticality of the chosen windows,
+    and which are valid. critical_BxM: of every anchor.
+    """
+
+    speedup_BxX: Array
+    proximity_BxX: Array
+    critical_BxA: Array
+    chosen_BxA: Array
+    critical_BxM: Array
 
 
 def rollout(
-    key: Array,
+    key_B: Array,
     step: Array,
     drafter: Drafter,
     target_params: dict,
     config: ModelConfig,
     scored: Scored,
     settings: RolloutSettings,
-) -> tuple[Rollout, dict[str, Array]]:
-    """Windows of one batch with their rewards -> (Rollout, metrics)."""
+) -> tuple[Rollout, Measured]:
+    """Windows of rows with their rewards. key_B: one per row, so that a row does not depend on the others."""
     windows, G, K = scored.windows, settings.group, settings.window
-    choose_key, draft_key, accept_key = jax.random.split(key, 3)
+    choose_B, draft_B, accept_B = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(key_B)
     g_BxTxE, kv = supervised.prefix(drafter, target_params["embed"], windows)
     v_BxM = criticality_of(drafter, target_params["embed"], config, scored, g_BxTxE, kv)
-    chosen_BxA, valid_BxA, chosen_v = _choose(choose_key, step, windows, v_BxM, settings)
+    chosen_BxA, valid_BxA, chosen_v = _choose(choose_B, step, windows, v_BxM, settings)
 
     def beams(x_BxM, index_BxA=chosen_BxA):
         return jnp.repeat(jnp.take_along_axis(x_BxM, index_BxA, 1), G, axis=1)
@@ -99,7 +113,7 @@ def rollout(
         [Prefix(kv, supervised.anchor_mask(windows, anchor_BxX))],
         K,
         Sampling(settings.rollout_temperature),
-        jax.random.split(draft_key, windows.tokens_BxT.shape[0]),
+        draft_B,
     )
     logp_BxXxK = jnp.take_along_axis(draft.log_q_BxMxKxW, draft.id_BxMxK[..., None], -1)[..., 0]
 
@@ -109,8 +123,8 @@ def rollout(
     if settings.verify_temperature == 0:
         accepted_BxX = leading(judged.argmax == draft.token_BxMxK)
     else:
-        u = jax.random.uniform(accept_key, logp_BxXxK.shape)
-        accepted_BxX = leading(u * jnp.exp(logp_BxXxK) < jnp.exp(judged.logp_at_temperature))
+        u_BxXxK = jax.vmap(lambda key: jax.random.uniform(key, logp_BxXxK.shape[1:]))(accept_B)
+        accepted_BxX = leading(u_BxXxK * jnp.exp(logp_BxXxK) < jnp.exp(judged.logp_at_temperature))
 
     r_speedup = speedup_reward(accepted_BxX, K, settings.costs)
     reference_BxA = _reference_logp(target_params, config, scored, chosen_BxA, hidden_BxAxD, settings)
@@ -120,22 +134,6 @@ def rollout(
     B, A = chosen_BxA.shape
     reward_BxAxG = reward_BxX.reshape(B, A, G)
 
-    def mean(x_BxX, mask=valid_BxX):
-        return jnp.sum(jnp.where(mask, x_BxX, 0.0)) / jnp.maximum(mask.sum(), 1)
-
-    reward_mean = mean(reward_BxX)
-    metrics = {
-        "reward": reward_mean,
-        "reward_std": jnp.sqrt(mean((reward_BxX - reward_mean) ** 2)),
-        "reward_speedup": mean(r_speedup),
-        "reward_proximity": mean(r_dist),
-        "accepted_length": mean(accepted_BxX.astype(jnp.float32)),
-        "accepted_histogram": jnp.sum(jax.nn.one_hot(accepted_BxX, K + 1) * valid_BxX[..., None], (0, 1)),
-        "flat_groups": mean(flat_groups(reward_BxAxG) * 1.0, valid_BxA),
-        "criticality": mean(chosen_v, valid_BxA),
-        "criticality_all": mean(v_BxM, windows.anchor_mask_BxM),
-        "windows": valid_BxX.sum(),
-    }
     result = Rollout(
         anchor_BxX,
         root_BxX,
@@ -146,9 +144,33 @@ def rollout(
         reward_BxX,
         group_advantage(reward_BxAxG).reshape(B, A * G),
         valid_BxX,
-        restricted(hidden_BxXxKxD, transformer.head(target_params)[drafter.target_ids_W]),
+        hidden_BxXxKxD,
     )
-    return jax.lax.stop_gradient(result), metrics
+    return jax.lax.stop_gradient((result, Measured(r_speedup, r_dist, chosen_v, valid_BxA, v_BxM)))
+
+
+def summary(windows: Rollout, measured: Measured, anchor_mask_BxM: Array) -> dict[str, Array]:
+    """The metrics of the rollouts of a whole batch."""
+    (B, X, K), A = windows.token_BxXxK.shape, measured.chosen_BxA.shape[1]
+    valid_BxX, reward_BxX = windows.valid_BxX, windows.reward_BxX
+
+    def mean(x, mask=valid_BxX):
+        return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(mask.sum(), 1)
+
+    reward = mean(reward_BxX)
+    histogram_BxXxK1 = jax.nn.one_hot(windows.accepted_BxX, K + 1) * valid_BxX[..., None]
+    return {
+        "reward": reward,
+        "reward_std": jnp.sqrt(mean((reward_BxX - reward) ** 2)),
+        "reward_speedup": mean(measured.speedup_BxX),
+        "reward_proximity": mean(measured.proximity_BxX),
+        "accepted_length": mean(windows.accepted_BxX.astype(jnp.float32)),
+        "accepted_histogram": histogram_BxXxK1.sum((0, 1)),
+        "flat_groups": mean(flat_groups(reward_BxX.reshape(B, A, X // A)) * 1.0, measured.chosen_BxA),
+        "criticality": mean(measured.critical_BxA, measured.chosen_BxA),
+        "criticality_all": mean(measured.critical_BxM, anchor_mask_BxM),
+        "windows": valid_BxX.sum(),
+    }
 
 
 def criticality_of(
@@ -167,7 +189,7 @@ def criticality_of(
     return jnp.where(windows.anchor_mask_BxM, criticality(entropy_BxM, kl_BxM, config.vocab_size), 0.0)
 
 
-def _choose(key, step, windows, v_BxM, settings: RolloutSettings):
+def _choose(key_B, step, windows, v_BxM, settings: RolloutSettings):
     """Anchors whose whole window lies inside their answer, by criticality once ADAW has begun."""
     K, M = settings.window, windows.anchor_BxM.shape[1]
     last = jnp.pad(windows.anchor_BxM, ((0, 0), (0, K - 1)), constant_values=-1)[:, K - 1 : K - 1 + M]
@@ -176,7 +198,7 @@ def _choose(key, step, windows, v_BxM, settings: RolloutSettings):
     weight_BxM = window_means(v_BxM, K)
     priority = settings.adaw & (step >= settings.adaw_start)
     index_BxA, valid_BxA = choose_windows(
-        key, jnp.where(priority, weight_BxM, 1.0), allowed_BxM, settings.windows
+        key_B, jnp.where(priority, weight_BxM, 1.0), allowed_BxM, settings.windows
     )
     return index_BxA, valid_BxA, jnp.take_along_axis(weight_BxM, index_BxA, 1)
 

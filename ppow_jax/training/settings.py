@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+from ppow_jax import mesh_shape
 from ppow_jax.config import check_fields, field, require
 
 STAGES = ("data", "supervised", "ppow", "evaluate", "export")
@@ -36,6 +37,25 @@ class TrainSettings:
     profile_steps: str = field(
         "", "Steps of each stage to trace, as FIRST:LAST, to WORKDIR/profile.", group="Run"
     )
+
+    mesh: str | None = field(None, mesh_shape.HELP, group="Devices")
+    accumulate: int = field(
+        1, "Microbatches that a batch is computed in; the results are the same.", low=1, group="Devices"
+    )
+    remat: str = field(
+        "none",
+        "What a draft step computes again in the backward pass instead of keeping it: none; dots: attention; full.",
+        choices=("none", "dots", "full"),
+        group="Devices",
+    )
+    multihost: bool = field(
+        False, "One of several processes that the environment tells of: TPU pods, Slurm, MPI.", group="Devices"
+    )
+    coordinator: str | None = field(
+        None, "HOST:PORT of process 0, where the environment does not tell.", group="Devices"
+    )
+    num_processes: int | None = field(None, "How many processes there are.", low=1, group="Devices")
+    process_id: int | None = field(None, "Which of them this is, from 0.", low=0, group="Devices")
 
     data: str = field(
         "sharegpt", "Conversations: files, data sets or `sharegpt`; commas and [a:b] slices.", group="Data"
@@ -156,11 +176,17 @@ class TrainSettings:
         first, last = self.profiled
         rule = "must be steps from 1 on, the first not after the last"
         require(not self.profile_steps or 1 <= first <= last, f"{given}: {rule}")
+        shape = mesh_shape.MeshShape.parse(self.mesh)
+        if shape is not None:
+            self.check_rows(shape)
+        mesh_shape.check_processes(self.coordinator, self.num_processes, self.process_id)
         require(self.window >= 1, f"--window={self.window}: must be at least 1")
         require(
             self.group >= 2,
             f"--group={self.group}: must be at least 2, advantages compare windows of one prefix",
         )
+        rule = "--estimator=exact takes the whole batch at once; leave one of the two out"
+        require(self.estimator == "sampled" or self.accumulate == 1, f"--accumulate={self.accumulate}: {rule}")
         exact = "--estimator=exact: has a closed form only"
         for name, needed in (("acceptance", "greedy"), ("answer_temperature", 0.0), ("recorded", "")):
             fits = self.estimator == "sampled" or getattr(self, name) == needed
@@ -189,6 +215,13 @@ class TrainSettings:
             f"--stages={','.join(self.stages)}: must be some of {','.join(STAGES)}, in order",
         )
 
+    def check_rows(self, mesh: mesh_shape.MeshShape) -> None:
+        """Raises UserError unless the rows of a batch can be shared out to the devices of a mesh."""
+        parts = mesh.rows * self.accumulate
+        rule = f"must be a multiple of {parts}: --mesh={mesh} cuts rows into {mesh.rows} (data * fsdp * expert)"
+        more = f", --accumulate={self.accumulate} each of these" if self.accumulate > 1 else ""
+        require(self.batch_size % parts == 0, f"--batch_size={self.batch_size}: {rule}{more}")
+
 
 # May change between two runs in one workdir: they change nothing of what is already done.
 FREE = (
@@ -200,6 +233,13 @@ FREE = (
     "max_new_tokens",
     "workdir",
     "baselines",
+    "mesh",
+    "accumulate",
+    "remat",
+    "multihost",
+    "coordinator",
+    "num_processes",
+    "process_id",
     "skip_nonfinite",
     "compilation_cache",
     "tensorboard",

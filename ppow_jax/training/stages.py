@@ -8,7 +8,7 @@ import logging
 import jax
 
 from ppow_jax import config as config_lib
-from ppow_jax import files
+from ppow_jax import distributed, files, sharding
 from ppow_jax.evaluation.measure import measure_costs
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives.rewards import CostModel
@@ -57,7 +57,7 @@ def _arm(context: Context, stage: str, begin: Drafter, chosen: set[str]) -> Draf
     if not has_best(context.workdir, stage):
         return None
     with Best(context.workdir / stage / "best") as best:
-        step, params, _ = best.restore(jax.eval_shape(lambda: begin.params))
+        step, params, _ = best.restore(sharding.like(begin.params))
     log.info("%s: best checkpoint, of step %d, read back", stage, step)
     return begin.replace(params=params)
 
@@ -76,15 +76,15 @@ def _supervised(context: Context, drafter: Drafter, stage: str) -> Drafter:
         steps=s.ttt_steps,
         decay=s.ttt_decay,
         greedy_text=context.greedy_text,
+        accumulate=s.accumulate,
     )
-    shell = drafter.replace(params={}, mixed=context.mixed)
+    shell = drafter.replace(params={}, mixed=context.mixed, remat=s.remat)
     offset = s.supervised_steps if stage == "cst" else 0
 
     store = _features(context, drafter) if s.cache_features else None
 
     def one(state, index, data):
-        batch, cached = data
-        return step(state, shell, context.target.params, batch, cached)
+        return step(state, shell, context.target.params, *sharding.place(data))
 
     return _train(context, drafter, stage, _data(context, store, offset), one, total, optimizer, offset)
 
@@ -126,15 +126,17 @@ def _ppow(context: Context, drafter: Drafter) -> Drafter:
         rollouts=rollouts,
         policy=ppow.PolicySettings(s.clip, s.kl_weight, s.passes, exact=s.estimator == "exact"),
         greedy_text=context.greedy_text,
+        accumulate=s.accumulate,
     )
-    shell = drafter.replace(params={}, mixed=context.mixed)
+    shell = drafter.replace(params={}, mixed=context.mixed, remat=s.remat)
     key = jax.random.fold_in(jax.random.key(s.seed), 2)
     offset = s.supervised_steps if (context.workdir / "supervised").exists() else 0  # go on in the data
     store = _features(context, drafter) if s.cache_features and s.estimator == "exact" else None  # sampled: needs keys
 
     def one(state, index, data):
         batch, cached = data
-        return step(state, shell, context.target.params, batch, jax.random.fold_in(key, index), cached)
+        rows = batch, jax.random.fold_in(key, index), cached
+        return step(state, shell, context.target.params, *sharding.place(rows))
 
     return _train(context, drafter, "ppow", _data(context, store, offset), one, s.ppow_steps, optimizer, offset)
 
@@ -164,10 +166,12 @@ def _gamma(context: Context, drafter: Drafter) -> float:
     if s.gamma >= 0:
         return s.gamma
     path = context.workdir / "costs.json"
-    if not path.exists():
+    known = path.exists()
+    distributed.wait("costs")  # all have looked before one writes
+    if not known:
         costs = measure_costs(context.target, cast(drafter, s.dtype), chain(s.window), s.row_length)
         measured = dataclasses.asdict(costs) | {"gamma": costs.gamma, "verify_ratio": costs.verify_ratio}
-        files.write_atomic(path, json.dumps(measured, indent=1))
+        distributed.by_leader(lambda: files.write_atomic(path, json.dumps(measured, indent=1)))
     gamma = round(json.loads(path.read_text())["gamma"], 4)
     log.info("ppow: a draft step costs %.3f steps of the target here (--gamma)", gamma)
     return gamma
@@ -177,8 +181,8 @@ def _train(context: Context, drafter: Drafter, stage: str, data, step, total: in
     """Runs a stage to its end -> its best drafter. offset: the batch of the data that it begins with."""
     if context.stop.requested:
         raise Stopped
-    drafter = drafter.replace(mixed=context.mixed)
     s = context.settings
+    drafter = drafter.replace(mixed=context.mixed, remat=s.remat)
     about = {"seed": s.seed, "settings": {spec.name: getattr(s, spec.name) for spec in config_lib.specs(type(s))}}
     stage_loop = loop.Loop(
         stage=stage,
@@ -193,7 +197,7 @@ def _train(context: Context, drafter: Drafter, stage: str, data, step, total: in
         position=offset,
         about=about,
     )
-    state = supervised.TrainState.create(drafter.params, optimizer)
+    state = supervised.TrainState.create(drafter.params, optimizer, drafter.config)
     traces = context.workdir / "profile" / stage
     profile = Profile(traces if s.profile_steps and not traces.exists() else None, *s.profiled)
     with context.clock.stage(stage):
@@ -202,14 +206,14 @@ def _train(context: Context, drafter: Drafter, stage: str, data, step, total: in
         )
     if not complete:
         raise Stopped
-    return drafter.replace(params=params, mixed=False)
+    return drafter.replace(params=params, mixed=False, remat="none")
 
 
 def _measure(context: Context, drafter: Drafter):
     """parameters -> simulated acceptance on the held-out answers."""
     s = context.settings
     number = context.held_out.steps_of_epochs(1)
-    batches = [context.held_out.at(i) for i in range(number)]
+    batches = [sharding.place(context.held_out.at(i)) for i in range(number)]
 
     def measure(params: dict) -> dict:
         return supervised.evaluate(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from ppow_jax import config as config_lib
-from ppow_jax import files
+from ppow_jax import distributed, files, sharding
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.evaluation.loading import find_drafter, load_drafter
 from ppow_jax.models.config import ModelConfig
@@ -49,13 +49,17 @@ def find_start(settings: TrainSettings, workdir: Path, target: Target) -> Drafte
 def keep_start(start: Drafter | None, workdir: Path) -> None:
     """Copies the drafter to start from: the run goes on with it, whatever becomes of the original."""
     directory = workdir / "drafter_start"
-    if start is not None and not directory.exists():
-        ids_W = np.asarray(start.target_ids_W)
+    if start is not None:
+        params, ids_W, embed_VxE = sharding.fetch((start.params, start.target_ids_W, start.embed_VxE))
 
         def write(new: Path) -> None:
-            export_drafter(new, start.config, start.params, ids_W, dtype="float32", embed_VxE=start.embed_VxE)
+            export_drafter(new, start.config, params, ids_W, dtype="float32", embed_VxE=embed_VxE)
 
-        files.replace_directory(directory, write)
+        def keep() -> None:
+            if not directory.exists():
+                files.replace_directory(directory, write)
+
+        distributed.by_leader(keep)
 
 
 def new_config(settings: TrainSettings, target: Target) -> DrafterConfig:
@@ -76,8 +80,8 @@ def new_drafter(context: Context) -> Drafter:
 def features_seen(context: Context, layers: tuple[int, ...]) -> np.ndarray:
     """The target's features [N, F] of the first batch's tokens: what their sizes are measured on."""
     target, batch = context.target, context.train.at(0)
-    features_BxTxF = _look(target.params, batch, config=target.config, layers=layers)
-    return np.asarray(features_BxTxF)[batch.segment_BxT > 0]
+    features_BxTxF = _look(target.params, sharding.place(batch), config=target.config, layers=layers)
+    return sharding.fetch(features_BxTxF)[batch.segment_BxT > 0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layers"))

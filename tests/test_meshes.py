@@ -1,0 +1,129 @@
+"""8 virtual devices: on every mesh the programs give what one device gives, and are compiled once.
+
+Everything runs in one process of its own (`mesh_programs.py`), because the number of devices is fixed when JAX starts.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).with_name("mesh_programs.py")
+MESHES = ["8,1,1", "4,2,1", "2,2,2", "1,1,8"]
+
+
+def run(which, directory):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        " --xla_llvm_disable_expensive_passes=true",  # compiling is what takes the time here
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parent)]),
+    }
+    command = [sys.executable, str(SCRIPT), which, str(directory / "found.json"), str(directory / "checkpoints")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((directory / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return run("meshes", tmp_path_factory.mktemp("meshes"))
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory):
+    return run("rest", tmp_path_factory.mktemp("rest"))
+
+
+def assert_close(ours, theirs, rtol=1e-4, atol=1e-5, where=""):
+    """Of two trees, whose lists are arrays."""
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_close(ours[name], theirs[name], rtol, atol, f"{where}.{name}")
+    else:
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=rtol, atol=atol, err_msg=where)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("stage", ["supervised", "ppow"])
+def test_training_is_that_of_one_device(found, mesh, stage):
+    """Every metric of every step, and all parameters after the last."""
+    one, many = found["one"][stage], found[mesh][stage]
+    for ours, theirs in zip(many["history"], one["history"], strict=True):
+        assert_close(ours, theirs)
+    assert_close(many["params"], one["params"])
+    first, last = one["history"][0], one["history"][-1]
+    assert first["loss"] != last["loss"]  # it moves
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_decoding_gives_the_tokens_of_one_device(found, mesh):
+    """Half of the rows greedy, half sampled."""
+    assert found[mesh]["chain"] == found["one"]["chain"]
+    tokens, length, histogram = map(np.array, found["one"]["chain"])
+    assert length.min() > 8 and histogram[:, 1:].sum() > 0  # drafts are accepted now and then
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_program_is_compiled_once(found, mesh):
+    """Three steps of each stage; decoding in two calls."""
+    assert found[mesh]["compilations"] == [1, 1, 1, 1]
+
+
+def test_matrices_lie_in_pieces(found):
+    """gate_proj [64, 32] of the target and up_proj [64, 32] of the drafter, on the first device."""
+    pieces = {mesh: found[mesh]["pieces"] for mesh in MESHES}
+    assert pieces == {
+        "8,1,1": [[64, 32]] * 2,
+        "4,2,1": [[64, 16]] * 2,
+        "2,2,2": [[32, 16]] * 2,
+        "1,1,8": [[8, 32]] * 2,
+    }
+
+
+@pytest.mark.slow
+def test_trees_give_the_tokens_of_one_device(rest):
+    assert rest["many"]["tree"] == rest["one"]["tree"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["supervised", "ppow"])
+def test_microbatches_give_the_whole_batch(rest, stage):
+    """Two microbatches of a row per device, on data:2,tensor:2,expert:2, against the whole batch on one device."""
+    one, many = rest["one"][stage], rest["many"][stage]
+    for ours, theirs in zip(many["history"], one["history"], strict=True):
+        assert_close(ours, theirs)
+    assert_close(many["params"], one["params"])
+
+
+@pytest.mark.slow
+def test_bfloat16_trains_on_a_mesh(rest):
+    """Rounding differs: sums go in another order."""
+    one, many = rest["one"]["bfloat16"], rest["many"]["bfloat16"]
+    assert_close(many["history"][0], one["history"][0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.slow
+def test_experts_give_the_hidden_states_of_one_device(rest):
+    """4 experts on 2 devices, each cut in two once more; 3 experts are left whole."""
+    for ours, theirs in zip(rest["many"]["experts"], rest["one"]["experts"], strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [4, 1])
+def test_a_checkpoint_of_8_devices_goes_on_with_fewer(rest, devices):
+    saved, restored = rest["saved"], rest[f"restored on {devices}"]
+    assert restored["devices"] == devices
+    assert_close(restored["metrics"], saved["metrics"])
+    assert_close(restored["params"], saved["params"])
+
+
+def test_this_process_has_one_device():
+    assert jax.device_count() == 1
