@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ppow_jax import progress
 from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def connect(
     wait("start")
     if not leader():  # one voice is enough, until something is wrong
         logging.getLogger("ppow_jax").setLevel(logging.WARNING)
+        progress.SILENT = True
     log.info("process %d of %d, %d devices in all", jax.process_index(), jax.process_count(), jax.device_count())
     over = threading.Event()
     threading.Thread(target=_watch, args=(over,), daemon=True).start()

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+SILENT = False  # True in processes that leave the talking to another one
 _LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,7 @@ def bar(total: int, desc: str, unit: str = "step", initial: int = 0, every: floa
       initial: units that an earlier run had done; they do not count for the rate.
       every: seconds between two lines where standard error is not a terminal.
     """
-    silent = not logger.isEnabledFor(logging.INFO)
-    kwargs: dict[str, Any] = {
-        "total": total, "desc": desc, "unit": f" {unit}", "initial": initial, "disable": silent
-    }  # fmt: skip
+    kwargs: dict[str, Any] = {"total": total, "desc": desc, "unit": f" {unit}", "initial": initial, "disable": SILENT}
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, smoothing=0.1, **kwargs)
     return _Lines(every, **kwargs)
@@ -38,6 +36,9 @@ def bar(total: int, desc: str, unit: str = "step", initial: int = 0, every: floa
 @contextlib.contextmanager
 def off_the_clock(bar: tqdm) -> Iterator[None]:
     """What happens inside, such as compiling, takes no part in the bar's rate and time left."""
+    if bar.disable:
+        yield
+        return
     begin = bar._time()
     yield
     seconds = bar._time() - begin

@@ -4,7 +4,6 @@ of one process.
 The processes are started for real, and talk over gloo on this machine; see `train_in_processes.py`.
 """
 
-import logging
 import os
 import pathlib
 import signal
@@ -96,6 +95,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on(directory, alone):
     assert_same(result(workdir), alone)
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices(directory, alone):
     codes, logs = start(directory / "four", number=2, devices=2)
     assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
@@ -134,7 +134,7 @@ def test_one_process_needs_nobody(tmp_path):
 
 
 def test_what_is_silent_shows_no_progress(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("ppow_jax.progress"), "level", logging.WARNING)
-    monkeypatch.setattr(logging.getLogger("ppow_jax.progress").manager, "disable", 0)
-    logging.getLogger("ppow_jax.progress")._cache.clear()
-    assert progress.bar(3, "steps").disable
+    monkeypatch.setattr(progress, "SILENT", True)
+    with progress.bar(3, "steps") as bar, progress.off_the_clock(bar):
+        bar.update(1)
+    assert bar.disable

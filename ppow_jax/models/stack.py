@@ -87,7 +87,9 @@ def each_layer(function: Callable[..., KV], *kv: Sequence[KV | StackedKV]) -> tu
 def like(layers: Sequence[dict], kv: KV) -> tuple[KV | StackedKV, ...]:
     """A copy of `kv` for every layer."""
     return tuple(
-        StackedKV(*(jnp.broadcast_to(x, (run.number, *x.shape)) for x in kv)) if run.stacked else kv
+        StackedKV(*(jnp.broadcast_to(x, (run.number, *x.shape)) for x in kv))
+        if run.stacked
+        else KV(*map(jnp.copy, kv))  # buffers of their own: they are donated
         for run in runs(layers)
     )
 
