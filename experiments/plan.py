@@ -13,8 +13,9 @@ import dataclasses
 import json
 from typing import Any
 
-from ppow_jax import cli, files, mesh_shape
-from ppow_jax.config import field, require
+from ppow_jax import cli, files
+from ppow_jax.config import field
+from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.training.settings import TrainSettings
 
 PROGRAMS = ("supervised", "ppow", "decode", "prefill")
@@ -34,7 +35,6 @@ DEFAULTS = {
 class Settings(TrainSettings):
     """The flags of this program: those of a training run, and what to plan."""
 
-    mesh: str | None = field(None, mesh_shape.HELP, group="Plan")
     topology: str = field("local", "local, or CHIP:GRID such as v5e:4x4, v5p:2x2x2.", group="Plan")
     program: str = field("supervised", "The program to compile.", choices=PROGRAMS, group="Plan")
     search: bool = field(False, "Find the largest batch by compiling, a few times.", group="Plan")
@@ -88,11 +88,9 @@ def plan(settings: Settings) -> dict[str, Any]:
     from ppow_jax.planning import published
 
     config = published.read(settings.target)
-    shape = mesh_shape.MeshShape.parse(settings.mesh)
-    mesh = sharding.make_mesh(shape, devices)
-    shape = shape or mesh_shape.MeshShape(data=len(devices))
-    rule = f"must be a multiple of {shape.rows}, the parts that --mesh={shape} cuts rows into"
-    require(settings.batch_size % shape.rows == 0, f"--batch_size={settings.batch_size}: {rule}")
+    mesh = sharding.make_mesh(MeshShape.parse(settings.mesh), devices)
+    shape = sharding.shape_of(mesh)
+    settings.check_rows(shape)
 
     def compiled(batch_size: int):
         sized = dataclasses.replace(settings, batch_size=batch_size)

@@ -96,7 +96,7 @@ def models(settings: TrainSettings, target: ModelConfig, mesh: jax.sharding.Mesh
 def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.sharding.Mesh) -> Program:
     """One step of stage `supervised` or `ppow`."""
     mixed = settings.dtype == "bfloat16"
-    shell = Drafter(found.drafter, {}, found.target_ids_W, mixed)
+    shell = Drafter(found.drafter, {}, found.target_ids_W, mixed=mixed, remat=settings.remat)
     scale_F = None if settings.fc_norm else np.ones(3 * found.target.hidden_size)
     update = optimizer(
         settings, list(found.drafter_params), settings.learning_rate, settings.supervised_steps, 0, scale_F
@@ -107,8 +107,7 @@ def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.shard
     greedy_text = settings.answer_temperature == 0
     arguments: tuple = (state, shell, found.params, batch)
     options: dict[str, Any] = {"config": found.target, "optimizer": update, "greedy_text": greedy_text}
-    if hasattr(settings, "accumulate"):
-        options["accumulate"] = settings.accumulate
+    options["accumulate"] = settings.accumulate
     function: Callable = supervised.train_step
     if stage == "supervised":
         options |= {"steps": settings.ttt_steps, "decay": settings.ttt_decay}
