@@ -63,9 +63,27 @@ class Settings:
     window: tuple[int, ...] = field(
         (5,), "Drafted tokens per round, K; the most of them where it adapts.", low=1, high=64, group="Decoding"
     )
-    block: bool = field(False, "Verify sampled chains block-wise.", group="Decoding")
-    tree_depth: tuple[int, ...] = field((5,), "Levels of a tree.", low=1, high=64, group="Decoding")
-    tree_branch: int = field(8, "Nodes expanded per level, and children of each.", low=1, group="Decoding")
+    block: bool = field(True, "Verify sampled chains block-wise; else token-wise.", group="Decoding")
+    stop_rule: str = field(
+        "throughput",
+        "When an adaptive window ends: by what it gains and costs here, or by --stop_threshold.",
+        choices=("throughput", "threshold"),
+        group="Decoding",
+    )
+    stop_threshold: float = field(
+        0.1, "The least chance to be accepted that is drafted on, by that rule.", high=1, group="Decoding"
+    )
+    confidence: str = field(
+        "drafter",
+        "Where adaptive windows take chances from: the drafter's probabilities, or its confidence head.",
+        choices=("drafter", "head"),
+        group="Decoding",
+    )
+    adaptive_chain: bool = field(False, "Adaptive windows are chains, not trees.", group="Decoding")
+    tree_depth: tuple[int, ...] = field(
+        (4,), "Levels of a tree; an adaptive one has up to --window.", low=1, high=64, group="Decoding"
+    )
+    tree_branch: int = field(3, "Nodes expanded per level, and children of each.", low=1, group="Decoding")
     tree_nodes: tuple[int, ...] = field((15,), "Nodes of a tree that are verified.", low=1, group="Decoding")
     temperature: tuple[float, ...] = field((0.0,), "0 is greedy.", low=0, high=100, group="Decoding")
     batch_size: tuple[int, ...] = field((1,), "Prompts decoded at once.", low=1, group="Decoding")
@@ -94,15 +112,21 @@ class Settings:
     def speculations(self) -> "list[Speculation]":
         """Every way to speculate that is asked for. Raises UserError for an impossible tree."""
         from ppow_jax.speculation import settings as ways
+        from ppow_jax.speculation.adaptive import Stopping
 
-        make = {"chain": ways.chain, "adaptive": ways.adaptive}
+        stopping = Stopping(self.stop_rule, self.stop_threshold, self.confidence == "head")
         found = []
         for mode in self.modes:
-            if mode == "tree":
+            if mode == "chain":
+                found += [ways.chain(window, self.block) for window in self.window]
+            elif mode == "tree":
                 sizes = itertools.product(self.tree_depth, self.tree_nodes)
                 found += [ways.tree(self.tree_branch, depth, nodes) for depth, nodes in sizes]
+            elif self.adaptive_chain:
+                found += [ways.adaptive(window, self.block, stopping) for window in self.window]
             else:
-                found += [make[mode](window, self.block) for window in self.window]
+                sizes = itertools.product(self.window, self.tree_nodes)
+                found += [ways.adaptive_tree(self.tree_branch, depth, nodes, stopping) for depth, nodes in sizes]
         return found
 
 

@@ -61,10 +61,27 @@ class Settings:
     window: int | None = field(
         None, "Drafted tokens per round, K, of a chain; at most, if adaptive.", low=1, high=64, group="Speculation"
     )
+    stop_rule: str = field(
+        "throughput",
+        "When an adaptive window ends: by what it gains and costs here, or by --stop_threshold.",
+        choices=("throughput", "threshold"),
+        group="Speculation",
+    )
+    stop_threshold: float = field(
+        0.1, "The least chance to be accepted that is drafted on, by that rule.", high=1, group="Speculation"
+    )
+    confidence: str = field(
+        "drafter",
+        "Where adaptive windows take chances from: the drafter's probabilities, or its confidence head.",
+        choices=("drafter", "head"),
+        group="Speculation",
+    )
     tree_branch: int | None = field(
         None, "Children drafted per node, and nodes that get some.", low=1, group="Speculation"
     )
-    tree_depth: int | None = field(None, "Levels of a tree.", low=1, high=64, group="Speculation")
+    tree_depth: int | None = field(
+        None, "Levels of a tree; an adaptive one has up to --window.", low=1, high=64, group="Speculation"
+    )
     tree_nodes: int | None = field(None, "Nodes of a tree that are verified.", low=1, group="Speculation")
     compare: bool = field(False, "Decode plainly too, and compare.", group="Speculation")
 
@@ -94,9 +111,12 @@ class Settings:
             "--compare: needs a drafter to compare with, but --drafter=none",
         )
         require(not self.compare or self.speculation != "off", "--compare: needs another mode than --speculation=off")
-        is_tree = self.speculation == "tree"
-        for name in ("tree_branch", "tree_depth", "tree_nodes"):
-            require(getattr(self, name) is None or is_tree, f"--{name}={getattr(self, name)}: needs --speculation=tree")
+        is_tree, adapts = self.speculation == "tree", self.speculation == "adaptive"
+        for name in ("tree_branch", "tree_nodes"):
+            needs = "needs --speculation=tree or adaptive"
+            require(getattr(self, name) is None or is_tree or adapts, f"--{name}={getattr(self, name)}: {needs}")
+        needs = "needs --speculation=tree"
+        require(self.tree_depth is None or is_tree, f"--tree_depth={self.tree_depth}: {needs}")
         if self.window is not None:
             require(not is_tree, f"--window={self.window}: a tree has --tree_depth instead")
             drafts = self.speculation != "off" and self.drafter is not None
@@ -177,8 +197,14 @@ def read_prompt(settings: Settings) -> str:
 
 def speculation(settings: Settings, default: "Speculation") -> "Speculation":
     """The flags' sizes in place of the default ones."""
+    if default.adaptive:
+        from ppow_jax.speculation.adaptive import Stopping
+
+        stopping = Stopping(settings.stop_rule, settings.stop_threshold, settings.confidence == "head")
+        default = dataclasses.replace(default, adaptive=stopping)
     if default.shape:
         given = {name: getattr(settings, f"tree_{name}") for name in ("branch", "depth", "nodes")}
+        given["depth"] = given["depth"] or settings.window
         shape = dataclasses.replace(default.shape, **{name: size for name, size in given.items() if size})
         return dataclasses.replace(default, window=shape.depth, shape=shape)
     return dataclasses.replace(default, window=settings.window) if settings.window and default.window else default

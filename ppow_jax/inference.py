@@ -27,13 +27,14 @@ from ppow_jax.config import require
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.evaluation import loading
-from ppow_jax.evaluation.costs import round_costs
-from ppow_jax.evaluation.decoding import TO_THE_END, rung
+from ppow_jax.evaluation.costs import measure_prices
+from ppow_jax.evaluation.decoding import TO_THE_END, require_head, rung
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.requests import Answer, Batch, Job, Result, Stats, Stop, Text, arrays
 from ppow_jax.speculation import generate
+from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, adaptive, chain, off, tree
+from ppow_jax.speculation.settings import Speculation, adaptive_tree, chain, off, tree
 from ppow_jax.weights import targets
 from ppow_jax.weights.targets import Target
 
@@ -41,12 +42,12 @@ __all__ = ["SPECULATIONS", "Model", "Result", "Stats", "Stream", "load"]
 
 log = logging.getLogger(__name__)
 
-# Where only a name is given. Up to 16 tokens are verified for little more than the price of one on a CPU.
+# Where only a name is given. Of an adaptive tree as much is drafted and verified as pays on the device.
 SPECULATIONS = {
     "off": off(),
-    "chain": chain(5),
-    "adaptive": adaptive(7),
-    "tree": tree(branch=4, depth=5, nodes=15),
+    "chain": chain(4),
+    "adaptive": adaptive_tree(branch=3, depth=7, nodes=15),
+    "tree": tree(branch=4, depth=3, nodes=7),
 }
 LOOK = 4  # rounds between two looks of the host at the text, when it streams or waits for a stop text
 ROLES = ("system", "user", "assistant")
@@ -68,14 +69,14 @@ def load(target: str, drafter: str | None = "auto", dtype: str = "bfloat16") -> 
 class Model:
     """A target, and a drafter or None. See `load`.
 
-    costs: of adaptive windows, per (window, rows, greedy): what `evaluation.costs.round_costs` measures when it is
-    first needed. At temperature > 0 the law of an answer does not depend on it, but which one a seed draws does: keep
-    it to repeat that elsewhere.
+    prices: of adaptive windows, per (speculation, rows, greedy): what `evaluation.costs.measure_prices` finds when it
+    is first needed. At temperature > 0 the law of an answer does not depend on it, but which one a seed draws does:
+    keep it to repeat that elsewhere.
     """
 
     target: Target
     drafter: Drafter | None = None
-    costs: dict[tuple[int, int, bool], np.ndarray] = dataclasses.field(default_factory=dict)
+    prices: dict[tuple[Speculation, int, bool], Prices] = dataclasses.field(default_factory=dict)
 
     def generate(
         self,
@@ -170,22 +171,23 @@ class Model:
             speculation = SPECULATIONS[speculation]
         given = f"speculation={speculation.mode}"
         require(not speculation.window or self.drafter is not None, f"{given}: needs a drafter, but there is none")
+        require_head(self.drafter, speculation)
         return speculation
 
-    def cost_K1(self, speculation: Speculation, rows: int, greedy: bool) -> np.ndarray | None:
-        """What an adaptive window decides by; None for other windows. See `costs`.
+    def prices_of(self, speculation: Speculation, rows: int, greedy: bool) -> Prices | None:
+        """What an adaptive window decides by; None for other windows. See `prices`.
 
-        Sampled answers depend on it: they take the costs of one row, whatever the batch.
+        Sampled answers depend on it: they take the prices of one row, whatever the batch.
         """
         if not speculation.adaptive:
             return None
-        key = speculation.window, rows if greedy else 1, greedy
-        if key not in self.costs:
+        key = speculation, rows if greedy else 1, greedy
+        if key not in self.prices:
             log.info("measuring what drafting and verifying cost here, once")
-            L = generate.cache_length(256, 256, key[0])
+            L = generate.cache_length(256, 256, speculation.window)
             sampling = Sampling.of(0.0 if greedy else 1.0)
-            self.costs[key] = round_costs(self.target, self.drafter, key[0], L, key[1], sampling=sampling)
-        return self.costs[key]
+            self.prices[key] = measure_prices(self.target, self.drafter, speculation, L, key[1], sampling=sampling)
+        return self.prices[key]
 
     def job(self, prompts: Text | Sequence[Text], speculation: str | Speculation | None = None, **settings: Any) -> Job:
         """What `generate` is asked with these arguments, checked."""
@@ -196,7 +198,7 @@ class Model:
         speculation, positions = job.speculation, self.target.config.max_position_embeddings
         requests = [job.requests[i] for i in members]
         sampling = job.sampling_of(members)
-        cost_K1 = self.cost_K1(speculation, job.rows, sampling.greedy)
+        prices = self.prices_of(speculation, job.rows, sampling.greedy)
         drafter = self.drafter if speculation.window else None
         prompt_BxP, prompt_B, limit_B, seed_B = arrays(requests, job.rows, positions)
         longest = max(prompt_BxP.shape[1], min(rung(int(limit_B.max())), positions + 1))
@@ -216,7 +218,7 @@ class Model:
         jax.block_until_ready(state.length_B)  # for the clock: nothing comes to the host
         seconds = time.perf_counter() - begin
         answers = [Answer(self.target, request, seconds) for request in requests]
-        return Batch(drafter, state, speculation, sampling, cost_K1, answers)
+        return Batch(drafter, state, speculation, sampling, prices, answers)
 
     def run(self, job: Job, members: Sequence[int], rounds: int) -> Iterator[list[Answer]]:
         """Answers requests as one batch; yields how far they are, every so many rounds and at the end."""
@@ -231,7 +233,7 @@ class Model:
                 rounds,
                 speculation=batch.speculation,
                 sampling=batch.sampling,
-                cost_K1=batch.cost_K1,
+                prices=batch.prices,
             )
             batch.look(begin)
             yield batch.answers

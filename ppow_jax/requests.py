@@ -15,6 +15,7 @@ from ppow_jax.config import require
 from ppow_jax.evaluation.decoding import rung
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
+from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.weights.targets import Target
@@ -207,7 +208,7 @@ class Batch:
     state: generate.State
     speculation: Speculation
     sampling: Sampling
-    cost_K1: np.ndarray | None
+    prices: Prices | None
     answers: list[Answer]
 
     @property

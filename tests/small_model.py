@@ -14,6 +14,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import DrafterConfig
+from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.settings import adaptive, chain, off, tree
 from ppow_jax.weights.targets import Target
 
@@ -22,7 +23,7 @@ CONFIG = dataclasses.replace(
     small_world.CONFIG, vocab_size=259, num_layers=2, max_position_embeddings=POSITIONS, eos_token_ids=(258,)
 )
 MODES = {"off": off(), "chain": chain(2), "adaptive": adaptive(2), "tree": tree(3, 2, 8)}
-DEAR = np.array([1.0, 1.15, 1.2], np.float32)  # so that some adaptive rows rest while others draft
+DEAR = Prices.of(0.05, np.array([1.0, 1.1, 1.1]))  # so that some adaptive rows rest while others draft
 
 
 @functools.cache
@@ -54,5 +55,5 @@ def model() -> Model:
         norm_output=True,
     )
     drafter = Drafter(config, drafting.init(jax.random.key(2), config, scale=0.2), jnp.array(written))
-    costs = {(2, rows, greedy): DEAR for rows in (1, 2, 4, 8) for greedy in (True, False)}
-    return Model(Target("small", CONFIG, params, tokenizer()), drafter, costs)
+    prices = {(MODES["adaptive"], rows, greedy): DEAR for rows in (1, 2, 4, 8) for greedy in (True, False)}
+    return Model(Target("small", CONFIG, params, tokenizer()), drafter, prices)

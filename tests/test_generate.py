@@ -21,9 +21,10 @@ from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation import generate
+from ppow_jax.speculation.adaptive import Prices, Stopping
 from ppow_jax.speculation.propose import Draft, propose
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, adaptive, chain, tree
+from ppow_jax.speculation.settings import Speculation, adaptive, adaptive_tree, chain, off, tree
 from ppow_jax.weights import targets
 
 V, N, B, P, NEW = 12, 200, 50, 9, 24  # few tokens, so that random drafters are right now and then
@@ -177,23 +178,28 @@ def test_histogram_accounts_for_every_token(arm):
 # ---------------------------------------------------------------- trees and adaptive windows
 
 
+def prices_of(price: float, speculation: Speculation) -> Prices:
+    """price: of a draft step, and of verifying one more token."""
+    return Prices.of(price, 1 + price * np.arange(speculation.verified + 1))
+
+
 @functools.cache
-def with_mode(speculation: Speculation, seed: int = 1, costs: tuple[float, ...] | None = None):
-    """(answers, histogram_NxK1, drafted_N) of all prompts. costs: of a round that drafts 0..K tokens."""
+def with_mode(speculation: Speculation, seed: int = 1, price: float | None = None):
+    """(answers, histogram_NxK1, drafted_N) of all prompts. price: see `prices_of`."""
     found, histogram, drafted = [], [], []
     made = drafter(True, seed)
     for rows in batches():
         state = prefill(rows, speculation.window, made)
-        cost_K1 = None if costs is None else jnp.asarray(costs)
+        prices = None if price is None else prices_of(price, speculation)
         state = generate.decode(
-            PARAMS, CONFIG, made, state, 10_000, speculation=speculation, sampling=GREEDY, cost_K1=cost_K1
+            PARAMS, CONFIG, made, state, 10_000, speculation=speculation, sampling=GREEDY, prices=prices
         )
         found += answers(state)
         histogram.append(np.asarray(state.histogram_BxK1)), drafted.append(np.asarray(state.drafted_B))
     return found, np.concatenate(histogram), np.concatenate(drafted)
 
 
-FREE, CHEAP, DEAR = (1.0,) * 4, (1.0, 1.1, 1.2, 1.3), (1.0, 3.0, 5.0, 7.0)
+FREE, CHEAP, DEAR = 0.0, 0.05, 1.0
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 3), (3, 3, 10), (2, 4, 14), (4, 1, 3)], ids=str)
@@ -216,19 +222,78 @@ def test_a_tree_that_holds_the_chain_accepts_no_less():
     assert mean[1] > mean[0] + 0.2
 
 
-@pytest.mark.parametrize("costs", [FREE, CHEAP, DEAR], ids=["free", "cheap", "dear"])
-def test_adaptive_windows_are_lossless(costs):
-    assert with_mode(adaptive(3), costs=costs)[0] == expected()
+@pytest.mark.parametrize("price", [FREE, CHEAP, DEAR], ids=["free", "cheap", "dear"])
+def test_adaptive_windows_are_lossless(price):
+    assert with_mode(adaptive(3), price=price)[0] == expected()
 
 
 def test_an_adaptive_window_weighs_costs():
-    free, cheap, dear = (with_mode(adaptive(3), costs=costs) for costs in (FREE, CHEAP, DEAR))
+    free, cheap, dear = (with_mode(adaptive(3), price=price) for price in (FREE, CHEAP, DEAR))
     np.testing.assert_array_equal(free[1], speculative(3, True, 1)[1])  # always the whole window
     rounds_N, asked_N = free[1].sum(1), np.minimum(free[1].sum(1), 1)
     np.testing.assert_array_equal(free[2], 3 * rounds_N)
     assert (dear[2].sum() < cheap[2].sum() < 3 * cheap[1].sum()) and (dear[2] >= asked_N).all()
     long_N = dear[1].sum(1) >= 10
     assert long_N.any() and (dear[2][long_N] < dear[1].sum(1)[long_N]).all()  # some rounds drafted nothing
+
+
+ADAPTIVE_TREE = adaptive_tree(3, 3, 10)
+
+
+@pytest.mark.parametrize("price", [FREE, CHEAP, DEAR], ids=["free", "cheap", "dear"])
+def test_adaptive_trees_are_lossless(price):
+    assert with_mode(ADAPTIVE_TREE, price=price)[0] == expected()
+
+
+def test_an_adaptive_tree_weighs_costs():
+    fixed = with_mode(tree(3, 3, 10))
+    free, cheap, dear = (with_mode(ADAPTIVE_TREE, price=price) for price in (FREE, CHEAP, DEAR))
+    np.testing.assert_array_equal(free[1], fixed[1])  # always the whole tree
+    np.testing.assert_array_equal(free[2], fixed[2])
+    assert dear[2].sum() < cheap[2].sum() < free[2].sum()
+    assert cheap[1].sum() > free[1].sum()  # more rounds, smaller ones
+
+
+@pytest.mark.parametrize("way", [adaptive(3), ADAPTIVE_TREE], ids=["chain", "tree"])
+def test_rounds_without_drafts_leave_no_gap_in_the_drafters_cache(way):
+    """After any number of resting rounds, keys and features are those of a row that never rested."""
+    rows, made = batches()[0], drafter(True, 1)
+    how = {"speculation": way, "sampling": GREEDY, "prices": prices_of(CHEAP, way)}
+    state = prefill(rows, 3, made)
+    resting = state.replace(pace=state.pace.replace(rest_B=jnp.full(B, 7)))
+    resting = generate.decode(PARAMS, CONFIG, made, resting, 7, **how)
+    plain = prefill(rows, 0)
+    plain = generate.decode(PARAMS, CONFIG, None, plain, 7, speculation=off(), sampling=GREEDY)
+    np.testing.assert_array_equal(resting.tokens_BxL[:, : plain.tokens_BxL.shape[1]], plain.tokens_BxL)
+    going = ~np.asarray(resting.done_B)
+    assert going.any() and (np.asarray(resting.drafted_B) == 0).all()
+    assert (np.asarray(resting.pending_B)[going] > 1).all()  # gathered, then written together
+    found, fresh = drafted_after(resting, made)
+    np.testing.assert_allclose(found[going], fresh[going], rtol=2e-4, atol=2e-4)
+    assert answers(generate.decode(PARAMS, CONFIG, made, resting, 10_000, **how)) == expected()[:B]
+
+
+def drafted_after(state, made):
+    """The drafter's keys of all indices that the next round sees, from the state and from a pass over its tokens."""
+    chain_state, _ = generate.draft_window(PARAMS, made, state, chain(3), GREEDY)
+    tokens_BxL, L = state.tokens_BxL, state.tokens_BxL.shape[1]
+    position_BxL = jnp.broadcast_to(jnp.arange(L), tokens_BxL.shape)
+    mask, layers = transformer.causal_mask(*tokens_BxL.shape), DRAFTER.feature_layers
+    out = transformer.forward(PARAMS, CONFIG, tokens_BxL, position_BxL, mask, feature_layers=layers)
+    g_BxLxE, next_BxL = drafting.fuse(made, out.features_BxSxF), jnp.roll(tokens_BxL, -1, 1)
+    (kv,) = drafting.prefix_keys(made, g_BxLxE, made.embed(PARAMS["embed"], next_BxL), position_BxL, mask)
+    seen_BxL = np.arange(L) < np.asarray(state.length_B)[:, None] - 1
+    keys = (np.asarray(x.k_BxKvxdxL) for x in (*chain_state.drafter_kv, kv))
+    return [np.where(seen_BxL[:, None, None], x, 0.0) for x in keys]
+
+
+@pytest.mark.parametrize("widest", [adaptive(3), ADAPTIVE_TREE], ids=["chain", "tree"])
+def test_a_threshold_on_the_chance_is_lossless_and_shortens(widest):
+    ways = [dataclasses.replace(widest, adaptive=Stopping("threshold", t)) for t in (1e-6, 0.3, 0.9)]
+    made = [with_mode(way, price=FREE) for way in ways]
+    assert all(found == expected() for found, _, _ in made)
+    low, middle, high = ((drafted_N / histogram_NxK1.sum(1).clip(1)).mean() for _, histogram_NxK1, drafted_N in made)
+    assert high < middle < low
 
 
 @functools.cache
@@ -272,7 +337,7 @@ def test_every_accepted_length_commits_the_right_tokens():
     wrong_BxT = rng.random(truth_BxT.shape) < np.linspace(0, 1, B)[:, None]
     offered_BxT = jnp.asarray(np.where(wrong_BxT, (truth_BxT + 1) % V, truth_BxT))
 
-    def copied(drafter, embed, g, root, position_BxM, prefix, K, sampling, key_B, go_on):
+    def copied(drafter, embed, g, root, position_BxM, prefix, K, sampling, key_B):
         token_BxK = jnp.take_along_axis(offered_BxT, position_BxM + 2 + jnp.arange(K), 1)
         return Draft(token_BxK[:, None], None, None, None)
 
@@ -363,7 +428,7 @@ def sampled(keys, done_row: int, speculation: Speculation) -> np.ndarray:
             10_000,
             speculation=speculation,
             sampling=how,
-            cost_K1=jnp.array([1.0, 1.1, 1.4]),
+            prices=prices_of(0.1, speculation),
         )
     )
     assert found.pop(done_row) == []
@@ -371,11 +436,12 @@ def sampled(keys, done_row: int, speculation: Speculation) -> np.ndarray:
 
 
 SAMPLED = {
-    "chain": chain(2),
-    "block": chain(2, block=True),
-    "adaptive": adaptive(2),
-    "adaptive block": adaptive(2, block=True),
+    "chain": chain(2, block=False),
+    "block": chain(2),
+    "adaptive": adaptive(2, block=False),
+    "adaptive block": adaptive(2),
     "tree": tree(2, 2, 4),
+    "adaptive tree": adaptive_tree(2, 2, 4),
 }
 
 

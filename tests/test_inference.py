@@ -22,6 +22,7 @@ from ppow_jax.inference import SPECULATIONS, Model
 from ppow_jax.models import transformer
 from ppow_jax.requests import Answer, Request
 from ppow_jax.speculation import generate, prefill
+from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import adaptive, off
 
@@ -231,17 +232,17 @@ def test_prompts_of_a_rung_share_their_programs_and_nothing_is_left_behind():
 
 
 def test_costs_of_adaptive_windows_are_measured_once():
-    fresh, measured = dataclasses.replace(model(), costs={}), []
+    fresh, measured = dataclasses.replace(model(), prices={}), []
 
-    def measure(target, drafter, K, L, batch, *, sampling):
-        measured.append((K, batch, sampling.greedy))
-        return np.ones(K + 1, np.float32)
+    def measure(target, drafter, speculation, L, batch, *, sampling):
+        measured.append((speculation, batch, sampling.greedy))
+        return Prices.of(0.1, np.ones(speculation.window + 1))
 
-    with mock.patch.object(inference, "round_costs", measure):
-        assert fresh.cost_K1(MODES["chain"], 4, True) is None
+    with mock.patch.object(inference, "measure_prices", measure):
+        assert fresh.prices_of(MODES["chain"], 4, True) is None
         for rows, greedy in ((4, True), (4, True), (8, True), (4, False), (8, False)):  # sampled: as if alone
-            assert fresh.cost_K1(adaptive(3), rows, greedy).shape == (4,)
-    assert measured == [(3, 4, True), (3, 8, True), (3, 1, False)]
+            assert fresh.prices_of(adaptive(3), rows, greedy).verify_N1.shape == (4,)
+    assert measured == [(adaptive(3), 4, True), (adaptive(3), 8, True), (adaptive(3), 1, False)]
 
 
 # ---------------------------------------------------------------- chats

@@ -14,12 +14,13 @@ from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation import decoding, measure, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
+from ppow_jax.evaluation.costs import measure_prices
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.settings import adaptive, chain, tree
+from ppow_jax.speculation.settings import adaptive_tree, chain, tree
 from ppow_jax.weights import targets
 
 
@@ -148,7 +149,7 @@ def test_rows_have_the_documented_keys(greedy, tmp_path):
 
 
 def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
-    ways = [chain(3), adaptive(3), tree(3, 3, 8), tree(3, 3, 4)]
+    ways = [chain(3), adaptive_tree(3, 3, 8), tree(3, 3, 8), tree(3, 3, 4)]
     outputs: list[measure.Output] = []
     settings = SETTINGS | {"speculations": ways, "on_output": outputs.append}
     before = generate.decode._cache_size(), generate.prefill._cache_size()
@@ -160,7 +161,7 @@ def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
         (name, mode) for name in ("sums", "turns") for mode in ("chain", "adaptive", "tree", "tree")
     ]
     assert all(row["identical"] == row["total"] for row in rows)
-    assert [row["tree"] and row["tree"]["nodes"] for row in rows[:4]] == [None, None, 8, 4]
+    assert [row["tree"] and row["tree"]["nodes"] for row in rows[:4]] == [None, 8, 8, 4]
     assert rows[0]["accepted_histogram"] == greedy[0][0]["accepted_histogram"]
     assert {row["baseline_decode_seconds"] for row in rows[:4]} == {rows[0]["baseline_decode_seconds"]}
     for row in rows:
@@ -217,6 +218,9 @@ def test_costs(target, drafter, greedy):
     costs = measure.measure_costs(target, drafter, chain(3), HOW.cache_length(64), batch=3, repetitions=2)
     assert costs.gamma == costs.draft / 3 / costs.plain_step > 0
     assert costs.verify_ratio == costs.verify / costs.plain_step > 0
+    prices = measure_prices(target, drafter, adaptive_tree(3, 3, 8), HOW.cache_length(64), batch=3, repetitions=2)
+    verify = np.asarray(prices.verify_N1)  # compiled for 0, 3, 7 and 8 drafts
+    assert prices.step > 0 and verify[0] == 1 and (np.diff(verify) >= 0).all() and len(set(verify[4:8])) == 1
     with pytest.raises(ValueError, match="too short for a window of 8"):
         measure.measure_costs(target, drafter, chain(8), 10)
 

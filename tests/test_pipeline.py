@@ -15,6 +15,7 @@ from small_run import Command, arguments, assert_same_results, metrics_of
 from ppow_jax import config, files
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
+from ppow_jax.models.confidence import has_head
 from ppow_jax.training import corpus, pipeline, results, stages
 from ppow_jax.training.checkpoint import Checkpoints
 from ppow_jax.training.metrics import NonFiniteError, read_metrics
@@ -33,7 +34,8 @@ def test_a_run_leaves_its_results(whole):
     assert {"flags.txt", "report.json", "report.md", "results.png", "curves.png", "metrics.jsonl", "drafter"} <= {
         path.name for path in whole.iterdir()
     }
-    assert {"config.json", "model.safetensors"} <= {path.name for path in (whole / "drafter").iterdir()}
+    files_there = {path.name for path in (whole / "drafter").iterdir()}
+    assert {"config.json", "model.safetensors", "confidence_head.json"} <= files_there
     report = json.loads((whole / "report.json").read_text())
     assert [arm["name"] for arm in report["arms"]] == ["supervised", "ppow"]
     assert report["settings"]["window"] == 2 and report["precision"] == "float32" and report["device"]
@@ -59,7 +61,9 @@ def test_the_metrics_of_a_run(whole):
     ppow = [row for row in rows if row["stage"] == "ppow"]
     names = {"reward", "reward_std", "reward_speedup", "reward_proximity", "accepted_length", "accepted_histogram"}
     names |= {"flat_groups", "kl", "ratio", "ratio_clipped", "entropy", "gradient_norm", "criticality", "loss"}
-    assert names <= set(ppow[0])
+    assert names | {"confidence_loss"} <= set(ppow[0])
+    doubt = [row["confidence_loss"] for row in rows if row["stage"] == "supervised"]
+    assert np.mean(doubt[-4:]) < 0.5 * doubt[0]
     held_out = [row["held_out_tau_sim"] for row in rows if row["stage"].endswith("_held_out")]
     assert all(1 <= tau <= 3 for tau in held_out)
     # stage 2 begins where the best of stage 1 was
@@ -260,6 +264,7 @@ def test_a_run_keeps_the_drafter_that_it_started_from(whole, tmp_path):
     shutil.rmtree(source)
     again = find_start(settings, tmp_path, target)
     assert again.config == start.config and results.checksum(again) == results.checksum(start)
+    assert has_head(start.params)
     assert find_start(dataclasses.replace(settings, drafter=None, draft_vocab_size=9), tmp_path, target) is None
 
 

@@ -69,7 +69,7 @@ def roller(settings):
                 key_B, step, drafter, world.target_params(), world.CONFIG, scored, settings
             )
         metrics = rollout_module.summary(windows, measured, scored.windows.anchor_mask_BxM)
-        logits = ppow.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
+        logits, _ = ppow.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
         return Rolled(windows, metrics, logits, deltas[0])
 
     return lambda key, step, batch: jax.device_get(roll(key, step, batch, world.trained()))

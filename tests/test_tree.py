@@ -13,6 +13,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Prefix
 from ppow_jax.objectives import supervised
 from ppow_jax.speculation.tree import (
+    ABSENT,
     Tree,
     TreeShape,
     ancestors,
@@ -21,6 +22,7 @@ from ppow_jax.speculation.tree import (
     follow,
     propose_tree,
     remainder,
+    shared,
 )
 
 
@@ -28,7 +30,8 @@ def tree_of(tokens, parents) -> Tree:
     """A tree from per-node tokens and window indices of the parents; one row."""
     parent_BxN = jnp.asarray([parents])
     seen = ancestors(parent_BxN, len(parents))
-    return Tree(jnp.asarray([tokens]), parent_BxN, seen.sum(-1) - 1, seen, jnp.zeros((1, len(tokens))))
+    logp_BxN, steps_B = jnp.zeros((1, len(tokens))), jnp.array([len(tokens)])
+    return Tree(jnp.asarray([tokens]), parent_BxN, seen.sum(-1) - 1, seen, logp_BxN, steps_B)
 
 
 def walk(tokens, parents, drawn) -> list[int]:
@@ -141,6 +144,21 @@ def test_the_emitted_law_is_the_targets(seed):
     assert np.abs(biased - want).max() > 1e-3
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_absent_places_change_nothing(seed):
+    rng = np.random.default_rng(seed)
+    tokens, parents = random_tree(rng, 4, V)
+    table = {}
+
+    def p_of(prefix):
+        return table.setdefault(prefix, rng.dirichlet(np.ones(V) * 0.7))
+
+    with jax.enable_x64(True):
+        alone = emitted_law(tokens, parents, p_of)
+        beside = emitted_law(tokens + [0, 1], parents + [ABSENT, ABSENT], p_of)
+    assert np.abs(beside - alone).max() < 1e-9
+
+
 def test_a_node_whose_children_are_all_there_is_leaves_no_nan():
     tree = tree_of([0, 1, 2], [0, 0, 0])
     law = remainder(tree, jnp.array([0]), jnp.array([[0.5, 0.25, 0.25]]))
@@ -217,6 +235,34 @@ def test_the_first_level_is_the_drafters_best(tree, anchored):
     out, _ = drafting.step(drafter, rest[0], embed[rest[1]].astype(jnp.float32), rest[2], rest[3])
     best = np.argsort(-np.asarray(drafting.logits(drafter, out))[:, 0], axis=1)[:, :5]
     assert (np.asarray(level.token_BxN) == np.asarray(drafter.target_ids_W)[best]).all()
+
+
+def test_rows_end_their_trees_on_their_own(anchored, tree):
+    """Row 0 drafts two levels, row 1 all; row 0 keeps five nodes, row 1 all: each as if it were alone."""
+    keep_B = jnp.array([5, SHAPE.nodes])
+
+    def go_on(level, logp_BxX):
+        return jnp.array([level < 2, True])
+
+    cut = propose_tree(*anchored, SHAPE, go_on, lambda logp_BxN: keep_B)
+    assert cut.count_B.tolist() == [5, SHAPE.nodes] and cut.steps_B.tolist() == [2, SHAPE.depth]
+    for found, whole in zip(cut[:-1], tree[:-1], strict=True):
+        np.testing.assert_allclose(found[1], whole[1], rtol=1e-5)
+    shallow = propose_tree(*anchored, TreeShape(SHAPE.branch, 2, 5))
+    for found, whole in zip(cut.cut(5)[:-1], shallow[:-1], strict=True):
+        np.testing.assert_allclose(found[0], whole[0], rtol=1e-5)
+    assert (cut.parent_BxN[0, 5:] == ABSENT).all()
+
+
+def test_nothing_is_drafted_where_no_row_goes_on(anchored):
+    keep_B, none_B = jnp.array([3, 3]), jnp.zeros(world.ROWS, bool)
+    none = propose_tree(*anchored, SHAPE, lambda level, _: none_B, lambda logp_BxN: keep_B)
+    assert none.count_B.tolist() == none.steps_B.tolist() == [0, 0]
+
+
+def test_siblings_share_what_the_head_says():
+    logp = jnp.log(jnp.array([[0.3, 0.1, 0.1]]))
+    np.testing.assert_allclose(jnp.exp(shared(jnp.log(jnp.array([0.5])), logp)), [[0.3, 0.1, 0.1]], rtol=1e-6)
 
 
 def test_compaction_keeps_the_path_in_order():

@@ -19,7 +19,7 @@ from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import Pace
+from ppow_jax.speculation.adaptive import Pace, Prices
 from ppow_jax.speculation.propose import Draft
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, chain, off
@@ -71,7 +71,7 @@ def measure_costs(
     K = speculation.window
     if K < 1 or L < K + 3:
         raise ValueError(f"a cache of length {L} is too short for a window of {K}")
-    speculation = dataclasses.replace(speculation, adaptive=False)
+    speculation = dataclasses.replace(speculation, adaptive=None)
     params, config = target.params, target.config
     state, drafter_kv, target_kv = _state(target, drafter, K, L, batch)
     draft_how = {"speculation": speculation, "sampling": sampling}
@@ -95,26 +95,35 @@ def measure_costs(
     return Costs(median["draft"], median["verify"], median["plain"], K)
 
 
-def round_costs(
+def measure_prices(
     target: Target,
     drafter: Drafter,
-    K: int,
+    speculation: Speculation,
     L: int,
     batch: int = 1,
     *,
     sampling: Sampling = GREEDY,
     repetitions: int = 10,
-) -> np.ndarray:
-    """float32 [K1]: a round that drafts 0..K tokens, in steps of plain decoding: what an adaptive window decides by.
+) -> Prices:
+    """What an adaptive window decides by. A draft costs what the verification costs that is compiled for it.
 
-    Verification is measured at half and at full width; between, and down to one token, costs are taken to be linear.
+    Verification is measured at full width and near half of it; between, and down to no draft, costs are taken to be
+    linear.
     """
-    widths = sorted({max(1, K // 2), K})
-    found = [
-        measure_costs(target, drafter, chain(w), L, batch, sampling=sampling, repetitions=repetitions) for w in widths
-    ]
-    verify_K1 = np.interp(np.arange(K + 1), [0, *widths], [1.0, *(costs.verify_ratio for costs in found)])
-    return (found[-1].gamma * np.arange(K + 1) + np.maximum.accumulate(verify_K1)).astype(np.float32)
+    N, shape = speculation.verified, speculation.shape
+    widths = np.array(speculation.widths)
+    half = int(widths[np.argmin(np.abs(widths[1:] - N / 2)) + 1])
+
+    def measured(nodes: int) -> Costs:
+        way = chain(nodes)
+        if shape:
+            way = dataclasses.replace(speculation, shape=dataclasses.replace(shape, nodes=nodes))
+        return measure_costs(target, drafter, way, L, batch, sampling=sampling, repetitions=repetitions)
+
+    found = {nodes: measured(nodes) for nodes in sorted({half, N})}
+    verify_X = np.interp(widths, [0, *found], [1.0, *(costs.verify_ratio for costs in found.values())])
+    compiled_N1 = np.searchsorted(widths, np.arange(N + 1))
+    return Prices.of(found[N].gamma, np.maximum.accumulate(verify_X)[compiled_N1])
 
 
 def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:

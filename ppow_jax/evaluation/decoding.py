@@ -12,8 +12,10 @@ import numpy as np
 from ppow_jax import sharding
 from ppow_jax.config import require
 from ppow_jax.models import transformer
+from ppow_jax.models.confidence import has_head
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
+from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.weights.targets import Target
@@ -102,6 +104,13 @@ def require_room(target: Target, length: int, how: Decoding, source: str) -> Non
     )
 
 
+def require_head(drafter: Drafter | None, speculation: Speculation) -> None:
+    """Raises UserError where an adaptive window asks for a confidence head that the drafter does not have."""
+    asked = speculation.adaptive is not None and speculation.adaptive.head
+    rule = "this drafter has none; train one with `experiments.train --confidence_head`"
+    require(not asked or has_head(drafter.params), f"--confidence=head: {rule}")
+
+
 def decode(
     target: Target,
     drafter: Drafter | None,
@@ -109,13 +118,13 @@ def decode(
     how: Decoding,
     ids: Sequence[int] = (0,),
     rounds: int = TO_THE_END,
-    cost_K1: np.ndarray | None = None,
+    prices: Prices | None = None,
 ) -> Decoded:
     """Answers up to `batch_size` prompts (token ids [T]), speculatively, or plainly without a drafter.
 
     Rows beyond the prompts are dummies that are done at once. ids: one number per prompt, which with the seed
-    makes its random key. rounds: stop early (one round compiles all there is). cost_K1: of an
-    adaptive window, see `costs.round_costs`. Times include any compilation.
+    makes its random key. rounds: stop early (one round compiles all there is). prices: of an
+    adaptive window, see `costs.measure_prices`. Times include any compilation.
     """
     batch = _batch(prompts, ids, how)
     speculation, config = how.speculation if drafter else off(), target.config
@@ -125,7 +134,7 @@ def decode(
     state = generate.prefill(target.params, config, drafter, *batch, K=K, sampling=sampling, L=L)
     jax.block_until_ready(state)
     middle = time.perf_counter()
-    how_to = {"speculation": speculation, "sampling": sampling, "cost_K1": cost_K1 if speculation.adaptive else None}
+    how_to = {"speculation": speculation, "sampling": sampling, "prices": prices if speculation.adaptive else None}
     state = generate.decode(target.params, config, drafter, state, rounds, **how_to)
     jax.block_until_ready(state)
     end = time.perf_counter()

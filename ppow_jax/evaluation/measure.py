@@ -21,10 +21,11 @@ from ppow_jax import progress
 from ppow_jax.config import require
 from ppow_jax.evaluation import dialogues, report
 from ppow_jax.evaluation.benchmarks import Benchmark
-from ppow_jax.evaluation.costs import Costs, measure_costs, round_costs
-from ppow_jax.evaluation.decoding import TO_THE_END, Decoded, Decoding, decode, rung, top2_margin
+from ppow_jax.evaluation.costs import Costs, measure_costs, measure_prices
+from ppow_jax.evaluation.decoding import TO_THE_END, Decoded, Decoding, decode, require_head, rung, top2_margin
 from ppow_jax.evaluation.dialogues import Request
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.weights.targets import Target
 
@@ -157,9 +158,13 @@ def evaluate(
     ways = [Decoding(way, float(temperature), max_new_tokens, batch_size) for way in speculations]
     require(bool(ways), "--modes: name one at least")
     widest = max(ways, key=lambda how: how.window)
+    for way in speculations:
+        require_head(drafter, way)
     seeds = seeds if temperature else seeds[:1]
     chosen = [(b.name, dialogues.fitting(target, b, widest, skip_long_prompts)) for b in benchmarks]
-    costs_of = functools.cache(lambda K, L: round_costs(target, drafter, K, L, batch_size, sampling=widest.sampling))
+    prices_of = functools.cache(
+        lambda way, L: measure_prices(target, drafter, way, L, batch_size, sampling=widest.sampling)
+    )
     rows: list[dict[str, Any]] = []
     lengths: list[int] = []
     warm: set[tuple[Speculation, int]] = set()
@@ -174,8 +179,8 @@ def evaluate(
                         return []
                     arms = [dataclasses.replace(how, seed=seed) for how in ways]
                     with progress.off_the_clock(bar):
-                        _warm_up(target, drafter, batch, arms, warm, costs_of)
-                    decoded = _all_arms(target, drafter, batch, arms, i, costs_of)
+                        _warm_up(target, drafter, batch, arms, warm, prices_of)
+                    decoded = _all_arms(target, drafter, batch, arms, i, prices_of)
                     plain.add(batch, decoded[0])
                     for arm, numbered, how, found in zip(fast, answered, arms, decoded[1:], strict=True):
                         arm.add(batch, found)
@@ -238,7 +243,7 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-CostsOf = Callable[[int, int], np.ndarray]
+PricesOf = Callable[[Speculation, int], Prices]
 
 
 def _warm_up(
@@ -247,7 +252,7 @@ def _warm_up(
     batch: Sequence[Request],
     ways: Sequence[Decoding],
     warm: set[tuple[Speculation, int]],
-    costs_of: CostsOf,
+    prices_of: PricesOf,
 ) -> None:
     """Runs every program that the batch needs once, unless it is in `warm`, which holds those that ran before."""
     longest = max(len(request.tokens) for request in batch)
@@ -255,7 +260,7 @@ def _warm_up(
         program = (how.speculation if speaker else off()), how.cache_length(longest)
         if program not in warm:
             log.info("compiling %s for caches of %d tokens", program[0].mode, program[1])
-            _run(target, speaker, batch, how, costs_of, rounds=1)
+            _run(target, speaker, batch, how, prices_of, rounds=1)
             warm.add(program)
 
 
@@ -265,12 +270,12 @@ def _all_arms(
     batch: Sequence[Request],
     ways: Sequence[Decoding],
     first: int,
-    costs_of: CostsOf,
+    prices_of: PricesOf,
 ) -> list[Decoded]:
     """The batch decoded plainly and in all ways, in a circle from arm `first` on."""
     arms = _arms(drafter, ways)
     order = [(first + i) % len(arms) for i in range(len(arms))]
-    decoded = {arm: _run(target, arms[arm][0], batch, arms[arm][1], costs_of) for arm in order}
+    decoded = {arm: _run(target, arms[arm][0], batch, arms[arm][1], prices_of) for arm in order}
     return [decoded[arm] for arm in range(len(arms))]
 
 
@@ -284,19 +289,20 @@ def _run(
     speaker: Drafter | None,
     batch: Sequence[Request],
     how: Decoding,
-    costs_of: CostsOf,
+    prices_of: PricesOf,
     rounds: int = TO_THE_END,
 ) -> Decoded:
     prompts, ids = [request.tokens for request in batch], [request.id for request in batch]
     adapts = speaker is not None and how.speculation.adaptive
-    cost_K1 = costs_of(how.window, how.cache_length(rung(TYPICAL_PROMPT))) if adapts else None
-    return decode(target, speaker, prompts, how, ids, rounds, cost_K1)
+    prices = prices_of(how.speculation, how.cache_length(rung(TYPICAL_PROMPT))) if adapts else None
+    return decode(target, speaker, prompts, how, ids, rounds, prices)
 
 
 def _row(
     benchmark: str, num_prompts: int, outputs: Sequence[Output], how: Decoding, plain_arm: _Arm, fast_arm: _Arm
 ) -> dict[str, Any]:
-    plain, fast, shape = plain_arm.total, fast_arm.total, how.speculation.shape
+    plain, fast = plain_arm.total, fast_arm.total
+    shape, stopping = how.speculation.shape, how.speculation.adaptive
     conditional, marginal = acceptance(fast.accepted_K1)
     accepted = int(np.dot(fast.accepted_K1, np.arange(how.window + 1)))
     return {
@@ -306,6 +312,7 @@ def _row(
         "batch_size": how.batch_size,
         "window": how.window,
         "tree": dataclasses.asdict(shape) if shape else None,
+        "stopping": dataclasses.asdict(stopping) if stopping else None,
         "block_verification": how.speculation.block,
         "max_new_tokens": how.max_new_tokens,
         "num_prompts": num_prompts,

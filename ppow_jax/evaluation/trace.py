@@ -109,7 +109,7 @@ def record(model: Model, prompt: Text, **settings: Any) -> Trace:
 def _step(model: Model, batch: Batch) -> Step:
     """Decodes one round of a batch of one."""
     params, config = model.target.params, model.target.config
-    how = {"speculation": batch.speculation, "sampling": batch.sampling, "cost_K1": batch.cost_K1}
+    how = {"speculation": batch.speculation, "sampling": batch.sampling, "prices": batch.prices}
     state, draft = batch.state, None
     length = int(state.length_B[0])
     root = int(state.tokens_BxL[0, length - 1])
@@ -140,6 +140,7 @@ def _drafts(draft: Draft | Tree | None) -> tuple[np.ndarray, np.ndarray, np.ndar
     if draft is None:
         return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
     if isinstance(draft, Tree):
+        draft = draft.cut(int(draft.count_B[0]))
         token_N, parent_N, logp_N = (np.asarray(x[0]) for x in (draft.token_BxN, draft.parent_BxN, draft.logp_BxN))
         return token_N, parent_N, np.exp(logp_N - np.r_[0.0, logp_N][parent_N])
     token_K = np.asarray(draft.token_BxMxK[0, 0])
@@ -149,9 +150,9 @@ def _drafts(draft: Draft | Tree | None) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 @functools.partial(jax.jit, static_argnames=("speculation",), donate_argnames=("state",))
 def _draft(
-    params: dict, drafter: Drafter, state: State, *, speculation: Speculation, sampling: Sampling, cost_K1: Any
+    params: dict, drafter: Drafter, state: State, *, speculation: Speculation, sampling: Sampling, prices: Any
 ) -> tuple[State, Draft | Tree]:
-    return generate.draft_window(params, drafter, state, speculation, sampling, cost_K1)
+    return generate.draft_window(params, drafter, state, speculation, sampling, prices)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("state",))
@@ -164,9 +165,9 @@ def _verify(
     *,
     speculation: Speculation,
     sampling: Sampling,
-    cost_K1: Any,
+    prices: Any,
 ) -> tuple[State, Round]:
-    state, result = generate.verify_window(params, config, drafter, state, draft, speculation, sampling, cost_K1)
+    state, result = generate.verify_window(params, config, drafter, state, draft, speculation, sampling, prices)
     return state, result._replace(kv=(), features_BxK1xF=None)  # the state holds what is needed of them
 
 

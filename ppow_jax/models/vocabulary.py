@@ -22,6 +22,23 @@ def argmax(z: Array) -> Array:
     return jnp.min(jnp.where(z == z.max(-1, keepdims=True), index, last), -1)
 
 
+def top_k(z: Array, k: int, groups: int = 64) -> tuple[Array, Array]:
+    """The k largest of the last axis, falling, and their indices, as `jax.lax.top_k`; equal ones in any order.
+
+    The k groups with the largest maxima hold them all. XLA:CPU's own selection over 8192 takes as long as a
+    vocabulary softmax; a maximum per group first makes it three times as fast.
+    """
+    V = z.shape[-1]
+    if V % groups or k > groups:
+        return jax.lax.top_k(z, k)
+    grouped = z.reshape(*z.shape[:-1], groups, V // groups)
+    _, group = jax.lax.top_k(grouped.max(-1), k)
+    held = jnp.take_along_axis(grouped, group[..., None], -2).reshape(*z.shape[:-1], -1)
+    value, place = jax.lax.top_k(held, k)
+    first = jnp.take_along_axis(group, place // (V // groups), -1) * (V // groups)
+    return value, first + place % (V // groups)
+
+
 class Survey(NamedTuple):
     """Of softmax(hidden head^T / temperature), per row: argmax_N int32, its logsumexp_N, entropy_N (nats)."""
 

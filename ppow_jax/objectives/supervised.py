@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models import drafter as drafting
+from ppow_jax.models.confidence import has_head
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
+from ppow_jax.objectives.confidence import confidence_loss
 from ppow_jax.objectives.head_loss import HeadLoss, head_loss
 
 Array = jax.Array
@@ -41,7 +43,7 @@ class StepScores(NamedTuple):
     """Per draft step s and anchor. total_S: sum of decay^s * the masked mean loss, differentiable. loss_SxBxM;
     match_SxBxM: the drafter's argmax is the target's; valid_SxBxM: the step's token belongs to the anchor's answer;
     known_SxBxM: the draft vocabulary holds the target's argmax; overlap_SxBxM: sum_v min(P, Q), the acceptance at
-    temperature 1.
+    temperature 1; confidence_SxBxM: the loss of the confidence head, differentiable, 0 without one.
     """
 
     total: Array
@@ -50,6 +52,7 @@ class StepScores(NamedTuple):
     valid: Array
     known: Array
     overlap: Array
+    confidence: Array
 
 
 def prefix(drafter: Drafter, embed_VxD: Array, windows: Windows) -> tuple[Array, tuple[KV, ...]]:
@@ -145,12 +148,14 @@ def training_time_test(
     counts_S = counts(windows, steps) if counts_S is None else counts_S
     scores = []
     for s, step in enumerate(unroll(drafter, embed_VxD, windows, steps)):
-        counted_BxM = (step.valid_BxM & (step.label_BxM >= 0)).astype(jnp.float32)
-        judged = judge(drafter, step, decay**s * counted_BxM / jnp.maximum(counts_S[s], 1.0))
         known_BxM = step.label_BxM >= 0
-        scores.append(
-            StepScores(judged.total, judged.loss_BxM, judged.match_BxM, step.valid_BxM, known_BxM, judged.overlap_BxM)
-        )
+        counted_BxM = (step.valid_BxM & known_BxM).astype(jnp.float32)
+        judged = judge(drafter, step, decay**s * counted_BxM / jnp.maximum(counts_S[s], 1.0))
+        overlap_BxM, doubt_BxM = judged.overlap_BxM, jnp.zeros_like(judged.overlap_BxM)
+        if has_head(drafter.params):
+            doubt_BxM = confidence_loss(drafter.params, step.hidden_BxMxE, overlap_BxM)
+        mine = judged.total, judged.loss_BxM, judged.match_BxM, step.valid_BxM, known_BxM, overlap_BxM, doubt_BxM
+        scores.append(StepScores(*mine))
     return StepScores(*(jnp.stack(x) for x in zip(*scores, strict=True)))
 
 
@@ -159,7 +164,8 @@ class Totals(NamedTuple):
 
     accepted_S, reached_S: of the anchors whose earlier steps all matched, how many match, and how many there were.
     Their ratios are the conditional acceptances of a greedy chain; see `simulated_length`. loss_S, known_S: of the
-    anchors that carry a loss. match_S, overlap_S, valid_S: of all whose step belongs to their answer.
+    anchors that carry a loss; doubt_S: the confidence head's there. match_S, overlap_S, valid_S: of all whose step
+    belongs to their answer.
     """
 
     accepted_S: Array
@@ -169,6 +175,7 @@ class Totals(NamedTuple):
     match_S: Array
     overlap_S: Array
     valid_S: Array
+    doubt_S: Array
 
     @classmethod
     def of(cls, scores: StepScores) -> "Totals":
@@ -185,7 +192,29 @@ class Totals(NamedTuple):
             total(scores.match, scores.valid),
             total(scores.overlap, scores.valid),
             total(1, scores.valid),
+            total(scores.confidence, known),
         )
+
+
+def mean_confidence_loss(scores: StepScores, count: Array | None = None) -> Array:
+    """Of the confidence head, over all steps of all anchors that carry a loss: a scalar, differentiable.
+
+    count: of the batch that the mean is taken over, where these rows are a part of it.
+    """
+    known = scores.valid & scores.known
+    count = known.sum() if count is None else count
+    return jnp.sum(jnp.where(known, scores.confidence, 0.0)) / jnp.maximum(count, 1)
+
+
+def confidence_of(drafter: Drafter, steps: list[DraftStep]) -> Array:
+    """The same, of steps whose overlap is not known yet."""
+    frozen, losses, counts = jax.lax.stop_gradient(drafter), [], []
+    for step in jax.lax.stop_gradient(steps):
+        overlap_BxM = judge(frozen, step, jnp.zeros(step.valid_BxM.shape)).overlap_BxM
+        loss_BxM = confidence_loss(drafter.params, step.hidden_BxMxE, overlap_BxM)
+        losses.append(jnp.sum(jnp.where(step.valid_BxM, loss_BxM, 0.0)))
+        counts.append(step.valid_BxM.sum())
+    return sum(losses) / jnp.maximum(sum(counts), 1)
 
 
 def chain_counts(scores: StepScores) -> tuple[Array, Array]:

@@ -1,36 +1,89 @@
 """How long a window should be, decided while it is drafted, and whether to draft at all.
 
-Before each further token the drafter asks whether it is worth its cost: the chance that everything drafted so far is
-accepted, times the usual acceptance, against the time that drafting and verifying one more would take, valued at the
-tokens per time that decoding reaches now. Where rounds gain less than plain decoding, drafting rests, and tries again
-later: each rest twice as long as the one before.
+Before each further token, or level of a tree, the drafter decides whether to go on; of a tree it then decides how many
+nodes are verified. Two rules, both over the chances of paths to be accepted: the drafter's own probabilities, or what
+its confidence head says.
 
-Lossless at any temperature: a decision sees tokens that are kept in the window, and none is taken back (a token dropped
-because of its own probability would bias the output).
+throughput: what can be gained is worth more than it costs, valued at the tokens per time that decoding reaches now. A
+row learns from its own rounds how far its drafter's chances can be trusted.
+threshold: the chance is at least `Stopping.threshold`.
+
+Where rounds gain less than plain decoding, drafting rests, and tries again later: each rest twice as long as the one
+before.
+
+Lossless at any temperature: a decision sees tokens that are kept in the window, and none that was drawn is taken back
+(a token dropped because of its own probability would bias the output). The nodes of a tree are not drawn: they are a
+function of the prefix and of what the row has gained so far, so any of them may be left out.
 """
+
+import dataclasses
+from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax.config import require
 
 Array = jax.Array
 
+RULES = ("throughput", "threshold")
 MEMORY = 0.9  # weight of the past in the running sums of a row
-TRIAL = 4  # rounds that a row drafts before it may rest
-FIRST_REST, LONGEST_REST = 16, 256  # rounds
+MARGIN = 1.15  # a gain is a guess, its price is certain: by so much it must exceed it (best of 1 to 1.35 on SmolLM2)
+TRIAL = 8  # rounds that a row drafts before it may rest
+FIRST_REST, LONGEST_REST = 24, 256  # rounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping:
+    """When a window ends, see the module. Hashable: static in every program.
+
+    rule: one of RULES. threshold: of the rule of that name. head: take chances from the drafter's confidence head.
+    """
+
+    rule: str = "throughput"
+    threshold: float = 0.1
+    head: bool = False
+
+    def __post_init__(self):
+        require(self.rule in RULES, f"--stop_rule={self.rule}: must be one of {', '.join(RULES)}")
+        rule = "must be above 0 and at most 1"
+        require(0 < self.threshold <= 1, f"--stop_threshold={self.threshold}: {rule}")
+
+
+class Prices(NamedTuple):
+    """What the parts of a round cost here, in steps of plain decoding.
+
+    step: one draft step. verify_N1: verifying 0..N drafted tokens.
+    """
+
+    step: Array
+    verify_N1: Array
+
+    @classmethod
+    def of(cls, step: float, verify_N1: np.ndarray) -> "Prices":
+        """As float32 arrays, which every program takes alike."""
+        return cls(jnp.asarray(step, jnp.float32), jnp.asarray(verify_N1, jnp.float32))
+
+    def of_round(self, steps_B: Array, drafted_B: Array) -> Array:
+        """[B]: of rounds with so many draft steps and verified drafts."""
+        return self.step * steps_B + self.verify_N1[drafted_B]
 
 
 class Pace(flax.struct.PyTreeNode):
     """What each row has gained lately. All [B].
 
-    tokens, cost, accepted, judged: decayed sums over rounds, of committed tokens, of cost in steps of plain decoding,
-    of accepted drafts, and of drafts whose predecessors were all accepted. trial: rounds until the row may rest. rest:
-    rounds left without drafts. pause: how long the next rest is.
+    tokens, cost, accepted, expected, judged: decayed sums over rounds, of committed tokens, of cost in steps of plain
+    decoding, of accepted drafts, of accepted drafts as their chances had it, and of draft steps whose predecessors were
+    all accepted. trial: rounds until the row may rest. rest: rounds left without drafts. pause: how long the next rest
+    is.
     """
 
     tokens_B: Array
     cost_B: Array
     accepted_B: Array
+    expected_B: Array
     judged_B: Array
     trial_B: Array
     rest_B: Array
@@ -38,14 +91,24 @@ class Pace(flax.struct.PyTreeNode):
 
     @classmethod
     def start(cls, B: int) -> "Pace":
-        """As fast as plain decoding, about to try."""
+        """As fast as plain decoding, about to try; half of the drafts accepted, as expected."""
         one, whole = jnp.ones(B), jnp.ones(B, jnp.int32)
-        return cls(one, one, one, 2 * one, TRIAL * whole, 0 * whole, FIRST_REST * whole)
+        return cls(one, one, one, one, 2 * one, TRIAL * whole, 0 * whole, FIRST_REST * whole)
 
     @property
     def rate_B(self) -> Array:
-        """Tokens per step of plain decoding."""
-        return self.tokens_B / self.cost_B
+        """Tokens per step of plain decoding; what decoding without drafts reaches is the least."""
+        return jnp.maximum(self.tokens_B / self.cost_B, 1.0)
+
+    @property
+    def trust_B(self) -> Array:
+        """Accepted drafts by expected ones."""
+        return self.accepted_B / self.expected_B
+
+    @property
+    def usual_B(self) -> Array:
+        """Share of draft steps that were right, of those that could be."""
+        return self.accepted_B / self.judged_B
 
     @property
     def drafts_B(self) -> Array:
@@ -53,36 +116,53 @@ class Pace(flax.struct.PyTreeNode):
         return self.rest_B == 0
 
 
-def worth_going_on(pace: Pace, drafted: int, logp_B: Array, cost_K1: Array) -> Array:
-    """[B]: whether one more token after `drafted` pays.
+def goes_on(pace: Pace, stopping: Stopping, price: Array, logp_BxX: Array) -> Array:
+    """[B]: whether one more draft step pays.
 
-    logp_B: log-probability, the drafter's own, of all drafted so far. cost_K1: of a round that drafts 0..K tokens, in
-    steps of plain decoding.
+    price: of the step and of verifying what it adds, if that is certain to be verified. logp_BxX: the log-chance of
+    each path that the step would extend.
     """
-    more = cost_K1[drafted + 1] - cost_K1[drafted]
-    usual_B = pace.accepted_B / pace.judged_B
-    return jnp.exp(logp_B) * usual_B > jnp.maximum(pace.rate_B, 1.0) * more
+    if stopping.rule == "threshold":
+        return logp_BxX.max(-1) >= np.log(stopping.threshold)
+    reached_B = jnp.minimum(pace.trust_B * jnp.exp(logp_BxX).sum(-1), 1.0)
+    return reached_B * pace.usual_B > MARGIN * pace.rate_B * price
 
 
-def update(pace: Pace, accepted_B: Array, window_B: Array, cost_B: Array) -> Pace:
-    """After a round that accepted so many of window_B drafts. cost_B: what it took, in steps of plain decoding."""
-    drafted_B = window_B > 0
+def kept(pace: Pace, stopping: Stopping, verify_N1: Array, logp_BxN: Array) -> Array:
+    """[B]: how many of the N best nodes of a tree are worth verifying. logp_BxN: their paths' log-chances, falling."""
+    if stopping.rule == "threshold":
+        return (logp_BxN >= np.log(stopping.threshold)).sum(-1)
+    gained_BxN = jnp.cumsum(pace.trust_B[:, None] * jnp.exp(logp_BxN), -1)
+    price_BxN1 = MARGIN * pace.rate_B[:, None] * verify_N1
+    worth_BxN1 = jnp.pad(gained_BxN, ((0, 0), (1, 0))) - price_BxN1
+    return jnp.argmax(worth_BxN1, -1)
+
+
+def update(
+    pace: Pace, accepted_B: Array, steps_B: Array, depth_B: Array, expected_B: Array, cost_B: Array
+) -> Pace:
+    """After a round that accepted so many drafts, at a cost in steps of plain decoding.
+
+    steps_B: draft steps. depth_B: the most drafts that could be accepted. expected_B: what their chances added up to.
+    """
+    drafts_B = steps_B > 0
 
     def fade(sum_B, new_B):
-        return jnp.where(drafted_B, MEMORY * sum_B + new_B, sum_B)
+        return jnp.where(drafts_B, MEMORY * sum_B + new_B, sum_B)
 
     tokens_B, spent_B = fade(pace.tokens_B, accepted_B + 1), fade(pace.cost_B, cost_B)
-    trial_B = jnp.where(drafted_B, jnp.maximum(pace.trial_B - 1, 0), pace.trial_B)
-    tired_B = drafted_B & (trial_B == 0) & (tokens_B < spent_B)
+    trial_B = jnp.where(drafts_B, jnp.maximum(pace.trial_B - 1, 0), pace.trial_B)
+    tired_B = drafts_B & (trial_B == 0) & (tokens_B < spent_B)
     rest_B = jnp.where(tired_B, pace.pause_B, jnp.maximum(pace.rest_B - 1, 0))
-    back_B = ~drafted_B & (rest_B == 0)  # begins anew
+    back_B = ~drafts_B & (rest_B == 0)  # begins anew
     longer_B = jnp.minimum(2 * pace.pause_B, LONGEST_REST)
     return Pace(
         jnp.where(back_B, 1.0, tokens_B),
         jnp.where(back_B, 1.0, spent_B),
         fade(pace.accepted_B, accepted_B),
-        fade(pace.judged_B, jnp.minimum(accepted_B + 1, window_B)),
-        jnp.where(back_B, TRIAL, trial_B),
-        rest_B,
-        jnp.where(tired_B, longer_B, pace.pause_B),
+        fade(pace.expected_B, expected_B),
+        fade(pace.judged_B, jnp.minimum(accepted_B + 1, depth_B)),
+        trial_B=jnp.where(back_B, TRIAL, trial_B),
+        rest_B=rest_B,
+        pause_B=jnp.where(tired_B, longer_B, pace.pause_B),
     )

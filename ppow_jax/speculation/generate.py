@@ -5,6 +5,7 @@ round with K = 0. `speculation.state` says what is carried from round to round.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
-from ppow_jax.speculation.adaptive import update, worth_going_on
+from ppow_jax.speculation.adaptive import Pace, Prices, goes_on, kept, update
 from ppow_jax.speculation.judge import Round, judge
 from ppow_jax.speculation.prefill import prefill
 from ppow_jax.speculation.propose import NONE, Draft, propose
@@ -29,11 +30,11 @@ Array = jax.Array
 
 
 def draft_window(
-    params, drafter: Drafter, state: State, speculation: Speculation, sampling: Sampling, cost_K1: Array | None = None
+    params, drafter: Drafter, state: State, speculation: Speculation, sampling: Sampling, prices: Prices | None = None
 ) -> tuple[State, Draft | Tree]:
-    """Drafts after each row's root, and writes the features accepted last into the drafter's cache.
+    """Drafts after each row's root, and writes the pending features into the drafter's cache.
 
-    cost_K1: of a round that drafts 0..K tokens, in steps of plain decoding; needed for an adaptive window.
+    prices: what an adaptive window decides by.
     """
     B, K1 = state.features_BxK1xF.shape[:2]
     start_B = state.length_B - 1 - state.pending_B
@@ -55,24 +56,52 @@ def draft_window(
     ]
     anchor_Bx1 = state.length_B[:, None] - 2
     anchored = drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix
+    how = _decisions(state, speculation, prices) if speculation.adaptive else {}
     draft: Draft | Tree
     if speculation.shape:
-        draft = tree = propose_tree(*anchored, speculation.shape)
-        first_B = tree.token_BxN[:, 0]
+        draft = tree = propose_tree(*anchored, speculation.shape, **how)
+        first_B = tree.token_BxN.min(-1)  # of all: it comes after every read
     else:
-        go_on = functools.partial(_go_on, state, cost_K1) if speculation.adaptive else None
-        draft = chain = propose(*anchored, speculation.window, sampling, row_keys(state, 0), go_on)
-        first_B = chain.token_BxMxK[:, 0, 0] - NONE  # not negative
+        draft = chain = propose(*anchored, speculation.window, sampling, row_keys(state, 0), **how)
+        first_B = chain.token_BxMxK[:, 0].min(-1) - NONE  # not negative
     start_B = cache.after(start_B, first_B)
     drafter_kv = tuple(cache.write(old, new, start_B) for old, new in zip(state.drafter_kv, new, strict=True))
-    return state.replace(drafter_kv=drafter_kv), draft
+    return state.replace(drafter_kv=drafter_kv, pending_B=jnp.zeros_like(state.pending_B)), draft
 
 
-def _go_on(state: State, cost_K1: Array, drafted: int, logp_Bx1: Array) -> Array:
-    going_B = state.pace.drafts_B & ~state.done_B
-    if drafted:  # the first token is always tried: it shows how drafts fare
-        going_B &= worth_going_on(state.pace, drafted, logp_Bx1[:, 0], cost_K1)
-    return going_B[:, None]
+def _draft_or_rest(
+    params, drafter: Drafter, state: State, speculation: Speculation, sampling: Sampling, prices: Prices
+) -> tuple[State, Draft | Tree]:
+    """`draft_window`, unless no row drafts: then features gather until there is no room for more of them.
+
+    So a round without drafts costs no more than one of plain decoding.
+    """
+    draw = functools.partial(draft_window, params, drafter, speculation=speculation, sampling=sampling, prices=prices)
+    small = state.replace(target_kv=())  # what drafting reads
+
+    def rest(small: State) -> tuple[State, Draft | Tree]:
+        return small, jax.eval_shape(draw, small)[1].nothing()
+
+    room = state.features_BxK1xF.shape[1]
+    busy = (state.pace.drafts_B & ~state.done_B).any() | (state.pending_B >= room).any()
+    small, draft = jax.lax.cond(busy, draw, rest, small)
+    return small.replace(target_kv=state.target_kv), draft
+
+
+def _decisions(state: State, speculation: Speculation, prices: Prices) -> dict[str, Any]:
+    """What `propose` and `propose_tree` have to know of an adaptive window."""
+    pace, stopping = state.pace, speculation.adaptive
+
+    def go_on(steps: int, logp_BxX: Array) -> Array:
+        if steps == 0:  # the first is always tried: it shows how drafts fare
+            return pace.drafts_B & ~state.done_B
+        widening = 0.0 if speculation.shape else prices.verify_N1[steps + 1] - prices.verify_N1[steps]
+        return goes_on(pace, stopping, prices.step + widening, logp_BxX)
+
+    if not speculation.shape:
+        return {"go_on": lambda steps, logp_Bx1: go_on(steps, logp_Bx1)[:, None], "confident": stopping.head}
+    keep = functools.partial(kept, pace, stopping, prices.verify_N1)
+    return {"go_on": go_on, "keep": keep, "confident": stopping.head}
 
 
 def verify_window(
@@ -83,22 +112,21 @@ def verify_window(
     draft: Draft | Tree | None,
     speculation: Speculation,
     sampling: Sampling,
-    cost_K1: Array | None = None,
+    prices: Prices | None = None,
 ) -> tuple[State, Round]:
     """Runs the target over root and draft, accepts, and commits tokens, keys and features."""
     judged = functools.partial(judge, params, config, drafter, state, speculation, sampling)
     root_B = state.length_B - 1
     if draft is None:
         drafted_B, result = jnp.zeros_like(root_B), judged(None)
-    elif isinstance(draft, Tree):
-        drafted_B, result = jnp.full_like(root_B, speculation.shape.nodes), judged(draft)
-    elif not speculation.adaptive:
-        drafted_B, result = jnp.full_like(root_B, speculation.window), judged(draft)
     else:
-        drafted_B = draft.drafted_BxM[:, 0]
-        widths = speculation.widths
-        widest = jnp.searchsorted(jnp.asarray(widths), drafted_B.max())
-        result = jax.lax.switch(widest, [functools.partial(judged, draft, w) for w in widths])
+        drafted_B = draft.count_B if isinstance(draft, Tree) else draft.drafted_BxM[:, 0]
+        if speculation.adaptive:
+            widths = speculation.widths
+            widest = jnp.searchsorted(jnp.asarray(widths), drafted_B.max())
+            result = jax.lax.switch(widest, [functools.partial(judged, draft, w) for w in widths])
+        else:
+            result = judged(draft)
 
     start_B = cache.after(root_B, result.token_BxK1[:, 0])
     target_kv = stack.each_layer(functools.partial(cache.write, start_B=start_B), state.target_kv, result.kv)
@@ -107,8 +135,8 @@ def verify_window(
     accepted_BxK1 = jax.nn.one_hot(result.accepted_B, K1, dtype=jnp.int32)
     before_B = state.length_B
     pace = state.pace
-    if speculation.adaptive:  # by its own width alone, so that a row does not depend on its neighbours
-        pace = update(pace, result.accepted_B, drafted_B, cost_K1[drafted_B])
+    if speculation.adaptive:  # by what it drafted itself, so that a row does not depend on its neighbours
+        pace = _updated(pace, draft, drafted_B, result.accepted_B, prices)
     healthy_B = state.healthy_B & (state.done_B | result.healthy_B)
     experts_B = state.experts_B
     if experts_B is not None:
@@ -123,8 +151,22 @@ def verify_window(
         experts_B=experts_B,
     )
     state = commit_tokens(state, result.token_BxK1, result.accepted_B + 1, config)
-    pending_B = jnp.maximum(state.length_B - before_B, 1)
-    return state.replace(features_BxK1xF=result.features_BxK1xF, pending_B=pending_B), result
+    gained_B = jnp.maximum(state.length_B - before_B, 1)
+    if not speculation.adaptive:
+        return state.replace(features_BxK1xF=result.features_BxK1xF, pending_B=gained_B), result
+    behind = cache.write_rows(state.features_BxK1xF, result.features_BxK1xF[:, :1], state.pending_B)
+    features = jnp.where((state.pending_B == 0)[:, None, None], result.features_BxK1xF, behind)
+    return state.replace(features_BxK1xF=features, pending_B=state.pending_B + gained_B), result
+
+
+def _updated(pace: Pace, draft: Draft | Tree, drafted_B: Array, accepted_B: Array, prices: Prices) -> Pace:
+    if isinstance(draft, Tree):
+        steps_B, depth_B, logp_BxN = draft.steps_B, draft.depth_BxN1.max(-1), draft.logp_BxN
+    else:
+        steps_B = depth_B = drafted_B
+        logp_BxN = jnp.where(draft.token_BxMxK[:, 0] == NONE, -jnp.inf, jnp.cumsum(draft.logp_BxMxK[:, 0], -1))
+    cost_B = prices.of_round(steps_B, drafted_B)
+    return update(pace, accepted_B, steps_B, depth_B, jnp.exp(logp_BxN).sum(-1), cost_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("state",))
@@ -137,11 +179,11 @@ def decode(
     *,
     speculation: Speculation,
     sampling: Sampling,
-    cost_K1: Array | None = None,
+    prices: Prices | None = None,
 ) -> State:
     """Rounds until every row is done, or `rounds` of them.
 
-    speculation: its window is the state's K. cost_K1: see `draft_window`.
+    speculation: its window is the state's K. prices: see `draft_window`.
     """
 
     def unfinished(carry):
@@ -152,8 +194,9 @@ def decode(
         step, state = carry
         draft, speaker = None, drafter if speculation.window else None
         if speaker:
-            state, draft = draft_window(params, drafter, state, speculation, sampling, cost_K1)
-        state, _ = verify_window(params, config, speaker, state, draft, speculation, sampling, cost_K1)
+            begin = _draft_or_rest if speculation.adaptive else draft_window
+            state, draft = begin(params, drafter, state, speculation, sampling, prices)
+        state, _ = verify_window(params, config, speaker, state, draft, speculation, sampling, prices)
         return step + 1, state
 
     return sharding.constrain(jax.lax.while_loop(unfinished, one_round, (0, state))[1])

@@ -55,12 +55,12 @@ class Round(NamedTuple):
 def judge(
     params, config, drafter, state: State, speculation: Speculation, sampling, draft, width: int | None = None
 ) -> Round:
-    """The target's pass over a window and what it accepts. width: look at so many drafted tokens only."""
+    """The target's pass over a window and what it accepts. width: take the first so many places of the draft only."""
     B, L = state.tokens_BxL.shape
     root_B = state.length_B - 1
     root_Bx1 = jnp.take_along_axis(state.tokens_BxL, root_B[:, None], 1)
-    if isinstance(draft, Draft) and width is not None and width < speculation.window:
-        draft = None if width == 0 else jax.tree.map(lambda x: x[:, :, :width], draft)
+    if width is not None:
+        draft = draft.cut(width) if width else None
     window = _window(root_Bx1, draft)
     out = transformer.forward(
         params,
@@ -74,22 +74,25 @@ def judge(
     logits = transformer.logits(params, out.hidden_BxSxD)
     healthy_B = usable(logits).all(1)
     experts_B = unique_experts(out.experts, config.experts.number) if config.experts else None
+    K1 = speculation.window + 1
+    hidden_BxN1xD = _padded(out.hidden_BxSxD, speculation.verified + 1, 1)
     if isinstance(draft, Tree):
-        accepted_B, index_BxK1, token_BxK1 = _accept_tree(state, draft, logits, sampling, speculation.window)
+        accepted_B, index_BxK1, token_BxK1 = _accept_tree(state, draft, logits, sampling, speculation)
         kv = stack.each_layer(functools.partial(compact, index_BxD1=index_BxK1), out.kv)
         features = jnp.take_along_axis(out.features_BxSxF, index_BxK1[..., None], 1)
-        return Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B, experts_B)
-    accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
-    short = speculation.window + 1 - token_BxK1.shape[1]  # of a narrower window; what is padded is never read
-
-    def pad(x, axis):
-        return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)]) if short else x
-
-    index_BxK1 = jnp.broadcast_to(jnp.arange(speculation.window + 1), (B, speculation.window + 1))
-    kv = stack.each_layer(lambda new: KV(pad(new.k_BxKvxdxL, 3), pad(new.v_BxKvxLxd, 2)), out.kv)
-    features = None if out.features_BxSxF is None else pad(out.features_BxSxF, 1)
-    token_BxK1, hidden_BxN1xD = pad(token_BxK1, 1), pad(out.hidden_BxSxD, 1)
+    else:
+        accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
+        token_BxK1 = _padded(token_BxK1, K1, 1)
+        index_BxK1 = jnp.broadcast_to(jnp.arange(K1), (B, K1))
+        kv = stack.each_layer(lambda new: KV(_padded(new.k_BxKvxdxL, K1, 3), _padded(new.v_BxKvxLxd, K1, 2)), out.kv)
+        features = None if out.features_BxSxF is None else _padded(out.features_BxSxF, K1, 1)
     return Round(accepted_B, token_BxK1, hidden_BxN1xD, features, kv, index_BxK1, healthy_B, experts_B)
+
+
+def _padded(x: Array, size: int, axis: int) -> Array:
+    """x as from a window of the largest width; what is added is never read."""
+    short = size - x.shape[axis]
+    return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)]) if short else x
 
 
 def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:
@@ -107,9 +110,7 @@ def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:
 def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, speculation, sampling):
     """(accepted_B, token_BxK1)."""
     if draft is None:
-        # With the key of `accept_sampled`: a row that drafts nothing draws the same token beside one that drafts.
-        key_B = jax.vmap(lambda key: jax.random.split(key)[1])(row_keys(state, 1))
-        token_B = draw(key_B, logits_BxK1xV[:, 0], sampling)[0]
+        token_B = draw(_added_keys(state), logits_BxK1xV[:, 0], sampling)[0]
         return jnp.zeros_like(token_B), token_B[:, None]
     if sampling.greedy:
         return accept_greedy(draft.token_BxMxK[:, 0], argmax(logits_BxK1xV))
@@ -123,8 +124,14 @@ def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, spe
     )
 
 
-def _accept_tree(state: State, tree: Tree, logits_BxN1xV, sampling: Sampling, depth: int):
+def _added_keys(state: State) -> Array:
+    """Of the target's own token, as in `accept_sampled`: a row without drafts draws the same beside one that drafts."""
+    return jax.vmap(lambda key: jax.random.split(key)[1])(row_keys(state, 1))
+
+
+def _accept_tree(state: State, tree: Tree, logits_BxN1xV, sampling: Sampling, speculation: Speculation):
     """(accepted_B, index_BxK1, token_BxK1)."""
+    depth = speculation.window
     if sampling.greedy:
         best_BxN1 = argmax(logits_BxN1xV)
         drawn_BxN = tree.token_BxN == jnp.take_along_axis(best_BxN1, tree.parent_BxN, 1)
@@ -135,10 +142,11 @@ def _accept_tree(state: State, tree: Tree, logits_BxN1xV, sampling: Sampling, de
         log_p_BxN1xV = log_distribution(logits_BxN1xV, sampling)
         parent_BxNx1 = tree.parent_BxN[..., None]
         log_p_BxN = jax.vmap(lambda p, i, t: p[i, t])(log_p_BxN1xV, parent_BxNx1[..., 0], tree.token_BxN)
-        u_BxN1 = jax.vmap(lambda key: jax.random.uniform(key, log_p_BxN1xV.shape[1:2]))(row_keys(state, 0))
+        uniform = functools.partial(jax.random.uniform, shape=(speculation.verified + 1,))  # at any width the same
+        u_BxN1 = jax.vmap(uniform)(row_keys(state, 0))[:, : log_p_BxN1xV.shape[1]]
         path = follow(tree, children_drawn(tree, jnp.exp(log_p_BxN), u_BxN1), depth)
         last_B = jnp.take_along_axis(path.index_BxD1, path.accepted_B[:, None], 1)[:, 0]
         p_BxV = jnp.exp(jnp.take_along_axis(log_p_BxN1xV, last_B[:, None, None], 1)[:, 0])
-        own_B = jax.vmap(sample)(row_keys(state, 1), jnp.log(remainder(tree, last_B, p_BxV)))
+        own_B = jax.vmap(sample)(_added_keys(state), jnp.log(remainder(tree, last_B, p_BxV)))
     kept_BxK = jnp.take_along_axis(jnp.pad(tree.token_BxN, ((0, 0), (1, 0))), path.index_BxD1[:, 1:], 1)
     return path.accepted_B, path.index_BxD1, emitted(kept_BxK, path.accepted_B, own_B)

@@ -3,7 +3,10 @@
 import dataclasses
 
 from ppow_jax.config import require
+from ppow_jax.speculation.adaptive import Stopping
 from ppow_jax.speculation.tree import TreeShape
+
+THROUGHPUT = Stopping()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,14 +14,15 @@ class Speculation:
     """Hashable: static in every program. See `off`, `chain`, `adaptive` and `tree`.
 
     window: K, the most drafted tokens that a round can accept; 0 is plain autoregressive decoding.
-    block: sampled chains are verified block-wise instead of token-wise; the law of the output is the same.
-    adaptive: the drafter decides before each further token whether to go on, see `speculation.adaptive`.
-    shape: of the tree; None for a chain.
+    block: sampled chains are verified block-wise, not token-wise; the law of the output is the same, more is accepted.
+    adaptive: how the drafter decides, before each further token or level of a tree, whether to go on, and how much of a
+      tree is verified; None for windows that are always the same.
+    shape: of the tree, the largest one where it adapts; None for a chain.
     """
 
     window: int
-    block: bool = False
-    adaptive: bool = False
+    block: bool = True
+    adaptive: Stopping | None = None
     shape: TreeShape | None = None
 
     def __post_init__(self):
@@ -29,14 +33,20 @@ class Speculation:
         """Numbers of drafted tokens for which an adaptive round has a verification of its own; the next wider one
         takes those between.
         """
-        return tuple(w for w in (0, 2, 4, 7, 11, 15, 23, 31, 47) if w < self.window) + (self.window,)
+        steps = (0, 3, 7, 15, 31) if self.shape else (0, 2, 4, 7, 11, 15, 23, 31, 47)
+        return tuple(w for w in steps if w < self.verified) + (self.verified,)
+
+    @property
+    def verified(self) -> int:
+        """N, the most drafted tokens that a round verifies."""
+        return self.shape.nodes if self.shape else self.window
 
     @property
     def mode(self) -> str:
         """Its name in flags and results."""
         if self.window == 0:
             return "off"
-        return "tree" if self.shape else "adaptive" if self.adaptive else "chain"
+        return "adaptive" if self.adaptive else "tree" if self.shape else "chain"
 
 
 def off() -> Speculation:
@@ -44,14 +54,19 @@ def off() -> Speculation:
     return Speculation(0)
 
 
-def chain(window: int, block: bool = False) -> Speculation:
+def chain(window: int, block: bool = True) -> Speculation:
     """Always `window` tokens, one after the other."""
     return Speculation(window, block)
 
 
-def adaptive(window: int, block: bool = False) -> Speculation:
-    """Up to `window` tokens, fewer or none where more are not worth their cost."""
-    return Speculation(window, block, adaptive=True)
+def adaptive(window: int, block: bool = True, stopping: Stopping = THROUGHPUT) -> Speculation:
+    """A chain of up to `window` tokens, fewer or none where more are not worth their cost."""
+    return Speculation(window, block, stopping)
+
+
+def adaptive_tree(branch: int, depth: int, nodes: int, stopping: Stopping = THROUGHPUT) -> Speculation:
+    """A tree of up to `depth` levels and `nodes` nodes; fewer, or none, where more are not worth their cost."""
+    return Speculation(depth, adaptive=stopping, shape=TreeShape(branch, depth, nodes))
 
 
 def tree(branch: int, depth: int, nodes: int) -> Speculation:

@@ -2,7 +2,8 @@
 
 Invariants of a row with n = length committed tokens x_0..x_{n-1}: the target's cache holds positions < n-1; the last
 token is the *root* of the next window. The drafter's cache holds indices < n-1-pending; `features` hold the target's
-features of the last `pending` indices (those the last verification accepted), which the next round writes first.
+features of the last `pending` indices (those the last verification accepted and, after rounds that drafted nothing,
+those of the rounds before), which the next round that drafts writes first.
 """
 
 from collections.abc import Callable

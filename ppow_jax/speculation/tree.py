@@ -6,7 +6,8 @@ where it is none of them does the token itself have to be drawn, so a round draw
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,10 +16,13 @@ import jax.numpy as jnp
 from ppow_jax import sharding
 from ppow_jax.config import require
 from ppow_jax.models import drafter as drafting
+from ppow_jax.models.confidence import log_confidence
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
+from ppow_jax.models.vocabulary import top_k
 
 Array = jax.Array
+ABSENT = -1  # the parent of a place without a node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +48,21 @@ class TreeShape:
     @property
     def candidates(self) -> int:
         """Nodes that are drafted."""
-        return self.branch + (self.depth - 1) * self.branch**2
+        return self.candidates_of(self.depth)
+
+    def candidates_of(self, levels: int) -> int:
+        """Nodes that the first levels draft."""
+        return self.branch + (levels - 1) * self.branch**2 if levels else 0
 
 
 class Tree(NamedTuple):
     """N nodes below the root of each row, parents first. Window index 0 is the root, index n + 1 is node n.
 
-    token_BxN: target ids. parent_BxN: window index. depth_BxN1: 0 for the root. seen_BxN1xN1: each index's ancestors
-    and itself. logp_BxN: the drafter's log-probability of the path to the node.
+    A row may have fewer: the places behind its nodes are absent, see none of them, and are never accepted.
+
+    token_BxN: target ids. parent_BxN: window index, ABSENT where there is no node. depth_BxN1: 0 for the root.
+    seen_BxN1xN1: each index's ancestors and itself. logp_BxN: the drafter's log-probability of the path to the node.
+    steps_B: levels that were drafted.
     """
 
     token_BxN: Array
@@ -59,6 +70,30 @@ class Tree(NamedTuple):
     depth_BxN1: Array
     seen_BxN1xN1: Array
     logp_BxN: Array
+    steps_B: Array
+
+    @property
+    def count_B(self) -> Array:
+        """Nodes of each row."""
+        return (self.parent_BxN != ABSENT).sum(-1)
+
+    def nothing(self) -> "Tree":
+        """A tree of these shapes without a node."""
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
+        seen = jnp.broadcast_to(jnp.eye(self.seen_BxN1xN1.shape[1], dtype=bool), self.seen_BxN1xN1.shape)
+        parent_BxN, logp_BxN = blank.parent_BxN + ABSENT, blank.logp_BxN - jnp.inf
+        return blank._replace(parent_BxN=parent_BxN, seen_BxN1xN1=seen, logp_BxN=logp_BxN)
+
+    def cut(self, nodes: int) -> "Tree":
+        """The first `nodes` places alone."""
+        return Tree(
+            self.token_BxN[:, :nodes],
+            self.parent_BxN[:, :nodes],
+            self.depth_BxN1[:, : nodes + 1],
+            self.seen_BxN1xN1[:, : nodes + 1, : nodes + 1],
+            self.logp_BxN[:, :nodes],
+            self.steps_B,
+        )
 
 
 class Path(NamedTuple):
@@ -76,37 +111,73 @@ def propose_tree(
     position_Bx1: Array,
     prefix: Sequence[Prefix],
     shape: TreeShape,
+    go_on: Callable[[int, Array], Array] | None = None,
+    keep: Callable[[Array], Array] | None = None,
+    confident: bool = False,
 ) -> Tree:
     """Drafts a tree below `root`: each level expands the best `branch` nodes of the one before.
 
     g_Bx1xE: the anchor's fused target features; position_Bx1: the anchor's index; prefix: see `propose`.
     A child is never more probable than its parent, so the best nodes hang together.
+
+    go_on: (levels drafted 0..depth-1, logp_BxX of the nodes that the next one would expand) -> which rows draft one
+    more; a row that stopped never goes on. Levels that no row drafts are not computed. keep: logp_BxN of the best,
+    falling, -inf where there is none -> how many of them a row keeps. By default all rows draft and keep all.
+    confident: nodes are judged by the confidence head, see `shared`, not by the drafter's probabilities alone.
     """
     B, X = root_Bx1.shape[0], shape.branch
-    logp_BxC, token_BxC, parent_BxC = [], [], []  # of the candidates, level by level
-    g, token_BxM = g_Bx1xE, root_Bx1
-    chain: tuple = ()
-    path_BxM, index_BxM = jnp.zeros((B, 1)), jnp.zeros((B, 1), jnp.int32)  # of what is expanded
-    for s in range(shape.depth):
+
+    def levels(s: int, g_BxMxE, token_BxM, chain, logp_BxM, index_BxM, going_B) -> list[tuple]:
+        """(logp, token, parent, going) of levels s, s+1, .., depth-1: [B, M X] of its candidates, and [B, 1].
+
+        logp_BxM, index_BxM: of the nodes that are expanded; their index counts all candidates, from 1.
+        """
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
-        out, chain = drafting.step(drafter, g, embed_BxMxE, position_Bx1 + s, prefix, chain, first=s == 0)
+        out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_Bx1 + s, prefix, chain, first=s == 0)
         logits_BxMxW = sharding.pin(drafting.logits(drafter, out), "batch")
-        top_BxMxX, id_BxMxX = jax.lax.top_k(jax.nn.log_softmax(logits_BxMxW), X)
-        level = (path_BxM[..., None] + top_BxMxX).reshape(B, -1)
-        logp_BxC.append(level)
-        token_BxC.append(drafter.target_ids_W[id_BxMxX].reshape(B, -1))
-        parent_BxC.append(jnp.repeat(index_BxM, X, axis=1))
+        top_BxMxX, id_BxMxX = top_k(logits_BxMxW, X)
+        top_BxMxX -= jax.nn.logsumexp(logits_BxMxW, -1, keepdims=True)
+        if confident:
+            top_BxMxX = shared(log_confidence(drafter.params, drafter.norm(out, "norm")), top_BxMxX)
+        logp_BxC = (logp_BxM[..., None] + top_BxMxX).reshape(B, -1)
+        if go_on is not None:
+            logp_BxC = jnp.where(going_B[:, None], logp_BxC, -jnp.inf)
+        token_BxC = drafter.target_ids_W[id_BxMxX].reshape(B, -1)
+        mine = logp_BxC, token_BxC, jnp.repeat(index_BxM, X, axis=1), going_B[:, None]
         if s + 1 == shape.depth:
-            break
-        path_BxM, chosen_BxM = jax.lax.top_k(level, X)
-        first = 1 + sum(x.shape[1] for x in logp_BxC[:-1])
-        index_BxM = first + chosen_BxM
-        token_BxM = jnp.take_along_axis(token_BxC[-1], chosen_BxM, 1)
+            return [mine]
+        logp_BxM, chosen_BxM = jax.lax.top_k(logp_BxC, X)
+        index_BxM = 1 + shape.candidates_of(s) + chosen_BxM
         beam_BxM = chosen_BxM // X
-        g = _beams(drafting.feed(drafter, out), beam_BxM)
-        chain = jax.tree.map(lambda x_BxMxX, beam_BxM=beam_BxM: _beams(x_BxMxX, beam_BxM), chain)
-    logp, token, parent = (jnp.concatenate(x, 1) for x in (logp_BxC, token_BxC, parent_BxC))
-    return _best(logp, token, parent, shape)
+        g_BxMxE = _beams(drafting.feed(drafter, out), beam_BxM)
+        chain = jax.tree.map(lambda x_BxMxX: _beams(x_BxMxX, beam_BxM), chain)
+        token_BxM = jnp.take_along_axis(token_BxC, chosen_BxM, 1)
+        return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, logp_BxM, index_BxM, going_B)]
+
+    def further(s: int, g_BxMxE, token_BxM, chain, logp_BxM, index_BxM, going_B) -> list[tuple]:
+        expand = functools.partial(levels, s, g_BxMxE, token_BxM, chain, logp_BxM, index_BxM)
+        if go_on is None:
+            return expand(going_B)
+        going_B &= go_on(s, logp_BxM)
+        return jax.lax.cond(going_B.any(), lambda: expand(going_B), lambda: nothing[s:])
+
+    def blank(C: int) -> tuple:
+        token_BxC, parent_BxC = jnp.zeros((B, C), drafter.target_ids_W.dtype), jnp.zeros((B, C), jnp.int32)
+        return jnp.full((B, C), -jnp.inf), token_BxC, parent_BxC, jnp.zeros((B, 1), bool)
+
+    nothing = [blank(C) for C in (X, *[X**2] * (shape.depth - 1))]
+    root = jnp.zeros((B, 1)), jnp.zeros((B, 1), jnp.int32)
+    drafted = further(0, g_Bx1xE, root_Bx1, (), *root, jnp.ones(B, bool))
+    logp, token, parent, going = (jnp.concatenate(x, 1) for x in zip(*drafted, strict=True))
+    return _best(logp, token, parent, going.sum(-1), shape, keep)
+
+
+def shared(log_chance: Array, logp_xX: Array) -> Array:
+    """Log-probabilities [..., X] of siblings of which one is right with a chance e^log_chance [...].
+
+    They share it as the drafter's own probabilities, e^logp, stand to each other.
+    """
+    return log_chance[..., None] + jax.nn.log_softmax(logp_xX)
 
 
 def _beams(x_BxMxX: Array, beam_BxM: Array) -> Array:
@@ -114,22 +185,36 @@ def _beams(x_BxMxX: Array, beam_BxM: Array) -> Array:
     return jnp.take_along_axis(x_BxMxX, index, 1)
 
 
-def _best(logp_BxC: Array, token_BxC: Array, parent_BxC: Array, shape: TreeShape) -> Tree:
-    """The best of all candidates, in the order they were drafted in: parents first."""
+def _best(
+    logp_BxC: Array,
+    token_BxC: Array,
+    parent_BxC: Array,
+    steps_B: Array,
+    shape: TreeShape,
+    keep: Callable[[Array], Array] | None,
+) -> Tree:
+    """The best of all candidates, in the order they were drafted in: parents first, absent places last."""
     B, C = logp_BxC.shape
-    _, chosen_BxN = jax.lax.top_k(logp_BxC, shape.nodes)  # of equals the first: a parent before its child
+    best_BxN, chosen_BxN = jax.lax.top_k(logp_BxC, shape.nodes)  # of equals the first: a parent before its child
+    if keep is not None:
+        kept_BxN = (jnp.arange(shape.nodes) < keep(best_BxN)[:, None]) & (best_BxN > -jnp.inf)
+        chosen_BxN = jnp.where(kept_BxN, chosen_BxN, C)
     chosen_BxN = jnp.sort(chosen_BxN, axis=1)
+    absent_BxN = chosen_BxN == C
     row_Bx1 = jnp.arange(B)[:, None]
     window_BxC1 = jnp.zeros((B, C + 1), jnp.int32)  # candidate index, root first -> window index
-    window_BxC1 = window_BxC1.at[row_Bx1, chosen_BxN + 1].set(1 + jnp.arange(shape.nodes))
+    window_BxC1 = window_BxC1.at[row_Bx1, chosen_BxN + 1].set(1 + jnp.arange(shape.nodes), mode="drop")
+    chosen_BxN = jnp.minimum(chosen_BxN, C - 1)
     parent_BxN = jnp.take_along_axis(window_BxC1, jnp.take_along_axis(parent_BxC, chosen_BxN, 1), 1)
+    parent_BxN = jnp.where(absent_BxN, ABSENT, parent_BxN)
     seen = ancestors(parent_BxN, shape.depth)
     return Tree(
         jnp.take_along_axis(token_BxC, chosen_BxN, 1),
         parent_BxN,
         seen.sum(-1) - 1,
         seen,
-        jnp.take_along_axis(logp_BxC, chosen_BxN, 1),
+        jnp.where(absent_BxN, -jnp.inf, jnp.take_along_axis(logp_BxC, chosen_BxN, 1)),
+        steps_B,
     )
 
 
@@ -170,7 +255,7 @@ def remainder(tree: Tree, index_B: Array, p_BxV: Array) -> Array:
 
 def follow(tree: Tree, drawn_BxN: Array, depth: int) -> Path:
     """The path of drawn nodes from the root. drawn_BxN: nodes that the target draws at their parents."""
-    missed_BxN1 = jnp.pad(~drawn_BxN, ((0, 0), (1, 0)))
+    missed_BxN1 = jnp.pad(~drawn_BxN | (tree.parent_BxN == ABSENT), ((0, 0), (1, 0)))
     kept_BxN1 = ~(tree.seen_BxN1xN1 & missed_BxN1[:, None]).any(-1)
     accepted_B = jnp.max(jnp.where(kept_BxN1, tree.depth_BxN1, 0), axis=1)
     level_BxD1 = jnp.minimum(jnp.arange(depth + 1), accepted_B[:, None])

@@ -15,6 +15,7 @@ from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.objectives import supervised
+from ppow_jax.objectives.confidence import confidence_loss
 from ppow_jax.objectives.criticality import divergence, window_means
 from ppow_jax.objectives.expected import window_loss
 from ppow_jax.objectives.policy import clipped_surrogate, decisive_tokens
@@ -32,13 +33,15 @@ Array = jax.Array
 class PolicySettings:
     """Hashable. clip: of the window's ratio. kl_weight: beta of KL(target || drafter). passes: optimiser passes over
     the rollouts of a step. exact: the expected reward of every window of the text in place of sampled ones, see
-    `objectives.expected`; for text that the target wrote at temperature 0, and greedy acceptance.
+    `objectives.expected`; for text that the target wrote at temperature 0, and greedy acceptance. confidence_weight:
+    of the confidence head's loss; 0 for a drafter without one.
     """
 
     clip: float
     kl_weight: float
     passes: int
     exact: bool = False
+    confidence_weight: float = 0.0
 
 
 @functools.partial(
@@ -128,7 +131,11 @@ def _exact_loss(
     drafter, K = drafter.replace(params=params), rollouts.window
     reward_K1 = speedup_reward(jnp.arange(K + 1), K, rollouts.costs)
     steps = supervised.unroll(drafter, embed, text, K)
-    return window_loss(drafter, steps, reward_K1, policy.kl_weight, priority_BxM)
+    value, metrics = window_loss(drafter, steps, reward_K1, policy.kl_weight, priority_BxM)
+    if policy.confidence_weight:
+        doubt = supervised.confidence_of(drafter, steps)
+        value, metrics = value + policy.confidence_weight * doubt, metrics | {"confidence_loss": doubt}
+    return value, metrics
 
 
 def _decisive(windows: Rollout, rollouts: RolloutSettings) -> Array:
@@ -156,7 +163,7 @@ def _loss(
     text, windows = rows
     drafter = drafter.replace(params=params)
     B, X, K = windows.token_BxXxK.shape
-    z_BxXxKxW = redraft(drafter, target_params["embed"], text, windows)
+    z_BxXxKxW, out_BxXxKxE = redraft(drafter, target_params["embed"], text, windows)
     log_q = jax.nn.log_softmax(z_BxXxKxW / rollouts.rollout_temperature, axis=-1)
     logp_BxXxK = jnp.take_along_axis(log_q, windows.id_BxXxK[..., None], -1)[..., 0]
     surrogate = clipped_surrogate(
@@ -177,7 +184,12 @@ def _loss(
     kl = mean(divergence(p_BxXxKxW, z_BxXxKxW))
     entropy = mean(-jnp.sum(jnp.exp(log_q) * log_q, -1))
     value = -surrogate.objective + policy.kl_weight * kl
-    return value, {
+    head = {}
+    if policy.confidence_weight:
+        overlap = jnp.minimum(p_BxXxKxW, jax.nn.softmax(z_BxXxKxW)).sum(-1)
+        head = {"confidence_loss": mean(confidence_loss(params, drafter.norm(out_BxXxKxE, "norm"), overlap))}
+        value += policy.confidence_weight * head["confidence_loss"]
+    return value, head | {
         "loss": value,
         "surrogate": surrogate.objective,
         "kl": kl,
@@ -187,8 +199,8 @@ def _loss(
     }
 
 
-def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout) -> Array:
-    """Logits [B, X, K, W] of the drafter along windows that were drafted before."""
+def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout) -> tuple[Array, Array]:
+    """(logits [B, X, K, W], outputs [B, X, K, E]) of the drafter along windows that were drafted before."""
     g_BxTxE, kv = supervised.prefix(drafter, embed_VxD, text)
     keys = [Prefix(kv, supervised.anchor_mask(text, windows.anchor_BxX))]
     g_BxXxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxX[..., None], 1)
@@ -200,4 +212,5 @@ def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout)
         out, chain = drafting.step(drafter, g_BxXxE, embed_BxXxE, position_BxX + s, keys, chain, first=s == 0)
         outs.append(out)
         g_BxXxE, token_BxX = drafting.feed(drafter, out), windows.token_BxXxK[..., s]
-    return drafting.logits(drafter, jnp.stack(outs, 2))
+    out_BxXxKxE = jnp.stack(outs, 2)
+    return drafting.logits(drafter, out_BxXxKxE), out_BxXxKxE

@@ -20,6 +20,7 @@ from ppow_jax.training.context import Context, Stopped
 from ppow_jax.training.metrics import read_metrics
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.card import write_card
+from ppow_jax.weights.confidence_head import save_head, without_head
 from ppow_jax.weights.drafters import best_format, export_drafter
 from ppow_jax.weights.targets import DTYPES
 
@@ -88,12 +89,13 @@ def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
         export_drafter(
             directory,
             drafter.config,
-            params,
+            without_head(params),
             ids_W,
             target_name=s.target,
             target_architecture=context.target.config.architecture,
             embed_VxE=embed_VxE,
         )
+        save_head(directory, params)
         write_card(
             directory,
             title=f"EAGLE-3 drafter for {s.target}",

@@ -84,6 +84,11 @@ class TrainSettings:
         (), "Target layers whose input is seen; none: 2, N//2, N-3.", group="Drafter"
     )
     fc_norm: bool = field(False, "EAGLE-3.1: norm each feature, feed back the normed output.", group="Drafter")
+    confidence_head: bool = field(
+        False, "Train a head that says how likely a draft is accepted, for adaptive windows.", group="Drafter"
+    )
+    confidence_weight: float = field(0.1, "Weight of the head's loss.", low=0, group="Drafter")
+    confidence_only: bool = field(False, "Train the head alone; the drafter stays as it is.", group="Drafter")
 
     batch_size: int = field(4, "Packed rows per step.", low=1, group="Batches")
     row_length: int = field(512, "Tokens per row.", low=8, group="Batches")
@@ -192,6 +197,11 @@ class TrainSettings:
             fits = self.estimator == "sampled" or getattr(self, name) == needed
             require(fits, f"{exact} with --{name}={needed}, not {getattr(self, name)}")
         require(self.rollout_temperature > 0, f"--rollout_temperature={self.rollout_temperature}: must be above 0")
+        rule = "needs --confidence_head and a weight of its loss above 0"
+        useful = self.confidence_head and self.confidence_weight > 0
+        require(useful or not self.confidence_only, f"--confidence_only: {rule}")
+        learns = not self.confidence_only or "ppow" not in self.stages
+        require(learns, "--confidence_only: leaves nothing for stage 2 to learn; name --stages without ppow")
         rule = "must be above 0 (for greedy acceptance: --acceptance=greedy)"
         require(self.acceptance_temperature > 0, f"--acceptance_temperature={self.acceptance_temperature}: {rule}")
         rule = f"must be at most --row_length={self.row_length}"

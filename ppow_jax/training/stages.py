@@ -10,6 +10,7 @@ import jax
 from ppow_jax import config as config_lib
 from ppow_jax import distributed, files, sharding
 from ppow_jax.evaluation.measure import measure_costs
+from ppow_jax.models import confidence
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation.settings import chain
@@ -40,6 +41,8 @@ def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
         if (context.workdir / "supervised").exists():
             chosen.add("supervised")  # stage 2 waits for its end
     first = start or new_drafter(context)
+    if s.confidence_head and not confidence.has_head(first.params):
+        first = first.replace(params=first.params | confidence.init(first.config.hidden_size))
     stage_1 = _arm(context, "supervised", first, chosen)
     if "supervised" in chosen:
         with context.clock.stage("export"):
@@ -77,6 +80,7 @@ def _supervised(context: Context, drafter: Drafter, stage: str) -> Drafter:
         decay=s.ttt_decay,
         greedy_text=context.greedy_text,
         accumulate=s.accumulate,
+        confidence_weight=_confidence_weight(context),
     )
     shell = drafter.replace(params={}, mixed=context.mixed, remat=s.remat)
     offset = s.supervised_steps if stage == "cst" else 0
@@ -97,6 +101,10 @@ def _data(context: Context, store: FeatureStore | None, offset: int):
         return batch, store.at(offset + index, batch) if store else None
 
     return data
+
+
+def _confidence_weight(context: Context) -> float:
+    return context.settings.confidence_weight if context.settings.confidence_head else 0.0
 
 
 def _features(context: Context, drafter: Drafter) -> FeatureStore:
@@ -124,7 +132,13 @@ def _ppow(context: Context, drafter: Drafter) -> Drafter:
         config=context.target.config,
         optimizer=optimizer,
         rollouts=rollouts,
-        policy=ppow.PolicySettings(s.clip, s.kl_weight, s.passes, exact=s.estimator == "exact"),
+        policy=ppow.PolicySettings(
+            s.clip,
+            s.kl_weight,
+            s.passes,
+            exact=s.estimator == "exact",
+            confidence_weight=_confidence_weight(context),
+        ),
         greedy_text=context.greedy_text,
         accumulate=s.accumulate,
     )
@@ -190,7 +204,7 @@ def _train(context: Context, drafter: Drafter, stage: str, data, step, total: in
         data=data,
         step=step,
         measure=_measure(context, drafter),
-        score="held_out_tau_sim",
+        score="held_out_confidence" if s.confidence_only else "held_out_tau_sim",
         checkpoint_every=s.checkpoint_every,
         evaluate_every=s.evaluate_every,
         skip_nonfinite=s.skip_nonfinite,

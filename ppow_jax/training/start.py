@@ -18,6 +18,7 @@ from ppow_jax.training import initialise
 from ppow_jax.training.context import Context
 from ppow_jax.training.scoring import row_mask
 from ppow_jax.training.settings import TrainSettings
+from ppow_jax.weights.confidence_head import save_head, without_head
 from ppow_jax.weights.drafters import export_drafter
 from ppow_jax.weights.targets import Target
 
@@ -53,7 +54,8 @@ def keep_start(start: Drafter | None, workdir: Path) -> None:
         params, ids_W, embed_VxE = sharding.fetch((start.params, start.target_ids_W, start.embed_VxE))
 
         def write(new: Path) -> None:
-            export_drafter(new, start.config, params, ids_W, dtype="float32", embed_VxE=embed_VxE)
+            export_drafter(new, start.config, without_head(params), ids_W, dtype="float32", embed_VxE=embed_VxE)
+            save_head(new, params)
 
         def keep() -> None:
             if not directory.exists():

@@ -12,6 +12,7 @@ import optax
 from ppow_jax import sharding
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import transformer
+from ppow_jax.models.confidence import has_head
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives import supervised
@@ -55,7 +56,7 @@ class TrainState:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "steps", "decay", "greedy_text", "accumulate"),
+    static_argnames=("config", "optimizer", "steps", "decay", "greedy_text", "accumulate", "confidence_weight"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -71,12 +72,14 @@ def train_step(
     decay: float,
     greedy_text: bool,
     accumulate: int = 1,
+    confidence_weight: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
 
     drafter: gives configuration, vocabulary and precision; its parameters are replaced by the state's. cached: the
     target's pass over the batch, where it was made before (`training.features`). accumulate: microbatches that the
-    batch is computed in; the results are those of the whole batch.
+    batch is computed in; the results are those of the whole batch. confidence_weight: of the confidence head's loss; 0
+    for a drafter without one.
     """
     layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
 
@@ -94,7 +97,8 @@ def train_step(
         scores = supervised.training_time_test(
             drafter.replace(params=params), target_params["embed"], windows, steps, decay, counts_S
         )
-        return scores.total.sum(), supervised.Totals.of(scores)
+        doubt = supervised.mean_confidence_loss(scores, counts_S.sum()) if confidence_weight else 0.0
+        return scores.total.sum() + confidence_weight * doubt, supervised.Totals.of(scores)
 
     def differentiate(rows):
         with jax.named_scope("gradient"):
@@ -123,6 +127,8 @@ def train_step(
         / jnp.maximum(windows.anchor_mask_BxM.sum(), 1),
         "answer_tokens": windows.anchor_mask_BxM.sum(),
     }
+    if confidence_weight:
+        metrics["confidence_loss"] = totals.doubt_S.sum() / jnp.maximum(totals.known_S.sum(), 1)
     return state, jax.tree.map(sharding.pin, metrics)
 
 
@@ -157,7 +163,10 @@ def evaluate(
         for batch in batches
     ]
     totals = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
-    return {
+    head = {}
+    if has_head(drafter.params):  # its divergence from the overlap, turned round: higher is better
+        head = {"held_out_confidence": -float(totals.doubt_S.sum() / totals.known_S.sum().clip(1))}
+    return head | {
         "held_out_tau_sim": float(supervised.simulated_length(totals.accepted_S, totals.reached_S)),
         "held_out_acceptance_by_step": totals.accepted_S / totals.reached_S.clip(1),
         "held_out_overlap_by_step": totals.overlap_S / totals.valid_S.clip(1),
