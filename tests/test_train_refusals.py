@@ -1,5 +1,7 @@
 """Bad input to `experiments.train`: one message, exit code 2, before anything is made or compiled."""
 
+import logging
+
 import pytest
 import small_run
 from small_run import Command, arguments, settings
@@ -23,6 +25,7 @@ def refuse(argv, monkeypatch, capsys):
     targets.load("tiny", "float32")  # what importing transformers says is none of our business
     capsys.readouterr()
     monkeypatch.setattr(cli, "setup_logging", lambda: None)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those that another test's command left
     monkeypatch.setattr(pipeline, "load_batches", lambda *_: pytest.fail("it went on"))
     with pytest.raises(SystemExit) as stop:
         cli.run(train.main, TrainSettings, argv=argv)
