@@ -168,7 +168,10 @@ def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
         assert row["tau_interval"][0] <= row["tau"] <= row["tau_interval"][1]
         assert row["speedup_interval"][0] <= row["speedup"] <= row["speedup_interval"][1]
         accepted = sum(k * n for k, n in enumerate(row["accepted_histogram"]))
-        assert row["draft_acceptance_rate"] == accepted / row["num_draft_tokens"] > 0
+        if row["mode"] == "adaptive" and not row["num_draft_tokens"]:  # on this machine, drafting may never pay
+            assert row["draft_acceptance_rate"] is None and row["tau"] == 1
+        else:
+            assert row["draft_acceptance_rate"] == accepted / row["num_draft_tokens"] > 0
     assert rows[2]["num_draft_tokens"] == 8 * rows[2]["num_verifications"]
     assert [o.mode for o in outputs[:44]] == ["chain"] * 11 + ["adaptive"] * 11 + ["tree"] * 22
     best = report.winners(rows)

@@ -327,7 +327,7 @@ def _row(
         "new_tokens": fast.new_tokens,
         "num_verifications": fast.verifications,
         "num_draft_tokens": fast.drafted,
-        "draft_acceptance_rate": _ratio(accepted, fast.drafted),
+        "draft_acceptance_rate": _ratio(accepted, fast.drafted) if fast.drafted else None,
         "unique_experts": _ratio(fast.experts, fast.verifications) if fast.experts else None,
         "decode_seconds": fast.decode_seconds,
         "prefill_seconds": fast.prefill_seconds,
