@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from ppow_jax import distributed, mesh_shape, progress
 from ppow_jax.errors import UserError
-from ppow_jax.training.metrics import NoMetrics, read_metrics
+from ppow_jax.training.metrics import VOLATILE, NoMetrics, read_metrics
 
 SCRIPT = pathlib.Path(__file__).with_name("train_in_processes.py")
 STAGES = "data,supervised,export"
@@ -53,7 +53,7 @@ def start(workdir, number=1, devices=1, die_at=0):
 def result(workdir):
     """(rows of metrics without times, the drafter's tensors)."""
     rows = [
-        {name: value for name, value in row.items() if name not in ("time", "seconds")}
+        {name: value for name, value in row.items() if name not in VOLATILE}
         for row in read_metrics(workdir / "metrics.jsonl")
     ]
     return rows, load_file(workdir / "drafter" / "model.safetensors")
