@@ -188,11 +188,11 @@ def test_rollouts_are_verified_as_a_pass_over_the_whole_text_would(name):
     packed, config, speaker = batch(name), families.TARGETS[name], drafter(name)
 
     @jax.jit
-    def roll(key):
+    def roll(key_B):
         scored = score(params(name), config, (0, 1, 2), speaker.target_ids_W, packed, greedy_text=True)
-        return rollout(key, 0, speaker, params(name), config, scored, ROLLOUTS)[0]
+        return rollout(key_B, 0, speaker, params(name), config, scored, ROLLOUTS)[0]
 
-    windows, checked = jax.device_get(roll(jax.random.key(3))), 0
+    windows, checked = jax.device_get(roll(jax.random.split(jax.random.key(3), len(packed.tokens_BxT)))), 0
     length, tokens_NxL = 96, []
     for x, anchor in enumerate(windows.anchor_BxX[0]):
         start = anchor - packed.position_BxT[0, anchor]
