@@ -254,7 +254,7 @@ def test_simulated_length_by_hand():
     """Three anchors: two matches then a miss; a miss at once; a match, then the answer ends."""
     match = np.array([[1, 0, 1], [1, 1, 0], [0, 1, 1]], bool)[:, None]
     valid = np.array([[1, 1, 1], [1, 1, 0], [1, 1, 0]], bool)[:, None]
-    scores = objective.StepScores(0, 0, jnp.asarray(match), jnp.asarray(valid), 0, 0)
+    scores = objective.StepScores(0, 0, jnp.asarray(match), jnp.asarray(valid), 0, 0, 0)
     accepted, reached = objective.chain_counts(scores)
     np.testing.assert_array_equal(accepted, [2, 1, 0])
     np.testing.assert_array_equal(reached, [3, 1, 1])
