@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.common import ModelFlags, StoppingFlags
 from ppow_jax import cli, mesh_shape
-from ppow_jax.config import check_fields, field, require
+from ppow_jax.config import field, require
 
 if TYPE_CHECKING:
     from ppow_jax.speculation.settings import Speculation
@@ -29,21 +30,8 @@ DEFAULT_BENCHMARKS = ("human_eval", "sharegpt")  # the ones that need no network
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(StoppingFlags, ModelFlags):
     """The flags of this program."""
-
-    target: str = field(
-        "smollm2-135m", "smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Models"
-    )
-    drafter: str | None = field(
-        "auto", "The drafter's directory. auto: drafters/TARGET, if there is one.", group="Models"
-    )
-    dtype: str = field("bfloat16", "Of all matrices.", choices=("bfloat16", "float32"), group="Models")
-    compilation_cache: str | None = field(
-        None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Models"
-    )
-
-    mesh: str | None = field(None, mesh_shape.HELP, group="Models")
 
     prompts: str | None = field(None, "JSON lines with prompts or chats to measure on.", group="Prompts")
     benchmarks: tuple[str, ...] = field(
@@ -64,21 +52,6 @@ class Settings:
         (5,), "Drafted tokens per round, K; the most of them where it adapts.", low=1, high=64, group="Decoding"
     )
     block: bool = field(True, "Verify sampled chains block-wise; else token-wise.", group="Decoding")
-    stop_rule: str = field(
-        "throughput",
-        "When an adaptive window ends: by what it gains and costs here, or by --stop_threshold.",
-        choices=("throughput", "threshold"),
-        group="Decoding",
-    )
-    stop_threshold: float = field(
-        0.1, "The least chance to be accepted that is drafted on, by that rule.", high=1, group="Decoding"
-    )
-    confidence: str = field(
-        "drafter",
-        "Where adaptive windows take chances from: the drafter's probabilities, or its confidence head.",
-        choices=("drafter", "head"),
-        group="Decoding",
-    )
     adaptive_chain: bool = field(False, "Adaptive windows are chains, not trees.", group="Decoding")
     tree_depth: tuple[int, ...] = field(
         (4,), "Levels of a tree; an adaptive one has up to --window.", low=1, high=64, group="Decoding"
@@ -95,8 +68,7 @@ class Settings:
     plot: str | None = field(None, "PNG file.", group="Output")
 
     def __post_init__(self):
-        check_fields(self)
-        mesh_shape.MeshShape.parse(self.mesh)
+        super().__post_init__()
         plot_rule = f"--plot={self.plot}: must end in .png"
         require(self.plot is None or self.plot.endswith(".png"), plot_rule)
         for name in ("modes", "window", "tree_depth", "tree_nodes", "temperature", "batch_size", "seeds"):
@@ -108,13 +80,11 @@ class Settings:
         named = self.benchmarks + ((self.prompts,) if self.prompts else ())
         return named or DEFAULT_BENCHMARKS
 
-
     def speculations(self) -> "list[Speculation]":
         """Every way to speculate that is asked for. Raises UserError for an impossible tree."""
         from ppow_jax.speculation import settings as ways
-        from ppow_jax.speculation.adaptive import Stopping
 
-        stopping = Stopping(self.stop_rule, self.stop_threshold, self.confidence == "head")
+        stopping = self.stopping()
         found = []
         for mode in self.modes:
             if mode == "chain":

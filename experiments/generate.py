@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.common import ModelFlags, StoppingFlags
 from ppow_jax import cli, mesh_shape
-from ppow_jax.config import check_fields, field, require
+from ppow_jax.config import field, require
 from ppow_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     prompt: str | None = field(None, "What to answer.", group="Prompt")
@@ -39,19 +40,6 @@ class Settings:
         False, f"Chat: a line from standard input, an answer, and so on; {QUIT} ends it.", group="Prompt"
     )
 
-    target: str = field("smollm2-135m", "smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Models")
-    drafter: str | None = field(
-        "auto",
-        "The drafter's directory; none decodes plainly. auto: drafters/TARGET, if there is one.",
-        group="Models",
-    )
-    dtype: str = field("bfloat16", "Of all matrices.", choices=("bfloat16", "float32"), group="Models")
-    compilation_cache: str | None = field(
-        None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Models"
-    )
-
-    mesh: str | None = field(None, mesh_shape.HELP, group="Models")
-
     speculation: str | None = field(
         None,
         "How rounds draft. By default chain, if there is a drafter.",
@@ -60,21 +48,6 @@ class Settings:
     )
     window: int | None = field(
         None, "Drafted tokens per round, K, of a chain; at most, if adaptive.", low=1, high=64, group="Speculation"
-    )
-    stop_rule: str = field(
-        "throughput",
-        "When an adaptive window ends: by what it gains and costs here, or by --stop_threshold.",
-        choices=("throughput", "threshold"),
-        group="Speculation",
-    )
-    stop_threshold: float = field(
-        0.1, "The least chance to be accepted that is drafted on, by that rule.", high=1, group="Speculation"
-    )
-    confidence: str = field(
-        "drafter",
-        "Where adaptive windows take chances from: the drafter's probabilities, or its confidence head.",
-        choices=("drafter", "head"),
-        group="Speculation",
     )
     tree_branch: int | None = field(
         None, "Children drafted per node, and nodes that get some.", low=1, group="Speculation"
@@ -96,8 +69,7 @@ class Settings:
     trace: str | None = field(None, "HTML file that shows the answer step by step.", group="Output")
 
     def __post_init__(self):
-        check_fields(self)
-        mesh_shape.MeshShape.parse(self.mesh)
+        super().__post_init__()
         given = (self.prompt is not None) + (self.prompt_file is not None) + self.chat
         require(given == 1, "--prompt=TEXT or --prompt_file=FILE: one of them must be given, or --chat")
         require(self.top_p > 0, f"--top_p={self.top_p}: must be above 0")
@@ -198,10 +170,7 @@ def read_prompt(settings: Settings) -> str:
 def speculation(settings: Settings, default: "Speculation") -> "Speculation":
     """The flags' sizes in place of the default ones."""
     if default.adaptive:
-        from ppow_jax.speculation.adaptive import Stopping
-
-        stopping = Stopping(settings.stop_rule, settings.stop_threshold, settings.confidence == "head")
-        default = dataclasses.replace(default, adaptive=stopping)
+        default = dataclasses.replace(default, adaptive=settings.stopping())
     if default.shape:
         given = {name: getattr(settings, f"tree_{name}") for name in ("branch", "depth", "nodes")}
         given["depth"] = given["depth"] or settings.window

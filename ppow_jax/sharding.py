@@ -249,6 +249,15 @@ def pin(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes, {}))
 
 
+def whole_logits(logits_BxxV: jax.Array) -> jax.Array:
+    """Inside a program: logits [B, ..., V], made in parts of the vocabulary, then given whole to every device.
+
+    Asked for the whole at once, XLA gathers the matrix that makes them, which is much larger.
+    """
+    between = (None,) * (logits_BxxV.ndim - 2)
+    return pin(pin(logits_BxxV, "batch", *between, "vocab"), "batch")
+
+
 def parts(axis: str, length: int) -> int:
     """Into how many equal parts a logical axis of this length is cut by the mesh in use."""
     sizes = axis_sizes()

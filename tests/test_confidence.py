@@ -11,7 +11,7 @@ import pytest
 from scipy.special import rel_entr
 
 import tests.small_world as world
-import tests.test_generate as decoding
+import tests.twelve_tokens as decoding
 from ppow_jax.errors import UserError
 from ppow_jax.models import confidence
 from ppow_jax.objectives import supervised as objectives

@@ -4,6 +4,7 @@ of one process.
 The processes are started for real, and talk over gloo on this machine; see `train_in_processes.py`.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -21,10 +22,10 @@ from ppow_jax.errors import UserError
 from ppow_jax.training.metrics import VOLATILE, NoMetrics, read_metrics
 
 SCRIPT = pathlib.Path(__file__).with_name("train_in_processes.py")
-STAGES = "data,supervised,export"
+STAGES, ALL_STAGES = "data,supervised,export", "data,supervised,ppow,evaluate,export"
 
 
-def start(workdir, number=1, devices=1, die_at=0):
+def start(workdir, number=1, devices=1, die_at=0, stages=STAGES):
     """Starts the processes -> (exit codes, logs)."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -38,7 +39,7 @@ def start(workdir, number=1, devices=1, die_at=0):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(workdir), str(port), str(number), str(me), str(die_at), STAGES],
+            [sys.executable, str(SCRIPT), str(workdir), str(port), str(number), str(me), str(die_at), stages],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -96,11 +97,19 @@ def test_a_killed_process_ends_the_other_and_both_go_on(directory, alone):
 
 
 @pytest.mark.slow
-def test_two_processes_of_two_devices(directory, alone):
-    codes, logs = start(directory / "four", number=2, devices=2)
+def test_two_processes_of_two_devices_run_every_stage(directory):
+    """Answers, both stages, the measurement with its texts, the drafter: those of one process of one device."""
+    codes, logs = start(directory / "one", stages=ALL_STAGES)
+    assert codes == [0], logs[0][-3000:]
+    codes, logs = start(directory / "four", number=2, devices=2, stages=ALL_STAGES)
     assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
     assert "process 0 of 2, 4 devices in all" in logs[0]
-    assert_same(result(directory / "four"), alone)
+    assert_same(result(directory / "four"), result(directory / "one"))
+    four, one = (json.loads((directory / name / "report.json").read_text())["arms"] for name in ("four", "one"))
+    assert [arm["name"] for arm in four] == [arm["name"] for arm in one] == ["supervised", "ppow"]
+    for ours, theirs in zip(four, one, strict=True):
+        for name in ("tau", "identical", "total"):
+            assert [row[name] for row in ours["results"]] == [row[name] for row in theirs["results"]]
 
 
 @pytest.mark.parametrize(

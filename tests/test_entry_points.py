@@ -205,7 +205,7 @@ GENERATE_MISTAKES = [
     (("--prompt=a", "--speculation=tree"), "--speculation=tree: needs a drafter, but --target=tiny has none"),
     (("--prompt=a", "--tree_depth=3"), "--tree_depth=3: needs --speculation=tree"),
     (("--prompt=a", "--speculation=tree", "--window=3"), "--window=3: a tree has --tree_depth instead"),
-    (("--prompt=a", "--speculation=tree", "--drafter=DRAFTER", "--tree_nodes=900"), "tree nodes 900: must be 1 to 36"),
+    (("--prompt=a", "--speculation=tree", "--drafter=DRAFTER", "--tree_nodes=900"), "tree_nodes=900: must be 1 to 36"),
     (("--prompt=a", "--compare", "--speculation=off"), "--compare: needs another mode than --speculation=off"),
     (("--prompt=a", "--window=3", "--speculation=off"), "--window=3: needs a drafter, and another mode than"),
     (("--prompt=a", "--window=3", "--drafter=none"), "--window=3: needs a drafter"),

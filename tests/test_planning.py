@@ -105,6 +105,26 @@ def test_a_loop_that_waits_counts_once_or_as_often_as_is_assumed():
     assert often.flops == 2.5 * once.flops
 
 
+def test_a_long_chain_of_fusions_in_a_condition_is_followed_once():
+    """Each fusion names the one before twice: asked for anew each time, 80 of them would never end."""
+    chain = "\n".join(
+        f"  %f.{n} = s32[] fusion(%f.{n - 1}, %f.{n - 1}), kind=kLoop, calls=%larger" for n in range(1, 81)
+    )
+    larger = """
+%larger (a.9: s32[], b.9: s32[]) -> s32[] {
+  %a.9 = s32[] parameter(0)
+  %b.9 = s32[] parameter(1)
+  ROOT %most = s32[] maximum(%a.9, %b.9)
+}
+
+%condition"""
+    three = "  %three = s32[] constant(3)"
+    assert LOOP.count(three) == 1 and "compare(%i.1, %three)" in LOOP  # else nothing is replaced
+    text = LOOP.replace("\n%condition", larger).replace(three, three.replace("%three", "%f.0") + "\n" + chain)
+    text = text.replace("compare(%i.1, %three)", "compare(%i.1, %f.80)")
+    assert counting.count(hlo.parse(text)).flops == counting.count(hlo.parse(LOOP)).flops
+
+
 @pytest.mark.parametrize(
     ("line", "flops"),
     [

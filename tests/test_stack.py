@@ -14,6 +14,7 @@ from ppow_jax.models import stack, transformer
 from ppow_jax.models.families import Experts
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
+from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, off, tree
@@ -116,7 +117,7 @@ def test_decoding_writes_the_same_tokens(speculation):
 def test_a_ppow_step_has_the_same_metrics():
     """With the target's own greedy reference, which reads caches that earlier passes gave."""
     settings = dataclasses.replace(TrainSettings(), window=3, group=3, windows=2, adaw_start=0)
-    rollouts = stages.rollout_settings(settings, gamma=0.1, greedy_text=False)
+    rollouts = stages.rollout_settings(settings, CostModel(0.1), greedy_text=False)
     optimizer, start = optax.sgd(1e-2), small_world.drafter()
     shell = start.replace(params={})
 

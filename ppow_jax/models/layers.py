@@ -53,10 +53,17 @@ def rows_of(table_VxD: Array, index: Array) -> Array:
 
     XLA:CPU has no bfloat16 gather: it would make a float32 copy of the whole table first. Bits are gathered instead.
     """
-    if table_VxD.dtype != jnp.bfloat16:
+
+    def plain(table_VxD: Array, index: Array) -> Array:
         return table_VxD[index].astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(table_VxD, jnp.uint16)[index]
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
+
+    def bits(table_VxD: Array, index: Array) -> Array:
+        rows = jax.lax.bitcast_convert_type(table_VxD, jnp.uint16)[index]
+        return jax.lax.bitcast_convert_type(rows, jnp.bfloat16).astype(jnp.float32)
+
+    if table_VxD.dtype != jnp.bfloat16:
+        return plain(table_VxD, index)
+    return jax.lax.platform_dependent(table_VxD, index, cpu=bits, default=plain)
 
 
 def linear(x: Array, w_OxI: Array) -> Array:

@@ -160,7 +160,7 @@ def head(params: dict) -> Array:
 
 def logits(params: dict, hidden: Array) -> Array:
     """Target logits [..., V], float32, of normed hidden states [B, ..., D]; whole along V on every device."""
-    return sharding.pin(linear(hidden, head(params)), "batch")
+    return sharding.whole_logits(linear(hidden, head(params)))
 
 
 def causal_mask(B: int, S: int) -> Array:

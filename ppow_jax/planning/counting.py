@@ -58,15 +58,17 @@ def count(module: Module, assumed: Rounds = lambda loop: None) -> Counts:
     """Walks the program as it runs. assumed: rounds of loops of unknown length, see `Module.executed`."""
     flops = moved = 0.0
     messages: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
-    seen: set[tuple[str, str]] = set()  # a collective that is spread over several fusions keeps its channel
+    spread: set[str] = set()  # channels of collectives that go on behind several fusions, in loops too: they count once
     for computation, instruction, times in module.executed(assumed):
         flops += times * _flops(module, computation, instruction)
         moved += times * _bytes(module, computation, instruction)
-        for collective in _collectives(module, computation, instruction):
+        for inner, collective in _collectives(module, computation, instruction):
             channel = collective.attribute("channel_id") or collective.name
-            if (computation.name, channel) in seen:
-                continue
-            seen.add((computation.name, channel))
+            if inner is not computation:
+                if channel in spread:
+                    continue
+                spread.add(channel)
+                moved += times * (sum(map(_main, _shapes_of(inner, collective))) + _main(collective.shapes))
             kind, group, payload, sent = _message(module, collective, instruction)
             for i, value in enumerate((1, payload, sent)):
                 messages[kind, group][i] += times * value
@@ -188,6 +190,8 @@ def _taken(module: Module, inner: Computation, source: Instruction) -> float | N
             total += user.shapes[0].bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
             total += 0.0
+        elif user.opcode in COLLECTIVES or (user.opcode == "tuple" and user.root):
+            total += 0.0  # what `count` adds; what is handed on
         elif user.opcode in ("bitcast", "get-tuple-element"):
             below = _taken(module, inner, user)
             if below is None:
@@ -220,6 +224,8 @@ def _written(module: Module, inner: Computation, instruction: Instruction) -> fl
 def _update(module: Module, inner: Computation, value: Instruction) -> float:
     while value.opcode in ("bitcast", "copy") and value.operands:
         value = inner.instructions[value.operands[0]]
+    if value.opcode in COLLECTIVES or value.opcode == "parameter":  # what `count` adds; what is handed on
+        return 0.0
     if value.opcode == "dynamic-update-slice":
         return inner.instructions[value.operands[1]].shapes[0].bytes
     if deeper := _inner(module, value):
@@ -230,12 +236,13 @@ def _update(module: Module, inner: Computation, value: Instruction) -> float:
 # Communication.
 
 
-def _collectives(module: Module, computation: Computation, instruction: Instruction) -> list[Instruction]:
-    """The instruction itself, or what a fusion holds."""
+def _collectives(
+    module: Module, computation: Computation, instruction: Instruction
+) -> list[tuple[Computation, Instruction]]:
+    """The instruction itself, or what a fusion holds, each with its computation."""
     if inner := _inner(module, instruction):
-        return [c for i in inner.instructions.values() for c in _collectives(module, inner, i)]
-    opcode = instruction.opcode
-    return [instruction] if opcode.removesuffix("-start") in COLLECTIVES else []
+        return [found for i in inner.instructions.values() for found in _collectives(module, inner, i)]
+    return [(computation, instruction)] if instruction.opcode.removesuffix("-start") in COLLECTIVES else []
 
 
 def _message(module: Module, collective: Instruction, around: Instruction) -> tuple[str, int, int, int]:

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # all other types end in their bits, as bf16, f8e4m3fn
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -139,23 +140,44 @@ class Module:
         start = computation.instructions[loop.operands[0]]
         state: dict[int, int] = {}
         if start.opcode == "tuple":
-            found = {i: self._constant(computation, name, {}) for i, name in enumerate(start.operands)}
-            state = {i: value for i, value in found.items() if value is not None}
+            outside = _Frame(self, computation, lambda _: None)
+            state = _known(outside.value(name) for name in start.operands)
         if body.root.opcode != "tuple":
             return None
         for trips in range(_MAX_TRIPS):
-            go_on = self._constant(condition, condition.root.name, {0: state})
+            go_on = _Frame(self, condition, {0: state}.get).value(condition.root.name)
             if go_on is None:
                 return None
             if not go_on:
                 return trips
-            step = {i: self._constant(body, name, {0: state}) for i, name in enumerate(body.root.operands)}
-            state = {i: value for i, value in step.items() if value is not None}
+            round_ = _Frame(self, body, {0: state}.get)
+            state = _known(round_.value(name) for name in body.root.operands)
         return None
 
-    def _constant(self, computation: Computation, name: str, arguments: Mapping[int, object]) -> int | None:
-        """The value of a whole number, where it follows from constants and arguments (a tuple's as a mapping)."""
-        instruction = computation.instructions[name]
+
+def _known(values: Iterable[int | None]) -> dict[int, int]:
+    return {i: value for i, value in enumerate(values) if value is not None}
+
+
+class _Frame:
+    """A computation at work: its whole numbers, where they follow from constants and arguments. Each is found once, and
+    only if something asks for it.
+
+    argument: number of a parameter -> its value, a tuple's as a mapping, None where it is not known.
+    """
+
+    def __init__(self, module: Module, computation: Computation, argument: Callable[[int], Any]):
+        self._module, self._computation, self._argument = module, computation, argument
+        self._values: dict[str, int | None] = {}
+        self._calls: dict[str, _Frame] = {}
+
+    def value(self, name: str) -> int | None:
+        """The value of an instruction, None where it is not known."""
+        if name not in self._values:
+            self._values[name] = self._evaluate(self._computation.instructions[name])
+        return self._values[name]
+
+    def _evaluate(self, instruction: Instruction) -> int | None:
         if instruction.shapes and (instruction.shapes[0].dims or instruction.shapes[0].kind[0] not in "sup"):
             return None
         opcode = instruction.opcode
@@ -163,37 +185,38 @@ class Module:
             text = instruction.argument
             return {"true": 1, "false": 0}.get(text) if text in ("true", "false") else int(text)
         if opcode == "parameter":
-            value = arguments.get(int(instruction.argument))
+            value = self._argument(int(instruction.argument))
             return value if isinstance(value, int) else None
         if opcode == "get-tuple-element":
-            source, index = computation.instructions[instruction.operands[0]], int(instruction.attribute("index"))
+            source = self._computation.instructions[instruction.operands[0]]
+            index = int(instruction.attribute("index"))
             if source.opcode == "fusion":
-                return self._result(computation, source, arguments, index)
-            values = arguments.get(int(source.argument)) if source.opcode == "parameter" else None
+                return self._result(source, index)
+            values = self._argument(int(source.argument)) if source.opcode == "parameter" else None
             return values.get(index) if isinstance(values, Mapping) else None
         if opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start", "reshape"):
-            return self._constant(computation, instruction.operands[0], arguments)
+            return self.value(instruction.operands[0])
         if opcode in ("fusion", "call"):
-            return self._result(computation, instruction, arguments)
+            return self._result(instruction)
         if opcode not in _ARITHMETIC and opcode != "compare":
             return None
-        values = [self._constant(computation, o, arguments) for o in instruction.operands]
+        values = [self.value(operand) for operand in instruction.operands]
         if any(value is None for value in values):
             return None
         if opcode == "compare":
             return int(_COMPARISONS[instruction.attribute("direction")](*values))
         return _ARITHMETIC[opcode](*values)
 
-    def _result(
-        self, computation: Computation, call: Instruction, arguments: Mapping[int, object], index: int | None = None
-    ) -> int | None:
-        """What a fusion or a call gives, of a tuple the one at `index`; see `_constant`."""
-        callee = self.computations[call.called("calls") or call.called("to_apply")]
-        name = callee.root.name
-        if callee.root.opcode == "tuple" and index is not None:
-            name = callee.root.operands[index]
-        inner = {i: self._constant(computation, operand, arguments) for i, operand in enumerate(call.operands)}
-        return self._constant(callee, name, inner)
+    def _result(self, call: Instruction, index: int | None = None) -> int | None:
+        """What a fusion or a call gives, of a tuple the one at `index`."""
+        callee = self._module.computations[call.called("calls") or call.called("to_apply")]
+        inner = self._calls.get(call.name)
+        if inner is None:
+            inner = _Frame(self._module, callee, lambda i: self.value(call.operands[i]))
+            self._calls[call.name] = inner
+        root = callee.root
+        name = root.operands[index] if root.opcode == "tuple" and index is not None else root.name
+        return inner.value(name)
 
 
 _ARITHMETIC: dict[str, Callable[..., int]] = {

@@ -22,6 +22,7 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.experts import block_rows
+from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.planning.hlo import Instruction, Rounds
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.prefill import PIECE
@@ -114,9 +115,9 @@ def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.shard
     else:
         function = ppow.train_step
         arguments += (_whole(jax.eval_shape(lambda: jax.random.key(0)), mesh),)
-        gamma = max(settings.gamma, 0.0)  # where it is to be measured, its value changes no shape
+        costs = CostModel(0.0)  # they change no shape
         options |= {
-            "rollouts": stages.rollout_settings(settings, gamma, greedy_text),
+            "rollouts": stages.rollout_settings(settings, costs, greedy_text),
             "policy": ppow.PolicySettings(settings.clip, settings.kl_weight, settings.passes),
         }
     kinds = {"target": found.params, "drafter": state.params, "optimizer": state.opt_state, "batch": batch}

@@ -74,7 +74,7 @@ def propose(
         """What steps s, s+1, .. K-1 draft, a tuple each; going_BxM: windows that take step s."""
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, prefix, chain, first=s == 0)
-        logits_BxMxW = sharding.pin(drafting.logits(drafter, out), "batch")
+        logits_BxMxW = sharding.whole_logits(drafting.logits(drafter, out))
         id_BxM, log_q_BxMxW = draw(_at_step(key_B, s), logits_BxMxW, sampling)
         token_BxM, g_BxMxE = drafter.target_ids_W[id_BxM], drafting.feed(drafter, out)
         if confident:

@@ -40,10 +40,10 @@ class TreeShape:
     nodes: int
 
     def __post_init__(self):
-        require(self.branch >= 1, f"tree branch {self.branch}: must be at least 1")
-        require(self.depth >= 1, f"tree depth {self.depth}: must be at least 1")
+        require(self.branch >= 1, f"--tree_branch={self.branch}: must be at least 1")
+        require(self.depth >= 1, f"--tree_depth={self.depth}: must be at least 1")
         most = self.candidates
-        require(1 <= self.nodes <= most, f"tree nodes {self.nodes}: must be 1 to {most}, all that are drafted")
+        require(1 <= self.nodes <= most, f"--tree_nodes={self.nodes}: must be 1 to {most}, all that are drafted")
 
     @property
     def candidates(self) -> int:
@@ -134,7 +134,7 @@ def propose_tree(
         """
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_Bx1 + s, prefix, chain, first=s == 0)
-        logits_BxMxW = sharding.pin(drafting.logits(drafter, out), "batch")
+        logits_BxMxW = sharding.whole_logits(drafting.logits(drafter, out))
         top_BxMxX, id_BxMxX = top_k(logits_BxMxW, X)
         top_BxMxX -= jax.nn.logsumexp(logits_BxMxW, -1, keepdims=True)
         if confident:

@@ -34,9 +34,7 @@ class TrainSettings:
         None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Run"
     )
     tensorboard: bool = field(False, "Write TensorBoard events too, to WORKDIR/tensorboard.", group="Run")
-    profile_steps: str = field(
-        "", "Steps of each stage to trace, as FIRST:LAST, to WORKDIR/profile.", group="Run"
-    )
+    profile_steps: str = field("", "Steps of each stage to trace, as FIRST:LAST, to WORKDIR/profile.", group="Run")
 
     mesh: str | None = field(None, mesh_shape.HELP, group="Devices")
     accumulate: int = field(
@@ -149,7 +147,11 @@ class TrainSettings:
     general_cost: bool = field(
         False, "Reward by the general cost model, with verify and rollback costs.", group="Stage 2, PPOW"
     )
-    verify_cost: float = field(1.0, "Cost of a verification, in the general model.", low=0, group="Stage 2, PPOW")
+    verify_cost: float = field(
+        -1.0,
+        "Cost of a verification in target steps, in the general model; negative: measured here.",
+        group="Stage 2, PPOW",
+    )
     rollback_cost: float = field(
         0.0, "Cost of each token thrown away, in the general model.", low=0, group="Stage 2, PPOW"
     )

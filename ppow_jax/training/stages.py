@@ -126,7 +126,7 @@ def _features(context: Context, drafter: Drafter) -> FeatureStore:
 def _ppow(context: Context, drafter: Drafter) -> Drafter:
     s = context.settings
     optimizer = make_optimizer(context, drafter, s.ppow_learning_rate, s.ppow_steps * s.passes, 0)
-    rollouts = rollout_settings(s, _gamma(context, drafter), context.greedy_text)
+    rollouts = rollout_settings(s, _costs(context, drafter), context.greedy_text)
     step = functools.partial(
         ppow.train_step,
         config=context.target.config,
@@ -155,10 +155,8 @@ def _ppow(context: Context, drafter: Drafter) -> Drafter:
     return _train(context, drafter, "ppow", _data(context, store, offset), one, s.ppow_steps, optimizer, offset)
 
 
-def rollout_settings(s: TrainSettings, gamma: float, greedy_text: bool) -> RolloutSettings:
-    """Stage 2's rollouts. gamma: cost of a draft step in steps of the target. greedy_text: the target wrote the answers
-    at temperature 0.
-    """
+def rollout_settings(s: TrainSettings, costs: CostModel, greedy_text: bool) -> RolloutSettings:
+    """Stage 2's rollouts. greedy_text: the target wrote the answers at temperature 0."""
     return RolloutSettings(
         window=s.window,
         group=s.group,
@@ -170,25 +168,33 @@ def rollout_settings(s: TrainSettings, gamma: float, greedy_text: bool) -> Rollo
         adaw=s.adaw,
         adaw_start=s.adaw_start,
         greedy_reference=not greedy_text,
-        costs=CostModel(gamma, s.general_cost, s.verify_cost, s.rollback_cost, s.bonus),
+        costs=costs,
     )
 
 
-def _gamma(context: Context, drafter: Drafter) -> float:
-    """The flag's gamma, or the one measured here: once a workdir, so that a resumed run has the same rewards."""
+def _costs(context: Context, drafter: Drafter) -> CostModel:
+    """The flags' costs; what they leave open is measured here, once a workdir: a resumed run has the same rewards."""
     s = context.settings
-    if s.gamma >= 0:
-        return s.gamma
-    path = context.workdir / "costs.json"
+    gamma, verify = s.gamma, s.verify_cost
+    if gamma < 0 or (s.general_cost and verify < 0):
+        measured = _measured_costs(context, drafter)
+        gamma = gamma if gamma >= 0 else round(measured["gamma"], 4)
+        verify = verify if verify >= 0 else round(measured["verify_ratio"], 4)
+        log.info("ppow: a draft step costs %.3f steps of the target here (--gamma)", gamma)
+        if s.general_cost:
+            log.info("ppow: verifying %d tokens costs %.3f steps (--verify_cost)", s.window + 1, verify)
+    return CostModel(gamma, s.general_cost, verify, s.rollback_cost, s.bonus)
+
+
+def _measured_costs(context: Context, drafter: Drafter) -> dict[str, float]:
+    s, path = context.settings, context.workdir / "costs.json"
     known = path.exists()
     distributed.wait("costs")  # all have looked before one writes
     if not known:
         costs = measure_costs(context.target, cast(drafter, s.dtype), chain(s.window), s.row_length)
         measured = dataclasses.asdict(costs) | {"gamma": costs.gamma, "verify_ratio": costs.verify_ratio}
         distributed.by_leader(lambda: files.write_atomic(path, json.dumps(measured, indent=1)))
-    gamma = round(json.loads(path.read_text())["gamma"], 4)
-    log.info("ppow: a draft step costs %.3f steps of the target here (--gamma)", gamma)
-    return gamma
+    return json.loads(path.read_text())
 
 
 def _train(context: Context, drafter: Drafter, stage: str, data, step, total: int, optimizer, offset: int) -> Drafter:

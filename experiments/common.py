@@ -1,0 +1,56 @@
+"""Flags that several programs share."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from ppow_jax import mesh_shape
+from ppow_jax.config import check_fields, field
+
+if TYPE_CHECKING:
+    from ppow_jax.speculation.adaptive import Stopping
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlags:
+    """Target and drafter, and where they run."""
+
+    target: str = field("smollm2-135m", "smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Models")
+    drafter: str | None = field(
+        "auto", "The drafter's directory, or none. auto: drafters/TARGET, if there is one.", group="Models"
+    )
+    dtype: str = field("bfloat16", "Of all matrices.", choices=("bfloat16", "float32"), group="Models")
+    compilation_cache: str | None = field(
+        None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Models"
+    )
+    mesh: str | None = field(None, mesh_shape.HELP, group="Models")
+
+    def __post_init__(self):
+        check_fields(self)
+        mesh_shape.MeshShape.parse(self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoppingFlags:
+    """How adaptive windows end."""
+
+    stop_rule: str = field(
+        "throughput",
+        "When an adaptive window ends: by what it gains and costs here, or by --stop_threshold.",
+        choices=("throughput", "threshold"),
+        group="Adaptive windows",
+    )
+    stop_threshold: float = field(
+        0.1, "The least chance to be accepted that is drafted on, by that rule.", high=1, group="Adaptive windows"
+    )
+    confidence: str = field(
+        "drafter",
+        "Where adaptive windows take chances from: the drafter's probabilities, or its confidence head.",
+        choices=("drafter", "head"),
+        group="Adaptive windows",
+    )
+
+    def stopping(self) -> "Stopping":
+        """The rule that the flags name."""
+        from ppow_jax.speculation.adaptive import Stopping
+
+        return Stopping(self.stop_rule, self.stop_threshold, self.confidence == "head")

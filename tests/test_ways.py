@@ -1,0 +1,125 @@
+"""Trees and adaptive windows: lossless whatever things cost, and drafting as much as that asks for."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from twelve_tokens import (
+    CHEAP,
+    CONFIG,
+    DEAR,
+    DRAFTER,
+    FREE,
+    GREEDY,
+    PARAMS,
+    B,
+    answers,
+    batches,
+    drafter,
+    expected,
+    prefill,
+    prices_of,
+    speculative,
+    with_mode,
+)
+
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models import transformer
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.adaptive import Stopping
+from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, off, tree
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3), (3, 3, 10), (2, 4, 14), (4, 1, 3)], ids=str)
+def test_trees_are_lossless(shape):
+    found, histogram_NxK1, drafted_N = with_mode(tree(*shape))
+    assert found == expected()
+    assert (histogram_NxK1.sum(0)[:3] > 0).all() or shape[1] == 1
+    np.testing.assert_array_equal(drafted_N, shape[2] * histogram_NxK1.sum(1))
+
+
+def test_a_tree_of_one_branch_is_the_chain():
+    np.testing.assert_array_equal(with_mode(tree(1, 3, 3))[1], speculative(3, True, 1)[1])
+
+
+def test_a_tree_that_holds_the_chain_accepts_no_less():
+    """All that the chain drafts and more: what a round gains can only grow."""
+    chained = np.asarray(speculative(3, True, 1)[1]).sum(0)
+    branched = with_mode(tree(9, 3, 9 + 81 + 81))[1].sum(0)  # everything that it drafts, the argmax path among it
+    mean = [np.dot(h, np.arange(4)) / h.sum() for h in (chained, branched)]
+    assert mean[1] > mean[0] + 0.2
+
+
+@pytest.mark.parametrize("price", [FREE, CHEAP, DEAR], ids=["free", "cheap", "dear"])
+def test_adaptive_windows_are_lossless(price):
+    assert with_mode(adaptive(3), price=price)[0] == expected()
+
+
+def test_an_adaptive_window_weighs_costs():
+    free, cheap, dear = (with_mode(adaptive(3), price=price) for price in (FREE, CHEAP, DEAR))
+    np.testing.assert_array_equal(free[1], speculative(3, True, 1)[1])  # always the whole window
+    rounds_N, asked_N = free[1].sum(1), np.minimum(free[1].sum(1), 1)
+    np.testing.assert_array_equal(free[2], 3 * rounds_N)
+    assert (dear[2].sum() < cheap[2].sum() < 3 * cheap[1].sum()) and (dear[2] >= asked_N).all()
+    long_N = dear[1].sum(1) >= 10
+    assert long_N.any() and (dear[2][long_N] < dear[1].sum(1)[long_N]).all()  # some rounds drafted nothing
+
+
+ADAPTIVE_TREE = adaptive_tree(3, 3, 10)
+
+
+@pytest.mark.parametrize("price", [FREE, CHEAP, DEAR], ids=["free", "cheap", "dear"])
+def test_adaptive_trees_are_lossless(price):
+    assert with_mode(ADAPTIVE_TREE, price=price)[0] == expected()
+
+
+def test_an_adaptive_tree_weighs_costs():
+    fixed = with_mode(tree(3, 3, 10))
+    free, cheap, dear = (with_mode(ADAPTIVE_TREE, price=price) for price in (FREE, CHEAP, DEAR))
+    np.testing.assert_array_equal(free[1], fixed[1])  # always the whole tree
+    np.testing.assert_array_equal(free[2], fixed[2])
+    assert dear[2].sum() < cheap[2].sum() < free[2].sum()
+    assert cheap[1].sum() > free[1].sum()  # more rounds, smaller ones
+
+
+@pytest.mark.parametrize("way", [adaptive(3), ADAPTIVE_TREE], ids=["chain", "tree"])
+def test_rounds_without_drafts_leave_no_gap_in_the_drafters_cache(way):
+    """After any number of resting rounds, keys and features are those of a row that never rested."""
+    rows, made = batches()[0], drafter(True, 1)
+    how = {"speculation": way, "sampling": GREEDY, "prices": prices_of(CHEAP, way)}
+    state = prefill(rows, 3, made)
+    resting = state.replace(pace=state.pace.replace(rest_B=jnp.full(B, 7)))
+    resting = generate.decode(PARAMS, CONFIG, made, resting, 7, **how)
+    plain = prefill(rows, 0)
+    plain = generate.decode(PARAMS, CONFIG, None, plain, 7, speculation=off(), sampling=GREEDY)
+    np.testing.assert_array_equal(resting.tokens_BxL[:, : plain.tokens_BxL.shape[1]], plain.tokens_BxL)
+    going = ~np.asarray(resting.done_B)
+    assert going.any() and (np.asarray(resting.drafted_B) == 0).all()
+    assert (np.asarray(resting.pending_B)[going] > 1).all()  # gathered, then written together
+    found, fresh = drafted_after(resting, made)
+    np.testing.assert_allclose(found[going], fresh[going], rtol=2e-4, atol=2e-4)
+    assert answers(generate.decode(PARAMS, CONFIG, made, resting, 10_000, **how)) == expected()[:B]
+
+
+def drafted_after(state, made):
+    """The drafter's keys of all indices that the next round sees, from the state and from a pass over its tokens."""
+    chain_state, _ = generate.draft_window(PARAMS, made, state, chain(3), GREEDY)
+    tokens_BxL, L = state.tokens_BxL, state.tokens_BxL.shape[1]
+    position_BxL = jnp.broadcast_to(jnp.arange(L), tokens_BxL.shape)
+    mask, layers = transformer.causal_mask(*tokens_BxL.shape), DRAFTER.feature_layers
+    out = transformer.forward(PARAMS, CONFIG, tokens_BxL, position_BxL, mask, feature_layers=layers)
+    g_BxLxE, next_BxL = drafting.fuse(made, out.features_BxSxF), jnp.roll(tokens_BxL, -1, 1)
+    (kv,) = drafting.prefix_keys(made, g_BxLxE, made.embed(PARAMS["embed"], next_BxL), position_BxL, mask)
+    seen_BxL = np.arange(L) < np.asarray(state.length_B)[:, None] - 1
+    keys = (np.asarray(x.k_BxKvxdxL) for x in (*chain_state.drafter_kv, kv))
+    return [np.where(seen_BxL[:, None, None], x, 0.0) for x in keys]
+
+
+@pytest.mark.parametrize("widest", [adaptive(3), ADAPTIVE_TREE], ids=["chain", "tree"])
+def test_a_threshold_on_the_chance_is_lossless_and_shortens(widest):
+    ways = [dataclasses.replace(widest, adaptive=Stopping("threshold", t)) for t in (1e-6, 0.3, 0.9)]
+    made = [with_mode(way, price=FREE) for way in ways]
+    assert all(found == expected() for found, _, _ in made)
+    low, middle, high = ((drafted_N / histogram_NxK1.sum(1).clip(1)).mean() for _, histogram_NxK1, drafted_N in made)
+    assert high < middle < low
