@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 import sys
 
 import jax
@@ -110,8 +109,8 @@ def train(step, steps=STEPS, accumulate=1, dtype=jnp.float32):
     return {"history": history, "params": plain(state.params)}
 
 
-def decode(speculation, temperature_B, gathered=False):
-    """The tokens of 8 answers, read after two rounds and at the end; or the shapes that a round gathers."""
+def decode(speculation, temperature_B):
+    """The tokens of 8 answers, read after two rounds and at the end."""
     params, drafter = models()
     rng = np.random.default_rng(1)
     sampling = Sampling.of(temperature_B)
@@ -121,12 +120,10 @@ def decode(speculation, temperature_B, gathered=False):
     L = generate.cache_length(8, 16, speculation.window)
     how = {"K": speculation.window, "sampling": sampling, "L": L}
     state = generate.prefill(params, CONFIG, drafter, *sharding.place(rows), **how)
-    how = {"speculation": speculation, "sampling": sampling}
-    if gathered:
-        text = generate.decode.lower(params, CONFIG, drafter, state, 2, **how).compile().as_text()
-        return re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
     for rounds in (2, 100):
-        state = generate.decode(params, CONFIG, drafter, state, rounds, **how)
+        state = generate.decode(
+            params, CONFIG, drafter, state, rounds, speculation=speculation, sampling=sampling
+        )
     return plain([state.tokens_BxL, state.length_B, state.histogram_BxK1])
 
 
@@ -196,8 +193,6 @@ def on_meshes(directory):
             params, drafter = models()
             cut = [params["layers"][0]["gate_proj"], drafter.params["up_proj"]]
             found[name]["pieces"] = [list(x.addressable_shards[0].data.shape) for x in cut]
-    with sharding.use(sharding.make_mesh(MeshShape(*MESHES["1,1,8"]))):
-        found["gathered"] = decode(chain(2), 0.0, gathered=True)
     return found
 
 

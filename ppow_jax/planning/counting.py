@@ -155,8 +155,13 @@ def _bytes(module: Module, computation: Computation, instruction: Instruction) -
             for name, (number, parameter) in zip(instruction.operands, sorted(inner.parameters.items()), strict=True)
         )
         return reads + _written(module, inner, instruction)
-    if opcode.startswith(COLLECTIVES) or opcode in ("copy-start", "slice-start"):
-        return _main(instruction.shapes[:1]) * 2.0 if opcode.startswith(COLLECTIVES) else _main(instruction.shapes[:2])
+    if opcode.startswith(COLLECTIVES):
+        return _main(instruction.shapes[:1]) * 2.0
+    if opcode == "copy-start":
+        return _main(instruction.shapes[:2])
+    if opcode == "slice-start":
+        source, part, *_ = instruction.shapes
+        return float(part.bytes * ((source.memory == 0) + (part.memory == 0)))
     operands = [_main(shapes) for shapes in _shapes_of(computation, instruction)]
     if opcode in ("slice", "dynamic-slice", "gather"):
         return min(operands[0], instruction.shapes[0].bytes) + _main(instruction.shapes)
