@@ -303,9 +303,9 @@ def test_a_tpu_that_is_not_there():
     pytest.importorskip("libtpu")
     devices, chip = topology.find("v5e:2x4")
     assert len(devices) == 8 and chip is CHIPS["v5e"]
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    mesh = jax.make_mesh((4, 2), ("x", "y"), devices=devices)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Auto,) * 2, devices=devices)
     x = jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("x", "y")))
     w = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec("y")))
     compiled = jax.jit(lambda x, w: x @ w, out_shardings=NamedSharding(mesh, PartitionSpec("x"))).lower(x, w).compile()
