@@ -38,7 +38,7 @@ tiny: setup
 	$(RUN) -m experiments.train --flagfile=experiments/configs/tiny.flags
 
 test: setup
-	$(RUN) -m pytest -q -n 2 --dist=loadfile
+	$(RUN) -m pytest -q -n 2 --dist=worksteal
 
 lint: setup
 	$(RUN) -m ruff check .

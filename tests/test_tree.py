@@ -276,7 +276,8 @@ def test_compaction_keeps_the_path_in_order():
 
 
 @pytest.mark.parametrize(
-    ("shape", "named"), [((0, 2, 1), "branch 0"), ((2, 0, 1), "depth 0"), ((2, 2, 7), "1 to 6"), ((2, 2, 0), "nodes 0")]
+    ("shape", "named"),
+    [((0, 2, 1), "tree_branch=0"), ((2, 0, 1), "tree_depth=0"), ((2, 2, 7), "1 to 6"), ((2, 2, 0), "tree_nodes=0")],
 )
 def test_impossible_shapes_are_refused(shape, named):
     with pytest.raises(UserError, match=named):

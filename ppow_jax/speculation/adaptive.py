@@ -31,7 +31,7 @@ Array = jax.Array
 RULES = ("throughput", "threshold")
 MEMORY = 0.9  # weight of the past in the running sums of a row
 MARGIN = 1.15  # a gain is a guess, its price is certain: by so much it must exceed it (best of 1 to 1.35 on SmolLM2)
-TRIAL = 8  # rounds that a row drafts before it may rest
+TRIAL, RETRIAL = 8, 3  # rounds that a row drafts before it may rest: at first, and after a rest
 FIRST_REST, LONGEST_REST = 24, 256  # rounds
 
 
@@ -162,7 +162,7 @@ def update(
         fade(pace.accepted_B, accepted_B),
         fade(pace.expected_B, expected_B),
         fade(pace.judged_B, jnp.minimum(accepted_B + 1, depth_B)),
-        trial_B=jnp.where(back_B, TRIAL, trial_B),
+        trial_B=jnp.where(back_B, RETRIAL, trial_B),
         rest_B=rest_B,
         pause_B=jnp.where(tired_B, longer_B, pace.pause_B),
     )
