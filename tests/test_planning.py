@@ -98,6 +98,52 @@ def test_a_scanned_program_is_counted_layer_by_layer():
     assert abs(counts.bytes - 3 * layer - outside) < 200  # and the loop's counter
 
 
+# A gather spread over several fusions, which hand its buffers on; rows added in place; a slice fetched ahead.
+SPREAD = """HloModule m, num_partitions=4
+
+%piece (part: bf16[8,64], whole: bf16[32,64], x: f32[16,64]) -> (f32[16,64], bf16[8,64], bf16[32,64]) {
+  %x = f32[16,64]{1,0:S(1)} parameter(2)
+  %twice = f32[16,64]{1,0:S(1)} add(%x, %x)
+  %part = bf16[8,64]{1,0} parameter(0)
+  %whole = bf16[32,64]{1,0} parameter(1)
+  %gathered = bf16[32,64]{1,0} all-gather(%part), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %out = (f32[16,64]{1,0:S(1)}, bf16[8,64]{1,0}, bf16[32,64]{1,0}) tuple(%twice, %part, %gathered)
+}
+
+%region (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%rows (table: f32[1000,64], index: s32[16,1], update: f32[16,64]) -> f32[1000,64] {
+  %table = f32[1000,64]{1,0} parameter(0)
+  %index = s32[16,1]{1,0:S(1)} parameter(1)
+  %update = f32[16,64]{1,0:S(1)} parameter(2)
+  ROOT %added = f32[1000,64]{1,0} scatter(%table, %index, %update), update_window_dims={1}, inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%region
+}
+
+ENTRY %main (p0: bf16[8,64], p1: bf16[32,64], p2: f32[16,64], p3: f32[1000,64], p4: s32[16,1]) -> f32[1000,64] {
+  %p0 = bf16[8,64]{1,0} parameter(0)
+  %p1 = bf16[32,64]{1,0} parameter(1)
+  %p2 = f32[16,64]{1,0:S(1)} parameter(2)
+  %p3 = f32[1000,64]{1,0} parameter(3)
+  %p4 = s32[16,1]{1,0:S(1)} parameter(4)
+  %first = (f32[16,64]{1,0:S(1)}, bf16[8,64]{1,0}, bf16[32,64]{1,0}) fusion(%p0, %p1, %p2), kind=kLoop, calls=%piece
+  %second = (f32[16,64]{1,0:S(1)}, bf16[8,64]{1,0}, bf16[32,64]{1,0}) fusion(%p0, %p1, %p2), kind=kLoop, calls=%piece
+  %ahead = (f32[1000,64]{1,0}, f32[10,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p3), slice={[0:10], [0:64]}
+  ROOT %result = f32[1000,64]{1,0} fusion(%p3, %p4, %p2), kind=kLoop, calls=%rows
+}
+"""  # noqa: E501
+
+
+def test_what_is_spread_is_counted_once_and_what_is_in_place_as_it_is_touched():
+    counts = counting.count(hlo.parse(SPREAD))
+    assert counts.collectives == (Collective("all-gather", 4, 1, 32 * 64 * 2, 24 * 64 * 2),)
+    gathered, fetched, added = (8 + 32) * 64 * 2, 10 * 64 * 4, 2 * 16 * 64 * 4
+    assert counts.bytes == gathered + fetched + added
+
+
 def test_a_loop_that_waits_counts_once_or_as_often_as_is_assumed():
     waiting = LOOP.replace("%less = pred[] compare(%i.1, %three), direction=LT", "%less = pred[] is-finite(%i.1)")
     waiting = waiting.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/experts/while"}')

@@ -193,8 +193,8 @@ def _taken(module: Module, inner: Computation, source: Instruction) -> float | N
             continue
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
             total += user.shapes[0].bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == source.name:
-            total += 0.0
+        elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == source.name:
+            total += 0.0  # in place; what is put there counts as written
         elif user.opcode in COLLECTIVES or (user.opcode == "tuple" and user.root):
             total += 0.0  # what `count` adds; what is handed on
         elif user.opcode in ("bitcast", "get-tuple-element"):
@@ -233,6 +233,8 @@ def _update(module: Module, inner: Computation, value: Instruction) -> float:
         return 0.0
     if value.opcode == "dynamic-update-slice":
         return inner.instructions[value.operands[1]].shapes[0].bytes
+    if value.opcode == "scatter":  # read, added to, written
+        return 2.0 * inner.instructions[value.operands[-1]].shapes[0].bytes
     if deeper := _inner(module, value):
         return _update(module, deeper, deeper.root) if deeper.root.opcode != "tuple" else math.inf
     return math.inf
