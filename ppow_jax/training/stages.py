@@ -175,8 +175,8 @@ def rollout_settings(s: TrainSettings, costs: CostModel, greedy_text: bool) -> R
 def _costs(context: Context, drafter: Drafter) -> CostModel:
     """The flags' costs; what they leave open is measured here, once a workdir: a resumed run has the same rewards."""
     s = context.settings
-    gamma, verify = s.gamma, s.verify_cost
-    if gamma < 0 or (s.general_cost and verify < 0):
+    gamma, verify = s.gamma, s.verify_cost if s.general_cost else 1.0  # the paper's reward knows no other
+    if gamma < 0 or verify < 0:
         measured = _measured_costs(context, drafter)
         gamma = gamma if gamma >= 0 else round(measured["gamma"], 4)
         verify = verify if verify >= 0 else round(measured["verify_ratio"], 4)
