@@ -13,9 +13,9 @@ from ppow_jax.inference import Model
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.settings import adaptive, chain, off, tree
+from ppow_jax.training import initialise
 from ppow_jax.weights.targets import Target
 
 POSITIONS, NEW = 1200, 30
@@ -38,22 +38,7 @@ def model() -> Model:
     params = dict(transformer.init(jax.random.key(1), CONFIG, scale=0.3))
     often_V = np.isin(np.arange(CONFIG.vocab_size), written)
     params["lm_head"] = params["lm_head"] * np.where(often_V, 1.5, 0.0)[:, None].astype(np.float32)
-    config = DrafterConfig(
-        vocab_size=CONFIG.vocab_size,
-        draft_vocab_size=len(written),
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=POSITIONS,
-        target_hidden_size=32,
-        feature_layers=(0, 1, 2),
-        fc_norm=True,
-        norm_output=True,
-    )
+    config = initialise.drafter_config(CONFIG, len(written), (0, 1, 2), fc_norm=True)
     drafter = Drafter(config, drafting.init(jax.random.key(2), config, scale=0.2), jnp.array(written))
     prices = {(MODES["adaptive"], rows, greedy): DEAR for rows in (1, 2, 4, 8) for greedy in (True, False)}
     return Model(Target("small", CONFIG, params, tokenizer()), drafter, prices)

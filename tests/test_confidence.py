@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_world as world
+import twelve_tokens as decoding
 from scipy.special import rel_entr
 
-import tests.small_world as world
-import tests.twelve_tokens as decoding
 from ppow_jax.errors import UserError
 from ppow_jax.models import confidence
 from ppow_jax.objectives import supervised as objectives
@@ -114,25 +114,21 @@ def test_a_broken_file_is_refused(tmp_path, text, message):
 @functools.cache
 def confident(fc_norm: bool, seed: int):
     """The drafter of the decoding tests, with a head that doubts often enough."""
-    plain = PLAIN(fc_norm, seed)
+    plain = decoding.drafter(fc_norm, seed)
     weight = jax.random.normal(jax.random.key(4), (plain.config.hidden_size,))
     head = dict(zip(confidence.NAMES, (weight, jnp.zeros(())), strict=True))
     return plain.replace(params=plain.params | head)
 
 
-PLAIN = decoding.drafter
-
-
 @pytest.mark.parametrize("rule", ["throughput", "threshold"])
 @pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_windows_that_the_head_ends_are_lossless(monkeypatch, rule, shape):
-    monkeypatch.setattr(decoding, "drafter", confident)
+def test_windows_that_the_head_ends_are_lossless(rule, shape):
     stopping = Stopping(rule, 0.3, head=True)
     way = adaptive(3, stopping=stopping) if shape == "chain" else adaptive_tree(3, 3, 10, stopping)
-    found, histogram_NxK1, drafted_N = decoding.with_mode.__wrapped__(way, price=decoding.CHEAP)
+    found, histogram_NxK1, drafted_N = decoding.with_mode(way, decoding.CHEAP, confident)
     assert found == decoding.expected()
     by_drafter = dataclasses.replace(way, adaptive=dataclasses.replace(stopping, head=False))
-    assert (drafted_N != decoding.with_mode(by_drafter, price=decoding.CHEAP)[2]).any()  # the head had its say
+    assert (drafted_N != decoding.with_mode(by_drafter, decoding.CHEAP, confident)[2]).any()  # the head had its say
     assert (histogram_NxK1.sum(0)[:2] > 0).all()
 
 

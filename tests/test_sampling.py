@@ -14,10 +14,10 @@ from ppow_jax.errors import UserError
 from ppow_jax.evaluation.decoding import Decoding
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling, draw, log_distribution, sample
 from ppow_jax.speculation.settings import chain
+from ppow_jax.training import initialise
 
 SETTINGS = [  # temperature, top-k, top-p
     (0.0, 0, 1.0),
@@ -220,21 +220,7 @@ ASKED = [(0.0, 0, 1.0), (0.75, 0, 1.0), (1.5, 3, 1.0), (1.0, 0, 0.75), (2.0, 6, 
 
 @functools.cache
 def drafter() -> Drafter:
-    config = DrafterConfig(
-        vocab_size=V,
-        draft_vocab_size=5,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=256,
-        target_hidden_size=32,
-        feature_layers=(0, 1, 2),
-        fc_norm=False,
-    )
+    config = initialise.drafter_config(TARGET, 5, (0, 1, 2))
     weights = jax.tree.map(jnp.asarray, models.drafter_params(config, 0))
     return Drafter(config, weights, jnp.array([0, 1, 3, 4, 7]))
 

@@ -5,6 +5,7 @@ The answers come from whole forward passes, which know neither caches nor drafte
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,32 +14,18 @@ from golden import models
 
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, chain
+from ppow_jax.training import initialise
 
 V, N, B, P, NEW = 12, 200, 50, 9, 24  # few tokens, so that random drafters are right now and then
 ENDS = (4, 9)  # written often, so that many answers end early
 CONFIG = dataclasses.replace(
     models.TARGETS["untied"], vocab_size=V, num_layers=2, max_position_embeddings=256, eos_token_ids=ENDS
 )
-DRAFTER = DrafterConfig(
-    vocab_size=V,
-    draft_vocab_size=9,
-    hidden_size=32,
-    intermediate_size=48,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=256,
-    target_hidden_size=32,
-    feature_layers=(0, 1, 2),
-    fc_norm=False,
-)
+DRAFTER = initialise.drafter_config(CONFIG, 9, (0, 1, 2))
 LAYERED = 6  # the seed of a drafter of two layers, narrower than the target, with an embedding of its own
 ARMS = [(1, False, 0), (3, True, 1), (3, True, 2), (5, False, 3), (3, False, LAYERED)]  # K, EAGLE-3.1, seed
 GREEDY = Sampling()
@@ -145,10 +132,10 @@ def prices_of(price: float, speculation: Speculation) -> Prices:
 
 
 @functools.cache
-def with_mode(speculation: Speculation, seed: int = 1, price: float | None = None):
-    """(answers, histogram_NxK1, drafted_N) of all prompts. price: see `prices_of`."""
+def with_mode(speculation: Speculation, price: float | None = None, make: Callable[[bool, int], Drafter] = drafter):
+    """(answers, histogram_NxK1, drafted_N) of all prompts. price: see `prices_of`. make: gives the drafter."""
     found, histogram, drafted = [], [], []
-    made = drafter(True, seed)
+    made = make(True, 1)
     for rows in batches():
         state = prefill(rows, speculation.window, made)
         prices = None if price is None else prices_of(price, speculation)

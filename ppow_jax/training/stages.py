@@ -180,9 +180,7 @@ def _costs(context: Context, drafter: Drafter) -> CostModel:
         measured = _measured_costs(context, drafter)
         gamma = gamma if gamma >= 0 else round(measured["gamma"], 4)
         verify = verify if verify >= 0 else round(measured["verify_ratio"], 4)
-        log.info("ppow: a draft step costs %.3f steps of the target here (--gamma)", gamma)
-        if s.general_cost:
-            log.info("ppow: verifying %d tokens costs %.3f steps (--verify_cost)", s.window + 1, verify)
+    log.info("ppow: the reward counts a draft step as %.3f steps of the target, a verification as %.3f", gamma, verify)
     return CostModel(gamma, s.general_cost, verify, s.rollback_cost, s.bonus)
 
 
