@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from ppow_jax import sharding
+from ppow_jax.cpu import library, product
 from ppow_jax.models.rope import Scaling
 
 Array = jax.Array
@@ -68,19 +69,38 @@ def rows_of(table_VxD: Array, index: Array) -> Array:
 
 def linear(x: Array, w_OxI: Array) -> Array:
     """x_...xI times w_OxI -> float32 ...xO, multiplied in the dtype of the weights."""
+    return _product(x.reshape(-1, x.shape[-1]), w_OxI).reshape(*x.shape[:-1], w_OxI.shape[0])
 
-    def product(x_MxI: Array, w_OxI: Array) -> Array:
-        return jnp.einsum("mi,oi->mo", x_MxI, w_OxI, preferred_element_type=jnp.float32)
+
+def _product(x_MxI: Array, w_OxI: Array) -> Array:
+    def plain(x_MxI: Array, w_OxI: Array) -> Array:
+        return jnp.einsum("mi,oi->mo", x_MxI.astype(w_OxI.dtype), w_OxI, preferred_element_type=jnp.float32)
 
     def doubled(x_1xI: Array, w_OxI: Array) -> Array:  # XLA:CPU leaves its fast path for a single bfloat16 row
-        return product(jnp.concatenate([x_1xI, x_1xI]), w_OxI)[:1]
+        return plain(jnp.concatenate([x_1xI, x_1xI]), w_OxI)[:1]
 
-    x_MxI = x.reshape(-1, x.shape[-1]).astype(w_OxI.dtype)
-    if x_MxI.shape[0] == 1 and w_OxI.dtype == jnp.bfloat16:
-        y_MxO = jax.lax.platform_dependent(x_MxI, w_OxI, cpu=doubled, default=product)
-    else:
-        y_MxO = product(x_MxI, w_OxI)
-    return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
+    if w_OxI.dtype != jnp.bfloat16:
+        return plain(x_MxI, w_OxI)
+    on_cpu = doubled if x_MxI.shape[0] == 1 else plain
+    if _ours():
+        on_cpu = product.product
+    return jax.lax.platform_dependent(x_MxI, w_OxI, cpu=on_cpu, default=plain)
+
+
+def _ours() -> bool:
+    """Whether a CPU's program may hold our own products, which no mesh can cut."""
+    return not sharding.in_use() and library.available()
+
+
+def input_gradient(g_MxO: Array, w_OxI: Array) -> Array:
+    """g w -> float32 [M, I]: the gradient of `linear`'s x, multiplied in the dtype of the weights."""
+
+    def plain(g_MxO: Array, w_OxI: Array) -> Array:
+        return jnp.einsum("mo,oi->mi", g_MxO.astype(w_OxI.dtype), w_OxI, preferred_element_type=jnp.float32)
+
+    if w_OxI.dtype != jnp.bfloat16 or not _ours():
+        return plain(g_MxO, w_OxI)
+    return jax.lax.platform_dependent(g_MxO, w_OxI, cpu=product.product_transposed, default=plain)
 
 
 def linear_bf16(x: Array, w_OxI: Array) -> Array:
@@ -124,8 +144,7 @@ def _product_bf16_fwd(x_MxI, w_OxI):
 def _product_bf16_bwd(saved, g_MxO):
     x_MxI, w_OxI = saved
     g_MxO = g_MxO.astype(jnp.bfloat16)
-    dx_MxI = jnp.einsum("mo,oi->mi", g_MxO, w_OxI, preferred_element_type=jnp.float32)
-    return dx_MxI, weight_gradient(g_MxO[None], x_MxI[None])[0]
+    return input_gradient(g_MxO, w_OxI), weight_gradient(g_MxO[None], x_MxI[None])[0]
 
 
 _product_bf16.defvjp(_product_bf16_fwd, _product_bf16_bwd)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax import sharding
-from ppow_jax.models.layers import linear, weight_gradient
+from ppow_jax.models.layers import input_gradient, linear, weight_gradient
 
 Array = jax.Array
 
@@ -84,7 +84,7 @@ def _forward(h_BxMxE, w_WxE, p_BxMxW, label_BxM, weight_BxM, dtype):
         *row, q_PxMxW = _row(h_PxMxE, w_WxE, p_PxMxW, label_PxM, dtype)
         g_PxMxW = ((q_PxMxW - p_PxMxW) * weight_PxM[..., None]).astype(dtype)
         w = w_WxE.astype(dtype)
-        dh.append(jnp.einsum("pmw,we->pme", g_PxMxW, w, preferred_element_type=jnp.float32))
+        dh.append(input_gradient(g_PxMxW.reshape(-1, w.shape[0]), w).reshape(h_PxMxE.shape))
         dw_PxWxE += weight_gradient(g_PxMxW, h_PxMxE.astype(dtype))
         rows.append(row)
     return _gather(rows, weight_BxM), (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row

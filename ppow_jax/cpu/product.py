@@ -1,0 +1,43 @@
+"""Products with bfloat16 weights on a CPU, faster than XLA's and the same for a row whatever rows are beside it.
+
+XLA:CPU reads and converts the weights again for every few rows, so that verifying eight tokens costs 1.6 times as much
+as decoding one on a processor without bfloat16 instructions; here it costs 1.2 times as much (product.cc).
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@jax.custom_jvp
+def product(x_MxI: Array, w_OxI: Array) -> Array:
+    """x w^T -> float32 [M, O], with x rounded to bfloat16 and sums in float32. w_OxI: bfloat16.
+
+    A row's result is bit for bit the same with any other rows. Call it only in programs for CPUs, and only if
+    `library.available()`.
+    """
+    return _call("ppow_product", x_MxI, w_OxI, w_OxI.shape[0])
+
+
+@product.defjvp
+def _product_jvp(primals, tangents):
+    (x_MxI, w_OxI), (dx_MxI, dw_OxI) = primals, tangents
+    dy_MxO = _plain(dx_MxI, w_OxI.astype(jnp.float32)) + _plain(x_MxI, dw_OxI.astype(jnp.float32))
+    return product(x_MxI, w_OxI), dy_MxO
+
+
+def _plain(x_MxI: Array, w_OxI: Array) -> Array:
+    return jnp.einsum("mi,oi->mo", x_MxI.astype(jnp.float32), w_OxI, preferred_element_type=jnp.float32)
+
+
+def product_transposed(g_MxO: Array, w_OxI: Array) -> Array:
+    """g w -> float32 [M, I], as `product`; the gradient of its x."""
+    return _call("ppow_product_transposed", g_MxO, w_OxI, w_OxI.shape[1])
+
+
+def _call(target: str, x_MxK: Array, w: Array, outputs: int) -> Array:
+    # not a cast to bfloat16 and back, which XLA may leave out
+    x_MxK = jax.lax.reduce_precision(x_MxK.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    shape = jax.ShapeDtypeStruct((x_MxK.shape[0], outputs), jnp.float32)
+    return jax.ffi.ffi_call(target, shape, vmap_method="sequential")(x_MxK, w)
