@@ -107,12 +107,12 @@ def measure_prices(
 ) -> Prices:
     """What an adaptive window decides by. A draft costs what the verification costs that is compiled for it.
 
-    Verification is measured at full width and near half of it; between, and down to no draft, costs are taken to be
-    linear.
+    Verification is measured at full width and near a half and a quarter of it (a few tokens may be free where many are
+    not); between, and down to no draft, costs are taken to be linear.
     """
     N, shape = speculation.verified, speculation.shape
     widths = np.array(speculation.widths)
-    half = int(widths[np.argmin(np.abs(widths[1:] - N / 2)) + 1])
+    near = {int(widths[np.argmin(np.abs(widths[1:] - N / part)) + 1]) for part in (1, 2, 4)}
 
     def measured(nodes: int) -> Costs:
         way = chain(nodes)
@@ -120,7 +120,7 @@ def measure_prices(
             way = dataclasses.replace(speculation, shape=dataclasses.replace(shape, nodes=nodes))
         return measure_costs(target, drafter, way, L, batch, sampling=sampling, repetitions=repetitions)
 
-    found = {nodes: measured(nodes) for nodes in sorted({half, N})}
+    found = {nodes: measured(nodes) for nodes in sorted(near)}
     verify_X = np.interp(widths, [0, *found], [1.0, *(costs.verify_ratio for costs in found.values())])
     compiled_N1 = np.searchsorted(widths, np.arange(N + 1))
     return Prices.of(found[N].gamma, np.maximum.accumulate(verify_X)[compiled_N1])

@@ -33,7 +33,7 @@ class Speculation:
         """Numbers of drafted tokens for which an adaptive round has a verification of its own; the next wider one
         takes those between.
         """
-        steps = (0, 3, 7, 15, 31) if self.shape else (0, 2, 4, 7, 11, 15, 23, 31, 47)
+        steps = (0, 2, 4, 7, 15, 31) if self.shape else (0, 2, 4, 7, 11, 15, 23, 31, 47)
         return tuple(w for w in steps if w < self.verified) + (self.verified,)
 
     @property
