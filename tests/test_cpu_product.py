@@ -84,9 +84,13 @@ print(linear(jnp.ones((1, 8)), jnp.ones((4, 8), jnp.bfloat16))[0, 0])
 
 @pytest.mark.parametrize(
     "environment, says",
-    [({"PATH": "/nowhere", "CXX": ""}, "no C++ compiler found"), ({"PPOW_JAX_CPU_PRODUCT": "0"}, "")],
+    [
+        ({"PATH": "/nowhere"}, "no C++ compiler found"),
+        ({"CXX": "false"}, "Command '["),  # a compiler that fails, and does not say why
+        ({"PPOW_JAX_CPU_PRODUCT": "0"}, ""),
+    ],
 )
-def test_without_a_compiler_xla_does_it(environment, says, tmp_path):
+def test_where_it_cannot_be_compiled_xla_does_it(environment, says, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT],
         env={"HOME": str(tmp_path), "PYTHONPATH": ".", "PATH": "/usr/bin", **environment},

@@ -33,12 +33,17 @@ def available() -> bool:
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        log.warning("bfloat16 products are left to XLA, which is slower on a CPU: %s", said.strip().splitlines()[-1])
+        log.warning("bfloat16 products are left to XLA, which is slower on a CPU: %s", _said(error))
         return False
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
+
+
+def _said(error: Exception) -> str:
+    """One line: the compiler's first complaint, or the error itself."""
+    lines = (getattr(error, "stderr", None) or "").splitlines()
+    return next((line for line in lines if "error" in line), str(error))
 
 
 def _built() -> Path:

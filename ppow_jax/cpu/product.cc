@@ -24,8 +24,10 @@ namespace {
 constexpr int kLanes = 16, kRows = 12;  // of 32 registers
 #elif defined(__aarch64__)
 constexpr int kLanes = 4, kRows = 12;
-#else
+#elif defined(__AVX2__) && defined(__FMA__)
 constexpr int kLanes = 8, kRows = 6;  // of 16 registers
+#else
+#error "this processor has neither AVX2 with FMA nor NEON"
 #endif
 constexpr int kPanel = 2 * kLanes;       // outputs that are made together
 constexpr int64_t kDepth = 256;          // a panel this deep stays in the first-level cache
