@@ -32,7 +32,7 @@ def available() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
         log.warning("bfloat16 products are left to XLA, which is slower on a CPU: %s", _said(error))
         return False
     for name in TARGETS:
