@@ -104,7 +104,8 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
     if instruction.opcode == "ragged-dot":
         (lhs,), (rhs,) = _shapes_of(computation, instruction)[:2]
         return 2.0 * lhs.size * rhs.dims[-1]
-    if instruction.opcode == "custom-call" and "matmul" in (instruction.attribute("custom_call_target") or ""):
+    called = instruction.attribute("custom_call_target") or ""
+    if instruction.opcode == "custom-call" and ("matmul" in called or "ppow_product" in called):  # cpu/product.py
         (lhs,), (rhs,) = _shapes_of(computation, instruction)[:2]
         out = instruction.shapes[0]
         batch = math.prod(out.dims[:-2])
