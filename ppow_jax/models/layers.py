@@ -88,8 +88,8 @@ def _product(x_MxI: Array, w_OxI: Array) -> Array:
 
 
 def _ours() -> bool:
-    """Whether a CPU's program may hold our own products, which no mesh can cut."""
-    return not sharding.in_use() and library.available()
+    """Whether to put our own products into programs for CPUs: no mesh can cut them, no host of accelerators needs them."""
+    return jax.default_backend() == "cpu" and not sharding.in_use() and library.available()
 
 
 def input_gradient(g_MxO: Array, w_OxI: Array) -> Array:
