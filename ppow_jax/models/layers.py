@@ -88,7 +88,7 @@ def _product(x_MxI: Array, w_OxI: Array) -> Array:
 
 
 def _ours() -> bool:
-    """Whether to put our own products into programs for CPUs: no mesh can cut them, no host of accelerators needs them."""
+    """Whether to put our own products into programs for CPUs: no mesh can cut them, other hosts need none."""
     return jax.default_backend() == "cpu" and not sharding.in_use() and library.available()
 
 
