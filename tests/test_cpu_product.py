@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from ppow_jax.cpu import library
-from ppow_jax.cpu.product import product, product_transposed
+from ppow_jax.cpu.product import call, product
 from ppow_jax.models.layers import linear
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 
+kinds = pytest.mark.parametrize("kind", library.kinds())  # what this processor has: AMX has both
 SHAPES = [(1, 16, 16), (1, 1, 1), (3, 17, 33), (6, 40, 255), (7, 192, 576), (13, 50, 1536), (200, 57, 99), (385, 3, 30)]
 
 
@@ -27,28 +28,31 @@ def _exact(x):
     return np.asarray(x.astype(jnp.bfloat16), np.float64)
 
 
+@kinds
 @pytest.mark.parametrize("shape", SHAPES)
-def test_both_products_agree_with_float64(shape):
+def test_both_products_agree_with_float64(kind, shape):
     x_MxI, w_OxI = _case(*shape)
     want = _exact(x_MxI) @ _exact(w_OxI).T
-    got = jax.jit(product)(x_MxI, w_OxI)
-    transposed = jax.jit(product_transposed)(x_MxI, jnp.asarray(w_OxI.T))
+    got = jax.jit(call, static_argnums=0)(kind, x_MxI, w_OxI)
+    transposed = jax.jit(call, static_argnums=(0, 3))(kind, x_MxI, jnp.asarray(w_OxI.T), True)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=1e-5 * shape[2])
     np.testing.assert_array_equal(transposed, got)  # the same sums in the same order
 
 
-@pytest.mark.parametrize("rows", [2, 5, 6, 7, 8, 16, 193, 400])
-def test_a_row_is_the_same_whatever_is_beside_it(rows):
+@kinds
+@pytest.mark.parametrize("rows", [2, 5, 6, 7, 8, 16, 17, 33, 193, 400])
+def test_a_row_is_the_same_whatever_is_beside_it(kind, rows):
     x_MxI, w_OxI = _case(rows, 100, 576)
-    together = jax.jit(product)(x_MxI, w_OxI)
+    together = jax.jit(call, static_argnums=0)(kind, x_MxI, w_OxI)
     for row in {0, 1, rows // 2, rows - 1}:
-        np.testing.assert_array_equal(jax.jit(product)(x_MxI[row : row + 1], w_OxI)[0], together[row])
+        np.testing.assert_array_equal(call(kind, x_MxI[row : row + 1], w_OxI)[0], together[row])
 
 
-def test_what_is_not_finite_stays_in_its_row():
+@kinds
+def test_what_is_not_finite_stays_in_its_row(kind):
     x_MxI, w_OxI = _case(4, 20, 40)
-    y = np.asarray(product(x_MxI.at[1, 3].set(jnp.nan).at[2, 0].set(jnp.inf), w_OxI))
+    y = np.asarray(call(kind, x_MxI.at[1, 3].set(jnp.nan).at[2, 0].set(jnp.inf), w_OxI))
     assert np.isnan(y[1]).all() and not np.isfinite(y[2]).any()
     assert np.isfinite(y[[0, 3]]).all()
 

@@ -1,4 +1,4 @@
-"""Compiles product.cc for this processor, once, and registers it with XLA."""
+"""Compiles product.cc for this processor, once, and registers what it holds with XLA."""
 
 import ctypes
 import functools
@@ -17,7 +17,7 @@ import jaxlib
 log = logging.getLogger(__name__)
 
 SWITCH = "PPOW_JAX_CPU_PRODUCT"  # environment: 0 leaves every product to XLA
-TARGETS = ("ppow_product", "ppow_product_transposed")
+_KINDS = ("vectors", "tiles")  # vectors.h, tiles.h
 _SOURCE = Path(__file__).with_name("product.cc")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
@@ -30,14 +30,27 @@ def available() -> bool:
     """
     if os.environ.get(SWITCH, "1") == "0":
         return False
+    return bool(kinds())
+
+
+@functools.cache
+def kinds() -> tuple[str, ...]:
+    """The kinds of product that this processor has, slowest first: `vectors`, `tiles` (AMX); none without a compiler."""
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
         log.warning("bfloat16 products are left to XLA, which is slower on a CPU: %s", _said(error))
-        return False
-    for name in TARGETS:
+        return ()
+    library.ppow_has_tiles.restype = ctypes.c_bool
+    there = _KINDS if library.ppow_has_tiles() else _KINDS[:1]
+    for name in (target(kind, transposed) for kind in there for transposed in (False, True)):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
+    return there
+
+
+def target(kind: str, transposed: bool) -> str:
+    """The name under which XLA knows a product."""
+    return f"ppow_product_{kind}" + "_transposed" * transposed
 
 
 def _said(error: Exception) -> str:
@@ -54,7 +67,8 @@ def _built() -> Path:
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
         raise OSError("no C++ compiler found (install g++, or name one in CXX)")
-    made_of = (_SOURCE.read_text(), compiler, *_FLAGS, jaxlib.__version__, _processor())
+    sources = (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))
+    made_of = (*(source.read_text() for source in sources), compiler, *_FLAGS, jaxlib.__version__, _processor())
     name = f"product-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppow_jax"
     path = directory / name

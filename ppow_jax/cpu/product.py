@@ -7,6 +7,8 @@ XLA:CPU's time grows with every few rows: on a processor without bfloat16 instru
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.cpu import library
+
 Array = jax.Array
 
 
@@ -17,7 +19,7 @@ def product(x_MxI: Array, w_OxI: Array) -> Array:
     A row's result is bit for bit the same with any other rows. Call it only in programs for CPUs, and only if
     `library.available()`.
     """
-    return _call("ppow_product", x_MxI, w_OxI, w_OxI.shape[0])
+    return call(library.kinds()[-1], x_MxI, w_OxI)
 
 
 @product.defjvp
@@ -33,11 +35,14 @@ def _plain(x_MxI: Array, w_OxI: Array) -> Array:
 
 def product_transposed(g_MxO: Array, w_OxI: Array) -> Array:
     """g w -> float32 [M, I], as `product`; the gradient of its x."""
-    return _call("ppow_product_transposed", g_MxO, w_OxI, w_OxI.shape[1])
+    return call(library.kinds()[-1], g_MxO, w_OxI, transposed=True)
 
 
-def _call(target: str, x_MxK: Array, w: Array, outputs: int) -> Array:
-    # not a cast to bfloat16 and back, which XLA may leave out
-    x_MxK = jax.lax.reduce_precision(x_MxK.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
-    shape = jax.ShapeDtypeStruct((x_MxK.shape[0], outputs), jnp.float32)
-    return jax.ffi.ffi_call(target, shape, vmap_method="sequential")(x_MxK, w)
+def call(kind: str, x_MxK: Array, w: Array, transposed: bool = False) -> Array:
+    """The product by one of `library.kinds()`: `vectors` take float32, `tiles` bfloat16."""
+    if kind == "tiles":
+        x_MxK = x_MxK.astype(jnp.bfloat16)
+    else:  # not a cast to bfloat16 and back, which XLA may leave out
+        x_MxK = jax.lax.reduce_precision(x_MxK.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
+    shape = jax.ShapeDtypeStruct((x_MxK.shape[0], w.shape[1 if transposed else 0]), jnp.float32)
+    return jax.ffi.ffi_call(library.target(kind, transposed), shape, vmap_method="sequential")(x_MxK, w)
