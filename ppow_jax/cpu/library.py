@@ -1,4 +1,4 @@
-"""Compiles product.cc for this processor, once, and registers what it holds with XLA."""
+"""Compiles kernels.cc for this processor, once, and registers what it holds with XLA."""
 
 import ctypes
 import functools
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SWITCH = "PPOW_JAX_CPU_PRODUCT"  # environment: 0 leaves every product to XLA
 _KINDS = ("vectors", "tiles")  # vectors.h, tiles.h
-_SOURCE = Path(__file__).with_name("product.cc")
+_SOURCE = Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
 
@@ -35,7 +35,7 @@ def available() -> bool:
 
 @functools.cache
 def kinds() -> tuple[str, ...]:
-    """The kinds of product that this processor has, slowest first: `vectors`, `tiles` (AMX); none without a compiler."""
+    """The kinds of product that this processor has, slowest first: `vectors`, `tiles` (AMX); none uncompiled."""
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
@@ -43,7 +43,8 @@ def kinds() -> tuple[str, ...]:
         return ()
     library.ppow_has_tiles.restype = ctypes.c_bool
     there = _KINDS if library.ppow_has_tiles() else _KINDS[:1]
-    for name in (target(kind, transposed) for kind in there for transposed in (False, True)):
+    products = [target(kind, transposed) for kind in there for transposed in (False, True)]
+    for name in ("ppow_attention", *products):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return there
 
@@ -69,7 +70,7 @@ def _built() -> Path:
         raise OSError("no C++ compiler found (install g++, or name one in CXX)")
     sources = (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))
     made_of = (*(source.read_text() for source in sources), compiler, *_FLAGS, jaxlib.__version__, _processor())
-    name = f"product-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppow_jax"
     path = directory / name
     if not path.exists():

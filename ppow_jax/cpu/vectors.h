@@ -113,13 +113,14 @@ void pack_columns(const uint16_t* w, int64_t stride, int64_t outputs, int64_t de
   }
 }
 
+// y[rows, kPanel] = or += x[rows, depth] times panel[depth, kPanel]
 struct Tile {
   const float *x, *panel;
   float* y;
-  int64_t x_stride, y_stride, depth;
-  bool first;           // whether y begins at zero, or goes on
-  const char* ahead;    // what to fetch meanwhile, `hop` bytes further at each depth
-  int64_t hop;
+  int64_t x_stride, panel_stride, y_stride, depth;
+  bool first;                   // whether y begins at zero, or goes on
+  const char* ahead = nullptr;  // what to fetch meanwhile, `hop` bytes further at each depth
+  int64_t hop = 0;
 
   template <int R>
   void multiply() const {
@@ -130,7 +131,7 @@ struct Tile {
       sum[m][1] = first ? Lanes{} : lanes(y + m * y_stride + kLanes);
     }
     for (int64_t k = 0; k < depth; ++k) {
-      Lanes b0 = lanes(panel + k * kPanel), b1 = lanes(panel + k * kPanel + kLanes);
+      Lanes b0 = lanes(panel + k * panel_stride), b1 = lanes(panel + k * panel_stride + kLanes);
       __builtin_prefetch(ahead + k * hop, 0, 2);
       hold(b0, b1);
 #pragma GCC unroll 16
@@ -147,6 +148,7 @@ struct Tile {
     }
   }
 
+  // At most kRows.
   template <int R = kRows>
   void multiply_rows(int64_t rows) const {
     if (rows == R) return multiply<R>();
@@ -189,7 +191,7 @@ struct Product {
       const char* next = reinterpret_cast<const char*>(w + (n + kPanel) * K) + kPanel * sizeof *w * k;
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t m = rows * b / blocks, end = rows * (b + 1) / blocks;
-        const Tile tile{x + (m0 + m) * K + k, panel, out + m * out_stride, K, out_stride, depth, k == 0,
+        const Tile tile{x + (m0 + m) * K + k, panel, out + m * out_stride, K, kPanel, out_stride, depth, k == 0,
                         kTransposed ? nullptr : next + bytes * b / blocks,
                         kTransposed ? 0 : static_cast<int64_t>(kPanel * sizeof *w) / blocks};
         tile.multiply_rows(end - m);

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from ppow_jax import sharding
+from ppow_jax.cpu import attention as cpu_attention
 from ppow_jax.cpu import library, product
 from ppow_jax.models.rope import Scaling
 
@@ -159,7 +160,8 @@ def rotation(
     if scaling is not None:
         frequency_h = scaling.scale(frequency_h, theta)
     angle_BxSx1xh = (position_BxS[..., None].astype(jnp.float32) * frequency_h)[:, :, None]
-    cos, sin = jnp.cos(angle_BxSx1xh), jnp.sin(angle_BxSx1xh)
+    # held together, or XLA:CPU makes them again for each head of each layer, inside the fusions that use them
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle_BxSx1xh), jnp.sin(angle_BxSx1xh)))
     return (cos, sin) if scaling is None else (cos * scaling.attention_factor, sin * scaling.attention_factor)
 
 
@@ -205,6 +207,12 @@ def attention(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
     own: the keys of the S queries themselves, of which a query never sees a later one. A cache and the window that
     is being verified are separate blocks: nothing has to be written to a cache before it is known what is accepted.
     """
+    if not _ours() or any(block.kv.k_BxKvxdxL.dtype != jnp.float32 for block in (*contexts, own)):
+        return _in_query_blocks(q_BxSxHxd, contexts, own)
+    return jax.lax.platform_dependent(q_BxSxHxd, contexts, own, cpu=_fused, default=_in_query_blocks)
+
+
+def _in_query_blocks(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
     outs = []
     for rows in query_blocks(q_BxSxHxd.shape[1]):
         seen = KV(own.kv.k_BxKvxdxL[..., : rows.stop], own.kv.v_BxKvxLxd[:, :, : rows.stop])
@@ -212,6 +220,22 @@ def attention(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
         blocks.append(Keys(seen, own.mask_BxSxL[:, rows, : rows.stop]))
         outs.append(_attention(q_BxSxHxd[:, rows], blocks))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+
+
+@jax.custom_vjp
+def _fused(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
+    return cpu_attention.attend(q_BxSxHxd, [(*kv, mask_BxSxL) for kv, mask_BxSxL in (*contexts, own)])
+
+
+def _fused_fwd(*arguments):
+    return _fused(*arguments), arguments
+
+
+def _fused_bwd(arguments, g_BxSxHxd):
+    return jax.vjp(_in_query_blocks, *arguments)[1](g_BxSxHxd)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
 
 
 def _attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:

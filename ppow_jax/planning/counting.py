@@ -110,6 +110,9 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
         out = instruction.shapes[0]
         batch = math.prod(out.dims[:-2])
         return 2.0 * batch * math.sqrt(lhs.size / batch * (rhs.size / batch) * (out.size / batch))
+    if instruction.opcode == "custom-call" and called == "ppow_attention":  # cpu/attention.py
+        (q,), *blocks = _shapes_of(computation, instruction)
+        return 4.0 * q.size * sum(k.dims[-1] for (k,) in blocks[::3])  # scores and values, of all keys
     return 0.0
 
 

@@ -1,4 +1,5 @@
-// Products with a weight matrix that is read from memory once, whatever the number of rows. See product.py.
+// What XLA:CPU does slowly, as calls that it can make: products with bfloat16 weights (product.py), attention
+// (attention.py).
 //
 // A row's result depends neither on the other rows nor on their number: decoding one token and verifying a window
 // round alike.
@@ -9,6 +10,7 @@
 #include <memory>
 #include <thread>
 
+#include "attention.h"
 #include "tiles.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -60,8 +62,33 @@ auto binding() {
       .template Ret<ffi::Buffer<ffi::F32>>();
 }
 
+// rest: k, v and mask of each block of keys.
+ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::RemainingArgs rest,
+                  ffi::ResultBuffer<ffi::F32> out) {
+  std::vector<attention::Block> blocks;
+  int64_t heads_of_keys = 0;
+  for (size_t i = 0; i + 2 < rest.size(); i += 3) {
+    const auto k = rest.get<ffi::Buffer<ffi::F32>>(i), v = rest.get<ffi::Buffer<ffi::F32>>(i + 1);
+    const auto mask = rest.get<ffi::Buffer<ffi::PRED>>(i + 2);
+    if (!k || !v || !mask) return ffi::Error::InvalidArgument("a block of keys is float32 k and v and a mask");
+    blocks.push_back({k->typed_data(), v->typed_data(), mask->typed_data(), k->dimensions()[3]});
+    heads_of_keys = k->dimensions()[1];
+  }
+  const auto shape = q.dimensions();
+  share(attention::Attention{q.typed_data(), out->typed_data(), shape[0], shape[1], shape[2], shape[3], heads_of_keys,
+                             &blocks},
+        pool);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_attention, attend,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_product_vectors, (multiply<vectors::Product<false>, ffi::F32, false>), binding<ffi::F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_product_vectors_transposed, (multiply<vectors::Product<true>, ffi::F32, true>),
                               binding<ffi::F32>());
