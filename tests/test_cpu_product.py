@@ -91,7 +91,7 @@ print(linear(jnp.ones((1, 8)), jnp.ones((4, 8), jnp.bfloat16))[0, 0])
     [
         ({"PATH": "/nowhere"}, "no C++ compiler found"),
         ({"CXX": "false"}, "Command '["),  # a compiler that fails, and does not say why
-        ({"PPOW_JAX_CPU_PRODUCT": "0"}, ""),
+        ({"PPOW_JAX_CPU_KERNELS": "0"}, ""),
     ],
 )
 def test_where_it_cannot_be_compiled_xla_does_it(environment, says, tmp_path):

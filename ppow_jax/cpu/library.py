@@ -16,7 +16,7 @@ import jaxlib
 
 log = logging.getLogger(__name__)
 
-SWITCH = "PPOW_JAX_CPU_PRODUCT"  # environment: 0 leaves every product to XLA
+SWITCH = "PPOW_JAX_CPU_KERNELS"  # environment: 0 leaves everything to XLA
 _KINDS = ("vectors", "tiles")  # vectors.h, tiles.h
 _SOURCE = Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
@@ -24,7 +24,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
 @functools.cache
 def available() -> bool:
-    """Whether XLA:CPU has our products: built and registered on the first call.
+    """Whether XLA:CPU has our products and attention: built and registered on the first call.
 
     Without a C++ compiler (`CXX`, or c++, g++ or clang++ on the path) they are left to XLA, with one warning.
     """
@@ -39,7 +39,7 @@ def kinds() -> tuple[str, ...]:
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
-        log.warning("bfloat16 products are left to XLA, which is slower on a CPU: %s", _said(error))
+        log.warning("attention and bfloat16 products are left to XLA, which is slower on a CPU: %s", _said(error))
         return ()
     library.ppow_has_tiles.restype = ctypes.c_bool
     there = _KINDS if library.ppow_has_tiles() else _KINDS[:1]
