@@ -1,4 +1,4 @@
-"""Attention in one call on CPUs against the plain formula, and what decoding relies on: no query changes another."""
+"""Attention and norms of our own on CPUs against plain formulas, and what decoding relies on: no row changes another."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from ppow_jax.cpu import library
 from ppow_jax.cpu.attention import attend
-from ppow_jax.models.layers import KV, Keys, attention
+from ppow_jax.models.layers import KV, Keys, attention, rms_norm
 from ppow_jax.models.transformer import causal_mask
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
@@ -64,6 +64,37 @@ def test_a_query_is_the_same_whatever_is_beside_it():
     for b, s in ((0, 0), (1, 17), (1, 49)):
         alone = attend(q[b : b + 1, s : s + 1], flat(slice(b, b + 1), slice(s, s + 1)))
         np.testing.assert_array_equal(alone[0, 0], together[b, s])
+
+
+def test_cutting_the_keys_into_blocks_changes_no_bit():
+    """One block, or two with slots between that nobody sees: as a cache that a window continues."""
+    q, (cache,), _ = _case(2, 5, 9, 3, 64, 300)
+    k, v, mask = *cache.kv, jnp.asarray(np.random.default_rng(1).random((2, 5, 300)) < 0.8)
+    whole = attend(q, [(k, v, mask)])
+    first = (jnp.pad(k[..., :77], [(0, 0)] * 3 + [(0, 200)]), jnp.pad(v[:, :, :77], [(0, 0)] * 2 + [(0, 200), (0, 0)]))
+    first = (*first, jnp.pad(mask[..., :77], [(0, 0)] * 2 + [(0, 200)]))
+    np.testing.assert_array_equal(attend(q, [first, (k[..., 77:], v[:, :, 77:], mask[..., 77:])]), whole)
+
+
+def test_norms_are_exact_and_the_same_whatever_is_beside_a_row():
+    x, scale = (np.random.default_rng(0).normal(size=n).astype(np.float32) for n in ((3, 70, 83), 83))
+    want = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, -1, keepdims=True) + 1e-5) * scale
+    got = jax.jit(lambda x: rms_norm(x, scale, 1e-5))(x)
+    assert "ppow_norm" in jax.jit(lambda x: rms_norm(x, scale, 1e-5)).lower(x).as_text()
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(rms_norm(x[1, 5], scale, 1e-5), got[1, 5])
+
+
+def test_gradients_of_norms(monkeypatch):
+    x, scale = (np.random.default_rng(0).normal(size=n).astype(np.float32) for n in ((6, 40), 40))
+
+    def loss(x, scale):
+        return jnp.sum(jnp.sin(rms_norm(x, scale, 1e-5)))
+
+    got = jax.grad(loss, (0, 1))(x, scale)
+    monkeypatch.setattr("ppow_jax.models.layers._ours", lambda: False)
+    for mine, plain in zip(got, jax.grad(loss, (0, 1))(x, scale), strict=True):
+        np.testing.assert_allclose(mine, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_what_no_query_sees_is_not_read_and_changes_nothing():

@@ -1,8 +1,10 @@
 // Softmax attention over several blocks of keys as if they were one; float32. See attention.py.
 //
-// Scores of a piece of keys, their exponentials and their share of the output are made while the piece is in the
-// caches, with a running maximum (Flash attention, 2205.14135); a piece that no query sees is not read. A query's result
-// does not depend on the others.
+// Pieces of keys that no query sees are not read. A query's result depends neither on other queries, nor on how its keys
+// are cut into blocks, nor on keys between them that it does not see: the maximum is that of all scores, the sum of the
+// weights is exact (in multiples of 2^-40), and each output is one chain of fused multiply-adds in the order of the keys,
+// in which an unseen key adds nothing. So a token gets the same bits whether its predecessors lie in the cache, in a
+// window that is being verified, or on a path of a tree.
 
 #pragma once
 
@@ -22,13 +24,14 @@ using vectors::kPanel;
 using vectors::Lanes;
 using vectors::kLanes;
 
-constexpr int64_t kKeys = 128;    // keys of a piece; a multiple of kPanel
+constexpr int64_t kKeys = 128;  // keys of a piece; a multiple of kPanel
 // Queries of all heads of a group that are answered together, if the group allows: many read the keys less often, few
-// leave something for every thread.
-constexpr int64_t kMany = 48, kFew = 12;
+// leave something for every thread. Their weights are to stay in the second-level cache.
+constexpr int64_t kMany = 48, kFew = 12, kWeights = 1 << 18;
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef double Doubles __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 // e^x for x <= 0, to about a unit in the last place; 0 below -87, nan of nan.
@@ -79,12 +82,15 @@ struct Attention {
   };
 
   int64_t group() const { return H / Kv; }
-  int64_t together() const { return std::max<int64_t>(1, (B * S * group() > 4 * kMany ? kMany : kFew) / group()); }
+  int64_t together() const {
+    const int64_t rows = B * S * group() > 4 * kMany ? std::min(kMany, kWeights / keys()) : kFew;
+    return std::max<int64_t>(1, rows / group());
+  }
   int64_t query_blocks() const { return (S + together() - 1) / together(); }
   int64_t tasks() const { return B * Kv * query_blocks(); }
-  int64_t keys() const {
+  int64_t keys() const {  // rounded up to whole pieces
     int64_t sum = 0;
-    for (const Block& block : *blocks) sum += block.L;
+    for (const Block& block : *blocks) sum += (block.L + kKeys - 1) / kKeys * kKeys;
     return sum;
   }
   // How many further threads pay for being woken.
@@ -94,9 +100,10 @@ struct Attention {
     const int64_t b = task / query_blocks() / Kv, head = task / query_blocks() % Kv;
     const int64_t s0 = task % query_blocks() * together(), queries = std::min(together(), S - s0), g = group();
     const int64_t rows = queries * g, width = (d + kPanel - 1) / kPanel * kPanel;
-    worker.reserve(rows * (d + width + kKeys + 2) + kPanel * std::max(d, kKeys));
-    float *asked = worker.take(rows * d), *sums = worker.take(rows * width), *weights = worker.take(rows * kKeys);
-    float *top = worker.take(rows), *total = worker.take(rows), *edge = worker.take(kPanel * std::max(d, kKeys));
+    const int64_t stride = keys();
+    worker.reserve(rows * (d + width + stride + 1) + kPanel * std::max(d, kKeys));
+    float *asked = worker.take(rows * d), *sums = worker.take(rows * width), *weights = worker.take(rows * stride);
+    float *top = worker.take(rows), *edge = worker.take(kPanel * std::max(d, kKeys));
 
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     for (int64_t r = 0; r < rows; ++r) {
@@ -105,24 +112,41 @@ struct Attention {
     }
     std::fill(sums, sums + rows * width, 0.0f);
     std::fill(top, top + rows, kNothing);
-    std::fill(total, total + rows, 0.0f);
-    for (const Block& block : *blocks) {
-      const float* k = block.k + (b * Kv + head) * d * block.L;
-      const float* v = block.v + (b * Kv + head) * block.L * d;
-      for (int64_t l = 0; l < block.L; l += kKeys) {
-        const int64_t keys = std::min(kKeys, block.L - l);
-        const bool* mask = block.mask + (b * S + s0) * block.L + l;
-        if (!any(mask, queries, block.L, keys)) continue;
-        score(asked, k + l, block.L, rows, keys, weights, edge);
-        for (int64_t r = 0; r < rows; ++r)
-          weigh(weights + r * kKeys, mask + r / g * block.L, keys, top[r], total[r], sums + r * width, width);
-        add_values(weights, v + l * d, rows, keys, sums, width, edge);
+    // calls f(block, first key, keys, mask, place among the weights) for each piece that is seen
+    auto pieces = [&](auto f) {
+      int64_t place = 0;
+      for (const Block& block : *blocks) {
+        for (int64_t l = 0; l < block.L; l += kKeys) {
+          const bool* mask = block.mask + (b * S + s0) * block.L + l;
+          const int64_t keys = std::min(kKeys, block.L - l);
+          if (!any(mask, queries, block.L, keys)) continue;
+          f(block, l, keys, mask, weights + place);
+          place += kKeys;
+        }
       }
-    }
+      return place;
+    };
+    const int64_t used = pieces([&](const Block& block, int64_t l, int64_t keys, const bool* mask, float* scores) {
+      const float* k = block.k + (b * Kv + head) * d * block.L + l;
+      for (int64_t j = 0; j < keys; j += kPanel) {
+        const bool whole = keys - j >= kPanel;
+        if (!whole) copy(k + j, block.L, d, keys - j, edge);
+        multiply(asked, d, whole ? k + j : edge, whole ? block.L : kPanel, d, rows, true, scores + j, stride);
+      }
+      for (int64_t r = 0; r < rows; ++r) top[r] = hide(scores + r * stride, mask + r / g * block.L, keys, top[r]);
+    });
+    for (int64_t r = 0; r < rows; ++r) top[r] = weigh(weights + r * stride, used, top[r]);  // now 1 / sum of weights
+    pieces([&](const Block& block, int64_t l, int64_t keys, const bool*, float* weights) {
+      const float* v = block.v + ((b * Kv + head) * block.L + l) * d;
+      for (int64_t i = 0; i < d; i += kPanel) {
+        const bool whole = d - i >= kPanel;
+        if (!whole) copy(v + i, d, keys, d - i, edge);
+        multiply(weights, stride, whole ? v + i : edge, whole ? d : kPanel, keys, rows, false, sums + i, width);
+      }
+    });
     for (int64_t r = 0; r < rows; ++r) {
       float* to = out + ((b * S + s0 + r / g) * H + head * g + r % g) * d;
-      const float share = total[r] == 0.0f ? 0.0f : 1.0f / total[r];  // 0: sees nothing
-      for (int64_t i = 0; i < d; ++i) to[i] = sums[r * width + i] * share;
+      for (int64_t i = 0; i < d; ++i) to[i] = sums[r * width + i] * top[r];
     }
   }
 
@@ -130,26 +154,6 @@ struct Attention {
     for (int64_t s = 0; s < queries; ++s)
       if (std::memchr(mask + s * stride, 1, keys)) return true;
     return false;
-  }
-
-  // scores[r, j] = asked[r] . k[:, j]
-  void score(const float* asked, const float* k, int64_t stride, int64_t rows, int64_t keys, float* scores,
-             float* edge) const {
-    for (int64_t j = 0; j < keys; j += kPanel) {
-      const bool whole = keys - j >= kPanel;
-      if (!whole) copy(k + j, stride, d, keys - j, edge);
-      multiply(asked, d, whole ? k + j : edge, whole ? stride : kPanel, d, rows, true, scores + j, kKeys);
-    }
-  }
-
-  // sums[r] += weights[r] . v
-  void add_values(const float* weights, const float* v, int64_t rows, int64_t keys, float* sums, int64_t width,
-                  float* edge) const {
-    for (int64_t i = 0; i < d; i += kPanel) {
-      const bool whole = d - i >= kPanel;
-      if (!whole) copy(v + i, d, keys, d - i, edge);
-      multiply(weights, kKeys, whole ? v + i : edge, whole ? d : kPanel, keys, rows, false, sums + i, width);
-    }
   }
 
   // A panel that is not whole, with zeros beside it.
@@ -168,9 +172,8 @@ struct Attention {
     }
   }
 
-  // Scores become exponentials; what was summed before is scaled to the new maximum.
-  static void weigh(float* scores, const bool* mask, int64_t keys, float& top, float& total, float* sums,
-                    int64_t width) {
+  // Scores of keys that are not seen become -inf; the highest of the others, and `top`.
+  static float hide(float* scores, const bool* mask, int64_t keys, float top) {
     uint8_t sees[kKeys] = {};
     std::memcpy(sees, mask, keys);
     Lanes most = Lanes{} + top;
@@ -180,22 +183,23 @@ struct Attention {
       vectors::put(scores + j, score);
       most = score > most ? score : most;
     }
-    float highest = most[0];
-    for (int i = 1; i < kLanes; ++i) highest = most[i] > highest ? most[i] : highest;
-    const float scale = top == highest ? 1.0f : std::exp(top - highest);
-    const Lanes offset = Lanes{} + (highest == kNothing ? 0.0f : highest);  // where nothing is seen yet
-    Lanes sum{};
-    for (int64_t j = 0; j < kKeys; j += kLanes) {
+    for (int i = 0; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
+    return top;
+  }
+
+  // Scores become weights e^(score - top); 1 / their sum, or 0 where there is none.
+  static float weigh(float* scores, int64_t used, float top) {
+    const Lanes offset = Lanes{} + (top == kNothing ? 0.0f : top);
+    const Doubles coarse = Doubles{} + 6144.0;  // 1.5 * 2^12: what is added to it is rounded to a multiple of 2^-40
+    Doubles sum{};
+    for (int64_t j = 0; j < used; j += kLanes) {
       const Lanes e = exponential(vectors::lanes(scores + j) - offset);
       vectors::put(scores + j, e);
-      sum += e;
+      sum += (__builtin_convertvector(e, Doubles) + coarse) - coarse;
     }
-    float added = 0.0f;
-    for (int i = 0; i < kLanes; ++i) added += sum[i];
-    total = total * scale + added;
-    if (scale != 1.0f)
-      for (int64_t i = 0; i < width; ++i) sums[i] *= scale;
-    top = highest;
+    double total = 0.0;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    return total == 0.0 ? 0.0f : static_cast<float>(1.0 / total);
   }
 };
 

@@ -1,5 +1,5 @@
 // What XLA:CPU does slowly, as calls that it can make: products with bfloat16 weights (product.py), attention
-// (attention.py).
+// (attention.py), norms (norm.py).
 //
 // A row's result depends neither on the other rows nor on their number: decoding one token and verifying a window
 // round alike.
@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "attention.h"
+#include "norm.h"
 #include "tiles.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -81,8 +82,23 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::RemainingA
   return ffi::Error::Success();
 }
 
+ffi::Error normalise(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
+                     ffi::ResultBuffer<ffi::F32> y, float eps) {
+  const int64_t D = scale.dimensions()[0];
+  const auto M = static_cast<int64_t>(x.element_count()) / D;
+  share(norm::Norm{x.typed_data(), scale.typed_data(), y->typed_data(), M, D, eps}, pool);
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_norm, normalise,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_attention, attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
