@@ -1,7 +1,7 @@
 """On a CPU a token gets the same bits in bfloat16 however it is decoded: alone, in a window, on a path of a tree.
 
-So speculative decoding gives the tokens of plain decoding in bfloat16 too, where close logits would otherwise be decided by
-rounding.
+So speculative decoding gives the tokens of plain decoding in bfloat16 too, where otherwise rounding decides between close
+logits.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small_world as world
 from golden import models
-from twelve_tokens import CHEAP, prices_of
+from twelve_tokens import FREE, prices_of
 
 from ppow_jax.cpu import library
 from ppow_jax.models import cache, stack, transformer
@@ -41,7 +41,8 @@ TOKENS = np.random.default_rng(0).integers(0, 299, (B, L))
 
 def _forward(tokens_BxS, position_BxS, mask, kv, length_B):
     seen = cache.visible(L, length_B, tokens_BxS.shape[1])
-    out = transformer.forward(PARAMS, CONFIG, tokens_BxS, position_BxS, mask, [transformer.Context(kv, seen)], (0, 1, 3))
+    context = transformer.Context(kv, seen)
+    out = transformer.forward(PARAMS, CONFIG, tokens_BxS, position_BxS, mask, [context], (0, 1, 3))
     return out, transformer.logits(PARAMS, out.hidden_BxSxD)
 
 
@@ -112,7 +113,7 @@ def _answers(drafter: Drafter | None, speculation):
         PARAMS, CONFIG, drafter, prompt, length, length + new, jax.random.split(jax.random.key(0), n),
         K=K, sampling=Sampling.of(0.0), L=generate.cache_length(P, new, K),
     )  # fmt: skip
-    prices = prices_of(CHEAP, speculation) if speculation.adaptive else None
+    prices = prices_of(FREE, speculation) if speculation.adaptive else None
     state = generate.decode(
         PARAMS, CONFIG, drafter, state, 10_000, speculation=speculation, sampling=Sampling.of(0.0), prices=prices
     )

@@ -1,4 +1,4 @@
-"""Attention and norms of our own on CPUs against plain formulas, and what decoding relies on: no row changes another."""
+"""Attention and norms of our own on CPUs against plain formulas, and that no row changes another."""
 
 import jax
 import jax.numpy as jnp
