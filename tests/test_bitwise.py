@@ -1,7 +1,7 @@
 """On a CPU a token gets the same bits in bfloat16 however it is decoded: alone, in a window, on a path of a tree.
 
-So speculative decoding gives the tokens of plain decoding in bfloat16 too, where otherwise rounding decides between close
-logits.
+So speculative decoding gives the tokens of plain decoding in bfloat16 too, where otherwise rounding decides between
+close logits.
 """
 
 import dataclasses
