@@ -82,20 +82,17 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::RemainingA
   return ffi::Error::Success();
 }
 
-ffi::Error normalise(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
-                     ffi::ResultBuffer<ffi::F32> y, float eps) {
-  const int64_t D = scale.dimensions()[0];
-  const auto M = static_cast<int64_t>(x.element_count()) / D;
-  share(norm::Norm{x.typed_data(), scale.typed_data(), y->typed_data(), M, D, eps}, pool);
+ffi::Error norm_factor(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> factor, float eps) {
+  const int64_t D = x.dimensions().back(), M = factor->element_count();
+  share(norm::Factor{x.typed_data(), factor->typed_data(), M, D, eps}, pool);
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_norm, normalise,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_norm_factor, norm_factor,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<float>("eps"));

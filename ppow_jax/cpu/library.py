@@ -44,7 +44,7 @@ def kinds() -> tuple[str, ...]:
     library.ppow_has_tiles.restype = ctypes.c_bool
     there = _KINDS if library.ppow_has_tiles() else _KINDS[:1]
     products = [target(kind, transposed) for kind in there for transposed in (False, True)]
-    for name in ("ppow_attention", "ppow_norm", *products):
+    for name in ("ppow_attention", "ppow_norm_factor", *products):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return there
 

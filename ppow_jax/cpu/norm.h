@@ -1,7 +1,8 @@
-// Root-mean-square norm of rows; float32. A row's sum has one order, whatever the number of rows.
+// What root-mean-square norms divide by; float32. A row's sum has one order, whatever the number of rows.
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -9,33 +10,34 @@
 
 namespace norm {
 
-// As tasks that any thread may take: some rows each.
-struct Norm {
+// factor[m] = 1 / sqrt(mean of x[m]^2 + eps), as tasks that any thread may take: some rows each.
+struct Factor {
   struct Worker {};  // a thread needs nothing of its own
 
   static constexpr int64_t kTogether = 64;
-  const float *x, *scale;  // [M, D], [D]
-  float* y;
+  const float* x;  // [M, D]
+  float* factor;
   int64_t M, D;
   float eps;
 
   int64_t tasks() const { return (M + kTogether - 1) / kTogether; }
-  int64_t helpers() const { return M * D >> 16; }
+  int64_t helpers() const { return M * D >> 17; }
 
   void run(int64_t task, Worker&) const {
-    for (int64_t m = task * kTogether; m < std::min(M, (task + 1) * kTogether); ++m) one(x + m * D, y + m * D);
+    for (int64_t m = task * kTogether; m < std::min(M, (task + 1) * kTogether); ++m) factor[m] = of(x + m * D);
   }
 
-  void one(const float* from, float* to) const {
-    using namespace vectors;
-    Lanes squares{};
+  float of(const float* row) const {
+    vectors::Lanes squares{};
     int64_t i = 0;
-    for (; i + kLanes <= D; i += kLanes) squares += lanes(from + i) * lanes(from + i);
+    for (; i + vectors::kLanes <= D; i += vectors::kLanes) {
+      const vectors::Lanes part = vectors::lanes(row + i);
+      squares += part * part;
+    }
     float sum = 0.0f;
-    for (int j = 0; j < kLanes; ++j) sum += squares[j];
-    for (; i < D; ++i) sum += from[i] * from[i];
-    const float factor = 1.0f / std::sqrt(sum / static_cast<float>(D) + eps);
-    for (i = 0; i < D; ++i) to[i] = from[i] * factor * scale[i];
+    for (int j = 0; j < vectors::kLanes; ++j) sum += squares[j];
+    for (; i < D; ++i) sum += row[i] * row[i];
+    return 1.0f / std::sqrt(sum / static_cast<float>(D) + eps);
   }
 };
 

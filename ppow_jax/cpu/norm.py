@@ -1,4 +1,9 @@
-"""Root-mean-square norm on a CPU, the same for a row whatever rows are beside it; XLA sums one row in another order."""
+"""What a root-mean-square norm divides by, on a CPU: the same for a row whatever rows are beside it.
+
+XLA sums a single row in another order than many.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +12,24 @@ import numpy as np
 Array = jax.Array
 
 
-def rms_norm(x: Array, scale_D: Array, eps: float) -> Array:
-    """x / root-mean-square over the last axis, times scale -> float32 [..., D].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def factor(x: Array, eps: float) -> Array:
+    """1 / sqrt(mean of x^2 over the last axis + eps): float32 [..., 1] of float32 [..., D].
 
     Call it only in programs for CPUs, and only if `library.available()`.
     """
-    shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    call = jax.ffi.ffi_call("ppow_norm", shape, vmap_method="sequential")
-    return call(x.astype(jnp.float32), scale_D.astype(jnp.float32), eps=np.float32(eps))
+    shape = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+    return jax.ffi.ffi_call("ppow_norm_factor", shape, vmap_method="sequential")(x, eps=np.float32(eps))
+
+
+def _forward(x, eps):
+    factor_ = factor(x, eps)
+    return factor_, (x, factor_)
+
+
+def _backward(_, saved, g):
+    x, factor_ = saved
+    return (-(factor_**3) * x / x.shape[-1] * g,)
+
+
+factor.defvjp(_forward, _backward)

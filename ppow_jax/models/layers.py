@@ -5,7 +5,6 @@ always accumulates and returns float32, which is the fast path on CPU (bfloat16 
 products are slower by a factor of ten there).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,8 +14,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from ppow_jax import sharding
 from ppow_jax.cpu import attention as cpu_attention
-from ppow_jax.cpu import library, product
-from ppow_jax.cpu import norm as cpu_norm
+from ppow_jax.cpu import library, norm, product
 from ppow_jax.models.rope import Scaling
 
 Array = jax.Array
@@ -46,33 +44,15 @@ class Keys(NamedTuple):
     mask_BxSxL: Array
 
 
-def rms_norm(x: Array, scale_D: Array, eps: float) -> Array:
-    """Root-mean-square normalisation over the last axis, in float32."""
-    if not _ours():
-        return _plain_norm(x, scale_D, eps)
-    on_cpu = functools.partial(_own_norm, eps=eps)
-    return jax.lax.platform_dependent(x, scale_D, cpu=on_cpu, default=functools.partial(_plain_norm, eps=eps))
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square normalisation over the last axis, in float32. scale: [D], or more axes that fit x."""
 
+    def plain(x: Array) -> Array:
+        return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
-def _plain_norm(x: Array, scale_D: Array, eps: float) -> Array:
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale_D.astype(jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnames=("eps",))
-def _own_norm(x: Array, scale_D: Array, eps: float) -> Array:
-    return cpu_norm.rms_norm(x, scale_D, eps)
-
-
-def _own_norm_fwd(x, scale_D, eps):
-    return _own_norm(x, scale_D, eps), (x, scale_D)
-
-
-def _own_norm_bwd(eps, saved, g):
-    return jax.vjp(functools.partial(_plain_norm, eps=eps), *saved)[1](g)
-
-
-_own_norm.defvjp(_own_norm_fwd, _own_norm_bwd)
+    factor = jax.lax.platform_dependent(x, cpu=lambda x: norm.factor(x, eps), default=plain) if _ours() else plain(x)
+    return x * factor * scale.astype(jnp.float32)
 
 
 def rows_of(table_VxD: Array, index: Array) -> Array:
