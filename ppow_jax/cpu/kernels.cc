@@ -4,12 +4,14 @@
 // A row's result depends neither on the other rows nor on their number: decoding one token and verifying a window
 // round alike.
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <vector>
+#include <memory>
+#include <thread>
 
 #include "attention.h"
 #include "norm.h"
-#include "share.h"
 #include "tiles.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -18,6 +20,29 @@ namespace ffi = xla::ffi;
 
 namespace {
 
+// Whoever is free takes the next tasks. The caller waits only for tasks that a running thread has taken: calls that
+// hold every thread of the pool cannot wait for helpers that never begin.
+template <class P>
+void share(const P& product, ffi::ThreadPool& pool) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  const int64_t tasks = product.tasks(), stride = std::clamp<int64_t>(tasks / 8, 1, 8);
+  auto work = [product, tasks, stride](State& state) {
+    typename P::Worker worker;
+    for (int64_t begin; (begin = state.next.fetch_add(stride)) < tasks;) {
+      const int64_t end = std::min(tasks, begin + stride);
+      for (int64_t task = begin; task < end; ++task) product.run(task, worker);
+      state.done.fetch_add(end - begin, std::memory_order_release);
+    }
+  };
+  auto state = std::make_shared<State>();
+  const int64_t helpers = std::min({pool.num_threads() - 1, (tasks - 1) / stride, product.helpers()});
+  for (int64_t h = 0; h < helpers; ++h) pool.Schedule([state, work] { work(*state); });
+  work(*state);
+  while (state->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
+}
+
 // P: vectors::Product or tiles::Product, either way round; kX: the type of x that it takes.
 template <class P, ffi::DataType kX, bool kTransposed>
 ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<kX> x, ffi::Buffer<ffi::BF16> w,
@@ -25,7 +50,7 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<kX> x, ffi::Buffer<ffi::BF
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1], N = y->dimensions()[1];
   if (w.dimensions()[kTransposed ? 0 : 1] != K) return ffi::Error::InvalidArgument("inner dimensions differ");
   const auto* values = reinterpret_cast<decltype(P::x)>(x.untyped_data());
-  ppow::share(P{values, reinterpret_cast<const uint16_t*>(w.untyped_data()), y->typed_data(), M, K, N}, pool.num_threads());
+  share(P{values, reinterpret_cast<const uint16_t*>(w.untyped_data()), y->typed_data(), M, K, N}, pool);
   return ffi::Error::Success();
 }
 
@@ -51,15 +76,15 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::RemainingA
     heads_of_keys = k->dimensions()[1];
   }
   const auto shape = q.dimensions();
-  ppow::share(attention::Attention{q.typed_data(), out->typed_data(), shape[0], shape[1], shape[2], shape[3], heads_of_keys,
+  share(attention::Attention{q.typed_data(), out->typed_data(), shape[0], shape[1], shape[2], shape[3], heads_of_keys,
                              &blocks},
-        pool.num_threads());
+        pool);
   return ffi::Error::Success();
 }
 
 ffi::Error norm_factor(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::ResultBuffer<ffi::F32> factor, float eps) {
   const int64_t D = x.dimensions().back(), M = factor->element_count();
-  ppow::share(norm::Factor{x.typed_data(), factor->typed_data(), M, D, eps}, pool.num_threads());
+  share(norm::Factor{x.typed_data(), factor->typed_data(), M, D, eps}, pool);
   return ffi::Error::Success();
 }
 
