@@ -35,7 +35,10 @@ def available() -> bool:
 
 @functools.cache
 def kinds() -> tuple[str, ...]:
-    """The kinds of product that this processor has, slowest first: `vectors`, `tiles` (AMX); none uncompiled."""
+    """The kinds of product that this processor has, slowest first: `vectors`, then `tiles` (AMX).
+
+    Empty where nothing could be compiled.
+    """
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
