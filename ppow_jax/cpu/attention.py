@@ -12,9 +12,8 @@ def attend(q_BxSxHxd: Array, blocks: Sequence[tuple[Array, Array, Array]]) -> Ar
     """Softmax attention over several blocks of keys as if they were one: [B, S, H, d] float32.
 
     blocks: (k_BxKvxdxL, v_BxKvxLxd, mask_BxSxL) each, float32 and True = visible; H is a multiple of Kv. Where a query
-    sees nothing the result is 0. A query's result is bit for bit the same whatever other
-    queries there are, and however its keys are cut into blocks. Call it
-    only in programs for CPUs, and only if `library.available()`.
+    sees nothing the result is 0. A query's result is bit for bit the same whatever other queries there are, and however
+    its keys are cut into blocks. Call it only in programs for CPUs, and only if `library.available()`.
     """
     flat = [x for block in blocks for x in block]
     shape = jax.ShapeDtypeStruct(q_BxSxHxd.shape, jnp.float32)
