@@ -35,7 +35,7 @@ train: setup
 	$(RUN) -m experiments.train --flagfile=experiments/configs/quick.flags
 
 tiny: setup
-	$(RUN) -m experiments.train --flagfile=experiments/configs/tiny.flags
+	$(RUN) -m experiments.train --flagfile=experiments/configs/tiny.flags --workdir=runs/tiny
 
 test: setup
 	$(RUN) -m pytest -q -n 2 --dist=worksteal
