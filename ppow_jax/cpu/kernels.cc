@@ -11,7 +11,9 @@
 #include <thread>
 
 #include "attention.h"
+#include "dots.h"
 #include "norm.h"
+#include "pairs.h"
 #include "tiles.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
@@ -43,7 +45,7 @@ void share(const P& product, ffi::ThreadPool& pool) {
   while (state->done.load(std::memory_order_acquire) < tasks) std::this_thread::yield();
 }
 
-// P: vectors::Product or tiles::Product, either way round; kX: the type of x that it takes.
+// P: a Product of vectors.h or pairs.h; kX: the type of x that it takes.
 template <class P, ffi::DataType kX, bool kTransposed>
 ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<kX> x, ffi::Buffer<ffi::BF16> w,
                     ffi::ResultBuffer<ffi::F32> y) {
@@ -53,6 +55,15 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::Buffer<kX> x, ffi::Buffer<ffi::BF
   share(P{values, reinterpret_cast<const uint16_t*>(w.untyped_data()), y->typed_data(), M, K, N}, pool);
   return ffi::Error::Success();
 }
+
+#ifdef PPOW_DOTS
+template <bool kTransposed>
+using DotProduct = pairs::Product<dots::Machine, kTransposed>;
+#endif
+#ifdef PPOW_TILES
+template <bool kTransposed>
+using TileProduct = pairs::Product<tiles::Machine, kTransposed>;
+#endif
 
 template <ffi::DataType kX>
 auto binding() {
@@ -102,16 +113,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_attention, attend,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .RemainingArgs()
                                   .Ret<ffi::Buffer<ffi::F32>>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_product_vectors, (multiply<vectors::Product<false>, ffi::F32, false>), binding<ffi::F32>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_product_vectors_transposed, (multiply<vectors::Product<true>, ffi::F32, true>),
-                              binding<ffi::F32>());
-#ifdef PPOW_TILES
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_product_tiles, (multiply<tiles::Product<false>, ffi::BF16, false>),
-                              binding<ffi::BF16>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_product_tiles_transposed, (multiply<tiles::Product<true>, ffi::BF16, true>),
-                              binding<ffi::BF16>());
+#define PPOW_PRODUCT(kind, P, X)                                                                       \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_product_##kind, (multiply<P<false>, X, false>), binding<X>());    \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(ppow_product_##kind##_transposed, (multiply<P<true>, X, true>), binding<X>())
 
-extern "C" bool ppow_has_tiles() { return tiles::permitted(); }
-#else
-extern "C" bool ppow_has_tiles() { return false; }
+PPOW_PRODUCT(vectors, vectors::Product, ffi::F32);
+#ifdef PPOW_DOTS
+PPOW_PRODUCT(dots, DotProduct, ffi::BF16);
 #endif
+#ifdef PPOW_TILES
+PPOW_PRODUCT(tiles, TileProduct, ffi::BF16);
+#endif
+
+// The kinds of product that this processor has, slowest first.
+extern "C" const char* ppow_kinds() {
+#ifdef PPOW_TILES
+  if (tiles::permitted()) return "vectors dots tiles";
+#endif
+#ifdef PPOW_DOTS
+  return "vectors dots";
+#endif
+  return "vectors";
+}

@@ -17,7 +17,6 @@ import jaxlib
 log = logging.getLogger(__name__)
 
 SWITCH = "PPOW_JAX_CPU_KERNELS"  # environment: 0 leaves everything to XLA
-_KINDS = ("vectors", "tiles")  # vectors.h, tiles.h
 _SOURCE = Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
@@ -35,7 +34,7 @@ def available() -> bool:
 
 @functools.cache
 def kinds() -> tuple[str, ...]:
-    """The kinds of product that this processor has, slowest first: `vectors`, then `tiles` (AMX).
+    """The kinds of product that this processor has, slowest first: `vectors`, `dots` (AVX-512 BF16), `tiles` (AMX).
 
     Empty where nothing could be compiled.
     """
@@ -44,8 +43,8 @@ def kinds() -> tuple[str, ...]:
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
         log.warning("attention and bfloat16 products are left to XLA, which is slower on a CPU: %s", _said(error))
         return ()
-    library.ppow_has_tiles.restype = ctypes.c_bool
-    there = _KINDS if library.ppow_has_tiles() else _KINDS[:1]
+    library.ppow_kinds.restype = ctypes.c_char_p
+    there = tuple(library.ppow_kinds().decode().split())
     products = [target(kind, transposed) for kind in there for transposed in (False, True)]
     for name in ("ppow_attention", "ppow_norm_factor", *products):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")

@@ -39,10 +39,10 @@ def product_transposed(g_MxO: Array, w_OxI: Array) -> Array:
 
 
 def call(kind: str, x_MxK: Array, w: Array, transposed: bool = False) -> Array:
-    """The product by one of `library.kinds()`: `vectors` take float32, `tiles` bfloat16."""
-    if kind == "tiles":
+    """The product by one of `library.kinds()`: `vectors` take x as float32, the others as bfloat16."""
+    if kind != "vectors":
         x_MxK = x_MxK.astype(jnp.bfloat16)
-    else:  # not a cast to bfloat16 and back, which XLA may leave out
+    else:  # rounded, but not by a cast to bfloat16 and back, which XLA may leave out
         x_MxK = jax.lax.reduce_precision(x_MxK.astype(jnp.float32), exponent_bits=8, mantissa_bits=7)
     shape = jax.ShapeDtypeStruct((x_MxK.shape[0], w.shape[1 if transposed else 0]), jnp.float32)
     return jax.ffi.ffi_call(library.target(kind, transposed), shape, vmap_method="sequential")(x_MxK, w)
