@@ -39,7 +39,7 @@ from ppow_jax.models.drafter import Prefix
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.propose import Draft, propose
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, adaptive, adaptive_tree, chain, tree
+from ppow_jax.speculation.settings import Speculation, adaptive, adaptive_tree, chain, off, tree
 
 
 def test_the_cases_are_what_they_are_meant_to_be():
@@ -191,9 +191,10 @@ def sampled(keys, done_row: int, speculation: Speculation) -> np.ndarray:
     length_B = np.full(ROWS, len(PROMPT))
     limit_B = length_B + TOKENS * (np.arange(ROWS) != done_row)
     config, how = dataclasses.replace(CONFIG, eos_token_ids=()), Sampling.of(TEMPERATURE)
-    made, L = drafter(False, 0), generate.cache_length(len(PROMPT), TOKENS, 2)
+    K = speculation.window
+    made, L = drafter(False, 0) if K else None, generate.cache_length(len(PROMPT), TOKENS, K)
     begin = (np.tile(PROMPT, (ROWS, 1)), length_B, limit_B, keys)
-    state = generate.prefill(PARAMS, config, made, *begin, L=L, K=2, sampling=how)
+    state = generate.prefill(PARAMS, config, made, *begin, L=L, K=K, sampling=how)
     found = answers(
         generate.decode(
             PARAMS,
@@ -218,6 +219,13 @@ SAMPLED = {
     "tree": tree(2, 2, 4),
     "adaptive tree": adaptive_tree(2, 2, 4),
 }
+
+
+@pytest.mark.parametrize("mode", ["tree", "adaptive tree"])
+def test_a_sampled_tree_gives_the_text_of_plain_decoding(mode):
+    keys = jax.random.split(jax.random.key(1), ROWS)
+    same = (sampled(keys, 0, SAMPLED[mode]) == sampled(keys, 0, off())).all(1)
+    assert same.mean() > 0.998  # float32's last bits may decide between two tokens
 
 
 @pytest.mark.parametrize("mode", SAMPLED)

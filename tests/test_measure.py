@@ -201,6 +201,12 @@ def test_sampling(target, drafter):
     assert run(0)[1] == ids != run(1)[1]
 
 
+def test_sampled_trees_give_the_answers_of_plain_decoding(target, drafter):
+    settings = SETTINGS | {"temperature": 1, "seeds": (0, 1), "speculations": [tree(3, 3, 8), adaptive_tree(3, 3, 8)]}
+    rows = measure.evaluate(target, drafter, [benchmark(("a",), ("b",))], **settings)
+    assert [(row["identical"], row["total"]) for row in rows] == [(4, 4)] * 2
+
+
 def test_programs_are_compiled_once_per_rung(target, drafter, greedy):
     before = generate.decode._cache_size(), generate.prefill._cache_size()
     for n in (1, 5, 40, 64):

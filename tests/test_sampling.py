@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from ppow_jax.evaluation.decoding import Decoding
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.sampling import Sampling, draw, log_distribution, sample
+from ppow_jax.speculation.sampling import Sampling, draw, inverse, log_distribution
 from ppow_jax.speculation.settings import chain
 from ppow_jax.training import initialise
 
@@ -135,10 +136,30 @@ def test_extreme_temperatures(temperature):
     np.testing.assert_allclose(law, wanted, atol=0.3 if temperature == 1e-3 else 1e-6)
 
 
-def test_samples_are_those_of_jax():
-    log_law = jnp.log(jax.random.dirichlet(jax.random.key(0), jnp.ones(50), (200,)))
-    key = jax.random.key(1)
-    np.testing.assert_array_equal(sample(key, log_law), jax.random.categorical(key, log_law))
+@pytest.mark.parametrize("V", [1, 5, 256, 700])
+def test_numbers_stand_for_tokens_as_often_as_the_law_has_it(V):
+    """By enumeration: the numbers of each token are counted on a fine grid of the square."""
+    rng, N = np.random.default_rng(V), 2000
+    p_V = rng.dirichlet(np.ones(V)) * (rng.random(V) < 0.7)
+    p_V = (p_V + (V == 1)) / (p_V.sum() + (V == 1))
+    group_G = np.add.reduceat(p_V, np.arange(0, V, 256))
+    middles = (np.arange(N) + 0.5) / N
+    first_NxG = jax.jit(inverse)(np.stack([middles, 0 * middles], -1), np.tile(p_V, (N, 1))) // 256
+    np.testing.assert_allclose(np.bincount(first_NxG, minlength=len(group_G)) / N, group_G, atol=2 / N)
+    for g, start in enumerate(np.cumsum([0, *group_G[:-1]]) + group_G / 2):
+        found_N = np.asarray(jax.jit(inverse)(np.stack([0 * middles + start, middles], -1), np.tile(p_V, (N, 1))))
+        within = p_V[256 * g :][:256] / group_G[g]
+        np.testing.assert_allclose(np.bincount(found_N - 256 * g, minlength=len(within)) / N, within, atol=2 / N)
+
+
+def test_what_has_no_chance_is_never_drawn():
+    law = np.zeros((4, 600), np.float32)
+    law[0, 599], law[1, 0], law[2, [255, 256]], law[3, 1::2] = 1, 1, 0.5, 1 / 300
+    last = np.nextafter(np.float32(1), np.float32(0))
+    for u in itertools.product((0.0, 0.5, last), repeat=2):
+        found = np.asarray(inverse(jnp.broadcast_to(jnp.array(u), (4, 2)), law))
+        assert (law[np.arange(4), found] > 0).all()
+    assert 0 <= int(inverse(jnp.array([0.5, 0.5]), jnp.full(600, jnp.nan))) < 600
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Draft trees: their shape, what the drafter says of them, and the acceptance by one draw per node."""
 
 import itertools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,17 @@ from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Prefix
 from ppow_jax.objectives import supervised
+from ppow_jax.speculation import judge
+from ppow_jax.speculation.sampling import Sampling, inverse
+from ppow_jax.speculation.settings import chain
 from ppow_jax.speculation.tree import (
     ABSENT,
     Tree,
     TreeShape,
     ancestors,
-    children_drawn,
     compact,
     follow,
     propose_tree,
-    remainder,
     shared,
 )
 
@@ -88,42 +90,54 @@ def test_ancestors():
 V, ROUND = 3, 3
 
 
-def emitted_law(tokens, parents, p_of, law_after=remainder) -> np.ndarray:
-    """Law of the first ROUND tokens of a round that the target completes, by enumeration of what each index draws.
+def emitted_law(tokens, parents, p_of, biased: str = "") -> np.ndarray:
+    """Law of the first ROUND tokens of a round that the target completes, by enumeration of what each depth draws.
 
-    p_of: prefix (tuple) -> law of the next token. Each index draws one of its children, or none of them: a uniform
-    number in the middle of each part of the unit interval that `children_drawn` shares out stands for that part.
+    p_of: prefix (tuple) -> law of the next token. `_accept_tree` as it is, with its only source of chance in the test's
+    hands: one number for each depth. The middles of all intervals in which every index of the depth draws the same
+    stand for them.
     """
     N = len(tokens)
     prefix = [()]
     for token, parent in zip(tokens, parents, strict=True):
-        prefix.append((*prefix[parent], token))
+        prefix.append((*prefix[parent], token) if parent != ABSENT else ())
     tree = tree_of(tokens, parents)
-    p_N = np.array([p_of(prefix[parent])[token] for token, parent in zip(tokens, parents, strict=True)])
-    parts = []  # per index: (middle, width) of each part
-    for i in range(N + 1):
-        cuts = np.cumsum([0.0, *(p_N[n] for n in range(N) if parents[n] == i)])
-        cuts = [*cuts, 1.0]
+    depth_N1 = np.asarray(tree.depth_BxN1[0])
+    p_N1xV = np.array([p_of(p) for p in prefix])
+    parts = []  # per depth: (middle, width) of each part
+    for d in range(depth_N1.max() + 1):
+        cuts = np.unique([0.0, 1.0, *np.cumsum(p_N1xV[depth_N1 == d], 1)[:, :-1].ravel()])
         parts.append([((a + b) / 2, b - a) for a, b in itertools.pairwise(cuts)])
     combos = list(itertools.product(*parts))
-    u = jnp.asarray([[middle for middle, _ in combo] for combo in combos])
-    repeated = jax.tree.map(lambda x: jnp.repeat(x, len(combos), 0), tree)
-    drawn = children_drawn(repeated, jnp.broadcast_to(p_N, (len(combos), N)), u)
-    path = follow(repeated, drawn, N)
-    stop_X = np.asarray(path.index_BxD1)[np.arange(len(combos)), np.asarray(path.accepted_B)]
-    p_XxV = jnp.asarray([p_of(prefix[i]) for i in stop_X])
-    last_XxV = np.asarray(law_after(repeated, jnp.asarray(stop_X), p_XxV))
+    B, u_BxD = len(combos), jnp.asarray([[middle for middle, _ in combo] for combo in combos])
+
+    def number(_state, use, depth_B):
+        assert use == judge.OWN
+        return u_BxD[jnp.arange(B), 0 * depth_B if biased == "the same number for all depths" else depth_B]
+
+    def chosen(u, log_law):
+        return inverse(jnp.stack([jnp.zeros_like(u), u]), jnp.exp(log_law))
+
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, B, 0), tree)
+    logits_BxN1xV = jnp.broadcast_to(jnp.log(p_N1xV), (B, N + 1, V))
+    with mock.patch.object(judge, "row_keys", number), mock.patch.object(judge, "sample", chosen):
+        accepted_B, _, token_BxK1 = judge._accept_tree(None, repeated, logits_BxN1xV, Sampling(1.0), chain(N))
     law = np.zeros((V,) * ROUND)
-    for combo, stop, last in zip(combos, stop_X, last_XxV, strict=True):
+    for combo, accepted, token_K1 in zip(combos, np.asarray(accepted_B), np.asarray(token_BxK1), strict=True):
         weight = np.prod([width for _, width in combo])
-        for first in range(V):
-            text = (*prefix[stop], first)[:ROUND]
+        kept = tuple(token_K1[:accepted])
+        redrawn = biased == "drawn again after a miss"
+        for last, share in enumerate(p_of(kept) if redrawn else np.eye(V)[token_K1[accepted]]):
+            text = (*kept, last)[:ROUND]
             for rest in itertools.product(range(V), repeat=ROUND - len(text)):
-                chance, whole = weight * last[first], text
+                chance, whole = weight * share, text
                 for t in rest:
                     chance, whole = chance * p_of(whole)[t], (*whole, t)
                 law[whole] += chance
     return law
+
+
+BIASED = ["the same number for all depths", "drawn again after a miss"]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -140,8 +154,8 @@ def test_the_emitted_law_is_the_targets(seed):
         want[text] = np.prod([p_of(text[:i])[text[i]] for i in range(ROUND)])
     with jax.enable_x64(True):
         assert np.abs(emitted_law(tokens, parents, p_of) - want).max() < 1e-9
-        biased = emitted_law(tokens, parents, p_of, law_after=lambda tree, index_B, p_BxV: p_BxV)
-    assert np.abs(biased - want).max() > 1e-3
+        for bias in BIASED:
+            assert np.abs(emitted_law(tokens, parents, p_of, bias) - want).max() > 1e-3
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -157,12 +171,6 @@ def test_absent_places_change_nothing(seed):
         alone = emitted_law(tokens, parents, p_of)
         beside = emitted_law(tokens + [0, 1], parents + [ABSENT, ABSENT], p_of)
     assert np.abs(beside - alone).max() < 1e-9
-
-
-def test_a_node_whose_children_are_all_there_is_leaves_no_nan():
-    tree = tree_of([0, 1, 2], [0, 0, 0])
-    law = remainder(tree, jnp.array([0]), jnp.array([[0.5, 0.25, 0.25]]))
-    assert np.asarray(law).tolist() == [[0.5, 0.25, 0.25]]
 
 
 SHAPE = TreeShape(branch=3, depth=4, nodes=14)

@@ -165,7 +165,8 @@ def controlled(case: Case, rule, all_: Windows):
 
         with mock.patch.object(jax.random, "uniform", lambda _: u), mock.patch.object(verify, "sample", read_off):
             ids_W = jnp.array(case.target_ids)
-            verdict = accept_sampled(jax.random.key(0), draft_xK, log_q_xKxW, ids_W, log_p_xK1xV, watched)
+            key = jax.random.key(0)
+            verdict = accept_sampled(key, key, draft_xK, log_q_xKxW, ids_W, log_p_xK1xV, watched)
         return Outcome(*verdict, seen["chances"].reach_xK, seen["law"])
 
     run = jax.jit(lambda u_R: jax.vmap(one)(u_R, all_.draft_RxK, all_.log_q_RxKxW, all_.log_p_RxK1xV))
@@ -283,7 +284,7 @@ def draws(case: Case, sampling: Sampling, rule, N: int) -> np.ndarray:
             draft.append(target_ids[sample(keys[i], log_q[i][tuple(draft)])])
         q = jnp.stack([log_q[i][tuple(draft[:i])] for i in range(K)])
         p = jnp.stack([log_p[i][tuple(draft[:i])] for i in range(K + 1)])
-        verdict = accept_sampled(keys[K], jnp.stack(draft), q, target_ids, p, rule)
+        verdict = accept_sampled(keys[K], keys[-1], jnp.stack(draft), q, target_ids, p, rule)
         tokens = list(verdict.token)
         for i in range(1, K + 1):
             own = sample(keys[K + i], log_p[i][tuple(tokens[:i])])

@@ -1,7 +1,9 @@
 """Trees and adaptive windows: lossless whatever things cost, and drafting as much as that asks for."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from twelve_tokens import (
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import Stopping
+from ppow_jax.speculation.adaptive import TRIAL, Pace, Prices, Stopping, goes_on, kept, update
 from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, off, tree
 
 
@@ -123,3 +125,43 @@ def test_a_threshold_on_the_chance_is_lossless_and_shortens(widest):
     assert all(found == expected() for found, _, _ in made)
     low, middle, high = ((drafted_N / histogram_NxK1.sum(1).clip(1)).mean() for _, histogram_NxK1, drafted_N in made)
     assert high < middle < low
+
+
+def test_a_batch_weighs_the_gains_of_all_its_rows_against_what_all_pay():
+    pace, rule = Pace.start(4), Stopping()
+    logp_Bx1 = jnp.log(jnp.array([[0.9], [0.01], [0.01], [0.9]]))
+    verify_N1 = jnp.array([1.0, 1.3])
+    alone, first_three = None, jnp.array([True, True, True, False])
+    assert goes_on(pace, rule, 0.2, logp_Bx1, alone).tolist() == [True, False, False, True]
+    assert not goes_on(pace, rule, 0.2, logp_Bx1, first_three).any()  # the last row is done: it gains nothing
+    assert goes_on(pace, rule, 0.2, logp_Bx1, ~first_three).all()
+    assert kept(pace, rule, verify_N1, logp_Bx1, alone).tolist() == [1, 0, 0, 1]
+    assert kept(pace, rule, verify_N1, logp_Bx1, first_three).tolist() == [0] * 4
+    assert kept(pace, rule, verify_N1, logp_Bx1, ~first_three).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("accepted_B", [(1, 0, 0, 0), (3, 3, 0, 0)], ids=["lose", "win"])
+def test_a_batch_rests_together(accepted_B):
+    """One row that gains does not hold up three that do not."""
+    pace, live_B = Pace.start(4), jnp.array([True, True, True, True])
+    steps_B, cost_B = jnp.ones(4, jnp.int32), jnp.full(4, 1.6)
+    for _ in range(TRIAL):
+        pace = update(pace, jnp.array(accepted_B), steps_B, steps_B, steps_B * 0.5, cost_B, live_B)
+    assert pace.drafts_B.tolist() == [sum(accepted_B) / 4 + 1 > 1.6] * 4
+
+
+def test_a_hopeless_drafter_costs_a_batch_little():
+    """What rounds cost by the price list, with verification as dear as in a batch, against plain decoding."""
+    rows, way = batches()[0], ADAPTIVE_TREE
+    prices = Prices.of(0.1, 1 + 0.3 * np.arange(way.verified + 1))
+    pace, live_B, plain, cost = Pace.start(len(rows)), jnp.ones(len(rows), bool), 0, 0.0
+    doubtful_BxN = jnp.log(jnp.tile(0.3 * 0.8 ** jnp.arange(way.verified), (len(rows), 1)))  # promises much
+    step = jax.jit(functools.partial(update, live_B=live_B))
+    for _ in range(400):
+        draws_B = pace.drafts_B
+        count_B = jnp.where(draws_B, kept(pace, way.adaptive, prices.verify_N1, doubtful_BxN, live_B), 0)
+        steps_B, nothing_B = draws_B.astype(int), 0 * count_B
+        paid_B = prices.of_round(steps_B.max(), count_B.max()) + jnp.zeros(len(rows))
+        pace = step(pace, nothing_B, steps_B, steps_B, 0.9 * draws_B, paid_B)
+        plain, cost = plain + 1, cost + float(paid_B[0])
+    assert cost / plain < 1.03

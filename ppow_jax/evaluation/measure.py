@@ -322,7 +322,7 @@ def _row(
         **_intervals(plain_arm, fast_arm),
         "tokens_per_second": fast.tokens_per_second,
         "baseline_tokens_per_second": plain.tokens_per_second,
-        "identical": sum(o.identical for o in outputs) if how.sampling.greedy else None,
+        "identical": sum(o.identical for o in outputs) if how.sampling.greedy or shape else None,
         "total": len(outputs),
         "new_tokens": fast.new_tokens,
         "num_verifications": fast.verifications,

@@ -11,9 +11,12 @@ threshold: the chance is at least `Stopping.threshold`.
 Where rounds gain less than plain decoding, drafting rests, and tries again later: each rest twice as long as the one
 before.
 
+The rows of a batch decide together, since all of them pay for a round: by the means of their gains and their paces.
+Sampled chains do not: their tokens depend on where a window ends, so a row would depend on its neighbours.
+
 Lossless at any temperature: a decision sees tokens that are kept in the window, and none that was drawn is taken back
 (a token dropped because of its own probability would bias the output). The nodes of a tree are not drawn: they are a
-function of the prefix and of what the row has gained so far, so any of them may be left out.
+function of the prefix and of what the rows have gained so far, so any of them may be left out.
 """
 
 import dataclasses
@@ -116,34 +119,55 @@ class Pace(flax.struct.PyTreeNode):
         return self.rest_B == 0
 
 
-def goes_on(pace: Pace, stopping: Stopping, price: Array, logp_BxX: Array) -> Array:
+def together(x_B: Array, live_B: Array | None) -> Array:
+    """The mean over the live rows, for all rows; as it is where rows decide by themselves (None). [B, ...]."""
+    if live_B is None:
+        return x_B
+    live_B = live_B.reshape(-1, *[1] * (x_B.ndim - 1))
+    mean = jnp.where(live_B, x_B, 0).sum(0) / jnp.maximum(live_B.sum(), 1)
+    return jnp.broadcast_to(mean, x_B.shape)
+
+
+def goes_on(
+    pace: Pace, stopping: Stopping, price: Array, logp_BxX: Array, live_B: Array | None = None
+) -> Array:
     """[B]: whether one more draft step pays.
 
     price: of the step and of verifying what it adds, if that is certain to be verified. logp_BxX: the log-chance of
-    each path that the step would extend.
+    each path that the step would extend. live_B: the rows that decide together, see `together`.
     """
     if stopping.rule == "threshold":
         return logp_BxX.max(-1) >= np.log(stopping.threshold)
     reached_B = jnp.minimum(pace.trust_B * jnp.exp(logp_BxX).sum(-1), 1.0)
-    return reached_B * pace.usual_B > MARGIN * pace.rate_B * price
+    gain_B, rate_B = together(reached_B * pace.usual_B, live_B), together(pace.rate_B, live_B)
+    return gain_B > MARGIN * rate_B * price
 
 
-def kept(pace: Pace, stopping: Stopping, verify_N1: Array, logp_BxN: Array) -> Array:
+def kept(
+    pace: Pace, stopping: Stopping, verify_N1: Array, logp_BxN: Array, live_B: Array | None = None
+) -> Array:
     """[B]: how many of the N best nodes of a tree are worth verifying. logp_BxN: their paths' log-chances, falling."""
     if stopping.rule == "threshold":
         return (logp_BxN >= np.log(stopping.threshold)).sum(-1)
-    gained_BxN = jnp.cumsum(pace.trust_B[:, None] * jnp.exp(logp_BxN), -1)
-    price_BxN1 = MARGIN * pace.rate_B[:, None] * verify_N1
+    gained_BxN = together(jnp.cumsum(pace.trust_B[:, None] * jnp.exp(logp_BxN), -1), live_B)
+    price_BxN1 = MARGIN * together(pace.rate_B, live_B)[:, None] * verify_N1
     worth_BxN1 = jnp.pad(gained_BxN, ((0, 0), (1, 0))) - price_BxN1
     return jnp.argmax(worth_BxN1, -1)
 
 
 def update(
-    pace: Pace, accepted_B: Array, steps_B: Array, depth_B: Array, expected_B: Array, cost_B: Array
+    pace: Pace,
+    accepted_B: Array,
+    steps_B: Array,
+    depth_B: Array,
+    expected_B: Array,
+    cost_B: Array,
+    live_B: Array | None = None,
 ) -> Pace:
     """After a round that accepted so many drafts, at a cost in steps of plain decoding.
 
     steps_B: draft steps. depth_B: the most drafts that could be accepted. expected_B: what their chances added up to.
+    live_B: the rows that decide together, see `together`.
     """
     drafts_B = steps_B > 0
 
@@ -152,7 +176,7 @@ def update(
 
     tokens_B, spent_B = fade(pace.tokens_B, accepted_B + 1), fade(pace.cost_B, cost_B)
     trial_B = jnp.where(drafts_B, jnp.maximum(pace.trial_B - 1, 0), pace.trial_B)
-    tired_B = drafts_B & (trial_B == 0) & (tokens_B < spent_B)
+    tired_B = drafts_B & (trial_B == 0) & (together(tokens_B - spent_B, live_B) < 0)
     rest_B = jnp.where(tired_B, pace.pause_B, jnp.maximum(pace.rest_B - 1, 0))
     back_B = ~drafts_B & (rest_B == 0)  # begins anew
     longer_B = jnp.minimum(2 * pace.pause_B, LONGEST_REST)

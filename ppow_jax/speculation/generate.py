@@ -56,7 +56,7 @@ def draft_window(
     ]
     anchor_Bx1 = state.length_B[:, None] - 2
     anchored = drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix
-    how = _decisions(state, speculation, prices) if speculation.adaptive else {}
+    how = _decisions(state, speculation, sampling, prices) if speculation.adaptive else {}
     draft: Draft | Tree
     if speculation.shape:
         draft = tree = propose_tree(*anchored, speculation.shape, **how)
@@ -88,19 +88,24 @@ def _draft_or_rest(
     return small.replace(target_kv=state.target_kv), draft
 
 
-def _decisions(state: State, speculation: Speculation, prices: Prices) -> dict[str, Any]:
+def _deciding(state: State, speculation: Speculation, sampling: Sampling) -> Array | None:
+    """[B]: the rows that decide together about an adaptive window; None where each decides by itself."""
+    return ~state.done_B if speculation.shape or sampling.greedy else None
+
+
+def _decisions(state: State, speculation: Speculation, sampling: Sampling, prices: Prices) -> dict[str, Any]:
     """What `propose` and `propose_tree` have to know of an adaptive window."""
-    pace, stopping = state.pace, speculation.adaptive
+    pace, stopping, live_B = state.pace, speculation.adaptive, _deciding(state, speculation, sampling)
 
     def go_on(steps: int, logp_BxX: Array) -> Array:
         if steps == 0:  # the first is always tried: it shows how drafts fare
             return pace.drafts_B & ~state.done_B
         widening = 0.0 if speculation.shape else prices.verify_N1[steps + 1] - prices.verify_N1[steps]
-        return goes_on(pace, stopping, prices.step + widening, logp_BxX)
+        return goes_on(pace, stopping, prices.step + widening, logp_BxX, live_B)
 
     if not speculation.shape:
         return {"go_on": lambda steps, logp_Bx1: go_on(steps, logp_Bx1)[:, None], "confident": stopping.head}
-    keep = functools.partial(kept, pace, stopping, prices.verify_N1)
+    keep = functools.partial(kept, pace, stopping, prices.verify_N1, live_B=live_B)
     return {"go_on": go_on, "keep": keep, "confident": stopping.head}
 
 
@@ -135,8 +140,9 @@ def verify_window(
     accepted_BxK1 = jax.nn.one_hot(result.accepted_B, K1, dtype=jnp.int32)
     before_B = state.length_B
     pace = state.pace
-    if speculation.adaptive:  # by what it drafted itself, so that a row does not depend on its neighbours
-        pace = _updated(pace, draft, drafted_B, result.accepted_B, prices)
+    if speculation.adaptive:
+        live_B = _deciding(state, speculation, sampling)
+        pace = _updated(pace, draft, drafted_B, result.accepted_B, prices, live_B)
     healthy_B = state.healthy_B & (state.done_B | result.healthy_B)
     experts_B = state.experts_B
     if experts_B is not None:
@@ -159,14 +165,17 @@ def verify_window(
     return state.replace(features_BxK1xF=features, pending_B=state.pending_B + gained_B), result
 
 
-def _updated(pace: Pace, draft: Draft | Tree, drafted_B: Array, accepted_B: Array, prices: Prices) -> Pace:
+def _updated(
+    pace: Pace, draft: Draft | Tree, drafted_B: Array, accepted_B: Array, prices: Prices, live_B: Array | None
+) -> Pace:
     if isinstance(draft, Tree):
         steps_B, depth_B, logp_BxN = draft.steps_B, draft.depth_BxN1.max(-1), draft.logp_BxN
     else:
         steps_B = depth_B = drafted_B
         logp_BxN = jnp.where(draft.token_BxMxK[:, 0] == NONE, -jnp.inf, jnp.cumsum(draft.logp_BxMxK[:, 0], -1))
-    cost_B = prices.of_round(steps_B, drafted_B)
-    return update(pace, accepted_B, steps_B, depth_B, jnp.exp(logp_BxN).sum(-1), cost_B)
+    paid_B = (steps_B, drafted_B) if live_B is None else (steps_B.max(), drafted_B.max())
+    cost_B = jnp.broadcast_to(prices.of_round(*paid_B), accepted_B.shape)
+    return update(pace, accepted_B, steps_B, depth_B, jnp.exp(logp_BxN).sum(-1), cost_B, live_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("state",))

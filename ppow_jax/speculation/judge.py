@@ -16,10 +16,11 @@ from ppow_jax.speculation.sampling import Sampling, draw, log_distribution, samp
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.speculation.state import State, row_keys, usable
 from ppow_jax.speculation.touched import unique_experts
-from ppow_jax.speculation.tree import Tree, children_drawn, compact, follow, remainder
-from ppow_jax.speculation.verify import accept_greedy, accept_sampled, block_wise, emitted, token_wise
+from ppow_jax.speculation.tree import Tree, compact, follow
+from ppow_jax.speculation.verify import accept_greedy, accept_sampled, block_wise, token_wise
 
 Array = jax.Array
+ACCEPT, OWN = 1, 2  # uses of a row's keys: accepting a chain, and the target's own tokens, each by its place
 
 
 class Window(NamedTuple):
@@ -110,13 +111,14 @@ def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:
 def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, speculation, sampling):
     """(accepted_B, token_BxK1)."""
     if draft is None:
-        token_B = draw(_added_keys(state), logits_BxK1xV[:, 0], sampling)[0]
+        token_B = draw(row_keys(state, OWN), logits_BxK1xV[:, 0], sampling)[0]
         return jnp.zeros_like(token_B), token_B[:, None]
     if sampling.greedy:
         return accept_greedy(draft.token_BxMxK[:, 0], argmax(logits_BxK1xV))
     accept = functools.partial(accept_sampled, rule=block_wise if speculation.block else token_wise)
-    return jax.vmap(accept, in_axes=(0, 0, 0, None, 0))(
-        row_keys(state, 1),
+    return jax.vmap(accept, in_axes=(0, 0, 0, 0, None, 0))(
+        row_keys(state, ACCEPT),
+        row_keys(state, OWN),
         jnp.maximum(draft.token_BxMxK[:, 0], 0),
         draft.log_q_BxMxKxW[:, 0],
         drafter.target_ids_W,
@@ -124,29 +126,18 @@ def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, spe
     )
 
 
-def _added_keys(state: State) -> Array:
-    """Of the target's own token, as in `accept_sampled`: a row without drafts draws the same beside one that drafts."""
-    return jax.vmap(lambda key: jax.random.split(key)[1])(row_keys(state, 1))
-
-
 def _accept_tree(state: State, tree: Tree, logits_BxN1xV, sampling: Sampling, speculation: Speculation):
-    """(accepted_B, index_BxK1, token_BxK1)."""
-    depth = speculation.window
+    """(accepted_B, index_BxK1, token_BxK1).
+
+    The target draws one token at each index, and all of one depth by the same key: that of plain decoding, which so
+    draws the same text.
+    """
     if sampling.greedy:
-        best_BxN1 = argmax(logits_BxN1xV)
-        drawn_BxN = tree.token_BxN == jnp.take_along_axis(best_BxN1, tree.parent_BxN, 1)
-        path = follow(tree, drawn_BxN, depth)
-        last_Bx1 = jnp.take_along_axis(path.index_BxD1, path.accepted_B[:, None], 1)
-        own_B = jnp.take_along_axis(best_BxN1, last_Bx1, 1)[:, 0]
+        own_BxN1 = argmax(logits_BxN1xV)
     else:
-        log_p_BxN1xV = log_distribution(logits_BxN1xV, sampling)
-        parent_BxNx1 = tree.parent_BxN[..., None]
-        log_p_BxN = jax.vmap(lambda p, i, t: p[i, t])(log_p_BxN1xV, parent_BxNx1[..., 0], tree.token_BxN)
-        uniform = functools.partial(jax.random.uniform, shape=(speculation.verified + 1,))  # at any width the same
-        u_BxN1 = jax.vmap(uniform)(row_keys(state, 0))[:, : log_p_BxN1xV.shape[1]]
-        path = follow(tree, children_drawn(tree, jnp.exp(log_p_BxN), u_BxN1), depth)
-        last_B = jnp.take_along_axis(path.index_BxD1, path.accepted_B[:, None], 1)[:, 0]
-        p_BxV = jnp.exp(jnp.take_along_axis(log_p_BxN1xV, last_B[:, None, None], 1)[:, 0])
-        own_B = jax.vmap(sample)(_added_keys(state), jnp.log(remainder(tree, last_B, p_BxV)))
-    kept_BxK = jnp.take_along_axis(jnp.pad(tree.token_BxN, ((0, 0), (1, 0))), path.index_BxD1[:, 1:], 1)
-    return path.accepted_B, path.index_BxD1, emitted(kept_BxK, path.accepted_B, own_B)
+        key_BxN1 = jax.vmap(lambda depth_B: row_keys(state, OWN, depth_B), 1, 1)(tree.depth_BxN1)
+        own_BxN1 = jax.vmap(jax.vmap(sample))(key_BxN1, log_distribution(logits_BxN1xV, sampling))
+    drawn_BxN = tree.token_BxN == jnp.take_along_axis(own_BxN1, tree.parent_BxN, 1)
+    path = follow(tree, drawn_BxN, speculation.window)
+    own_BxK1 = jnp.take_along_axis(own_BxN1, path.index_BxD1, 1)
+    return path.accepted_B, path.index_BxD1, own_BxK1

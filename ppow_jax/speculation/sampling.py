@@ -17,6 +17,7 @@ from ppow_jax.config import require
 from ppow_jax.models.vocabulary import argmax
 
 Array = jax.Array
+GROUP = 256  # tokens among which the second random number of a draw chooses
 
 
 @flax.struct.dataclass
@@ -143,5 +144,27 @@ def draw(key_B: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array 
 
 
 def sample(key: Array, log_law: Array) -> Array:
-    """Token ids [...] from log-probabilities [..., V]; the tokens of `jax.random.categorical`, sooner on CPU."""
-    return argmax(log_law + jax.random.gumbel(key, log_law.shape, log_law.dtype))
+    """Token ids [...] from log-probabilities [..., V], by `inverse`: two random numbers each, not V."""
+    return inverse(jax.random.uniform(key, (*log_law.shape[:-1], 2), log_law.dtype), jnp.exp(log_law))
+
+
+def inverse(u_x2: Array, p_xV: Array) -> Array:
+    """The token of law p [..., V] that two numbers, uniform over [0, 1), stand for.
+
+    The first chooses a group of tokens, the second one of the group, so that the grid of float32 is as fine as if the
+    group were all there is. A token of probability 0 is never chosen.
+    """
+    lead, V = p_xV.shape[:-1], p_xV.shape[-1]
+    p_xGxC = jnp.pad(p_xV, [(0, 0)] * len(lead) + [(0, -V % GROUP)]).reshape(*lead, -1, GROUP)
+    group_x = _crossing(u_x2[..., 0], p_xGxC.sum(-1))
+    p_xC = jnp.take_along_axis(p_xGxC, group_x[..., None, None], -2)[..., 0, :]
+    return group_x * GROUP + _crossing(u_x2[..., 1], p_xC)
+
+
+def _crossing(u_x: Array, mass_xN: Array) -> Array:
+    """The first index at which the running sum exceeds u times the whole, int32."""
+    sum_xN = jnp.cumsum(mass_xN, -1)
+    index_xN = jax.lax.broadcasted_iota(jnp.int32, mass_xN.shape, mass_xN.ndim - 1)
+    some = mass_xN > 0  # rounding may let the sum of nothing grow, or the whole be beyond reach
+    first_x = jnp.min(jnp.where(some & (sum_xN > u_x[..., None] * sum_xN[..., -1:]), index_xN, mass_xN.shape[-1]), -1)
+    return jnp.minimum(first_x, jnp.max(jnp.where(some, index_xN, 0), -1))

@@ -81,9 +81,10 @@ def usable(logits: Array) -> Array:
     return jnp.isfinite(logits.max(-1))
 
 
-def row_keys(state: State, use: int) -> Array:
-    """A key per row, for its length and one use."""
-    return jax.vmap(lambda k, n: jax.random.fold_in(jax.random.fold_in(k, n), use))(state.key_B, state.length_B)
+def row_keys(state: State, use: int, ahead: Array | int = 0) -> Array:
+    """A key per row, for one use and the place in its text `ahead` tokens after the next."""
+    place_B = state.length_B + ahead
+    return jax.vmap(lambda k, n: jax.random.fold_in(jax.random.fold_in(k, n), use))(state.key_B, place_B)
 
 
 def commit_tokens(state: State, token_BxS: Array, count_B: Array, config: ModelConfig) -> State:

@@ -1,8 +1,8 @@
 """Draft trees: many continuations of one prefix, verified in one pass (EAGLE-2, 2406.16858; EAGLE-3, 2503.01840).
 
 A tree is a deterministic function of its prefix. That makes lossless acceptance simple at any temperature: the target
-draws one token at each node, and the path goes on for as long as the token drawn at a node is one of its children. Only
-where it is none of them does the token itself have to be drawn, so a round draws from the whole vocabulary once.
+draws one token at each node, and the path goes on for as long as the token drawn at a node is one of its children. A
+token is drawn by the random numbers of its place in the text, so it does not matter which tree it was drawn from.
 """
 
 import dataclasses
@@ -226,31 +226,6 @@ def ancestors(parent_BxN: Array, depth: int) -> Array:
     for _ in range((depth - 1).bit_length()):  # each product doubles how far it reaches
         reach = jnp.minimum(reach @ reach, 1.0)
     return reach > 0
-
-
-def children_drawn(tree: Tree, p_BxN: Array, u_BxN1: Array) -> Array:
-    """Which nodes the target draws at their parents, [B, N], at most one below each.
-
-    p_BxN: the target's probability of each node's token after its parent. u_BxN1: one uniform number per window index:
-    the children of an index share out its first part, each as much as its probability; the rest is `remainder`.
-    """
-    siblings = tree.parent_BxN[:, :, None] == tree.parent_BxN[:, None]
-    earlier = jnp.tril(jnp.ones(siblings.shape[1:], bool), -1)
-    begin_BxN = jnp.sum(jnp.where(siblings & earlier, p_BxN[:, None], 0.0), -1)
-    u_BxN = jnp.take_along_axis(u_BxN1, tree.parent_BxN, 1)
-    return (begin_BxN <= u_BxN) & (u_BxN < begin_BxN + p_BxN)
-
-
-def remainder(tree: Tree, index_B: Array, p_BxV: Array) -> Array:
-    """Law of the token drawn at window index index_B, given that it is none of its children, [B, V].
-
-    Rounding can leave nothing; p is then what is returned.
-    """
-    is_child_BxN = tree.parent_BxN == index_B[:, None]
-    gone_BxN = jnp.where(is_child_BxN, tree.token_BxN, p_BxV.shape[1])  # past the end: dropped
-    rest_BxV = p_BxV.at[jnp.arange(len(index_B))[:, None], gone_BxN].set(0.0, mode="drop")
-    total_Bx1 = rest_BxV.sum(-1, keepdims=True)
-    return jnp.where(total_Bx1 > 0, rest_BxV / jnp.where(total_Bx1 > 0, total_Bx1, 1.0), p_BxV)
 
 
 def follow(tree: Tree, drawn_BxN: Array, depth: int) -> Path:

@@ -107,20 +107,20 @@ def added(accepted: Array, scale_xK1: Array, p_xK1xV: Array, q_xKxV: Array) -> A
 
 def accept_sampled(
     key: Array,
+    own_key: Array,
     draft_xK: Array,
     log_q_xKxW: Array,
     target_ids_W: Array,
     log_p_xK1xV: Array,
     rule: Callable[[Array, Array, Array], Chances] = token_wise,
 ) -> Verdict:
-    """Draws how many drafted tokens are kept, and the token after them, so that what is emitted follows p exactly.
+    """How many drafted tokens are kept, and by `own_key` the token after them, drawn so that what is emitted follows p.
 
     log_q_xKxW: the laws, over the draft vocabulary, that the drafts were drawn from. log_p_xK1xV: the target's laws.
     """
-    length_key, added_key = jax.random.split(key)
     p_xK1xV = jnp.exp(log_p_xK1xV)
     q_xKxV = jnp.zeros_like(p_xK1xV[:-1]).at[:, target_ids_W].set(jnp.exp(log_q_xKxW))
     chances = rule(draft_xK, p_xK1xV, q_xKxV)
-    accepted = jnp.sum(jax.random.uniform(length_key) < chances.reach_xK, dtype=jnp.int32)
-    token = sample(added_key, jnp.log(added(accepted, chances.scale_xK1, p_xK1xV, q_xKxV)))
+    accepted = jnp.sum(jax.random.uniform(key) < chances.reach_xK, dtype=jnp.int32)
+    token = sample(own_key, jnp.log(added(accepted, chances.scale_xK1, p_xK1xV, q_xKxV)))
     return Verdict(accepted, emitted(draft_xK, accepted, token))
