@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax import sharding
-from ppow_jax.models.layers import linear
+from ppow_jax.models.layers import inner, linear
 
 Array = jax.Array
 
@@ -67,7 +67,7 @@ def survey(hidden_NxD: Array, head_VxD: Array, temperature: float = 1.0, chunk: 
         scale, best = jnp.exp(best - new), new
         e_NxPxC = jnp.exp(z_NxPxC - best[..., None])
         total = total * scale + e_NxPxC.sum(-1)
-        weighted = weighted * scale + (e_NxPxC * z_NxPxC).sum(-1)
+        weighted = weighted * scale + inner(e_NxPxC, z_NxPxC)
     best_N = best.max(-1)
     first_N = argmax(best)  # of equals the first: the lowest ids
     argmax_N = first_N * (V // P) + jnp.take_along_axis(index, first_N[:, None], 1)[:, 0]

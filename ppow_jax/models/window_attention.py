@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models.layers import Keys, query_blocks, scores, weighted_values
+from ppow_jax.models.layers import Keys, inner, query_blocks, scores, weighted_values
 
 Array = jax.Array
 
@@ -30,7 +30,7 @@ def _attend_block(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence) -> 
     q = q_BxMxHxd.reshape(B, M, Kv, H // Kv, d)
     parts = [scores(q_BxMxHxd, block) for block in prefix]  # each [B, Kv, g, M, L]
     if chain:
-        own = jnp.stack([jnp.sum(q * k[:, :, :, None], -1) for k, _ in chain], -1) * d**-0.5  # [B, M, Kv, g, R]
+        own = jnp.stack([inner(q, k[:, :, :, None]) for k, _ in chain], -1) * d**-0.5  # [B, M, Kv, g, R]
         parts.append(own.transpose(0, 2, 3, 1, 4))
     top = functools.reduce(jnp.maximum, [part.max(-1) for part in parts])[..., None]
     parts = [jnp.exp(part - jax.lax.stop_gradient(top)) for part in parts]

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.models.layers import inner
+
 Array = jax.Array
 
 
@@ -19,7 +21,7 @@ def criticality(entropy: Array, divergence: Array, vocab_size: int) -> Array:
 def divergence(p_xW: Array, q_logits_xW: Array) -> Array:
     """KL(P || Q) in nats over the last axis, P a distribution over the draft vocabulary, Q given by logits."""
     log_p = jnp.log(jnp.maximum(p_xW, 1e-20))
-    return jnp.sum(p_xW * (log_p - jax.nn.log_softmax(q_logits_xW, axis=-1)), axis=-1)
+    return inner(p_xW, log_p - jax.nn.log_softmax(q_logits_xW, axis=-1))
 
 
 def window_means(v_BxM: Array, K: int) -> Array:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.layers import inner
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.supervised import DraftStep
 
@@ -102,4 +103,4 @@ def window_loss(
 
 def entropy(p_xW: Array) -> Array:
     """Of distributions over the last axis, in nats."""
-    return -jnp.sum(p_xW * jnp.log(jnp.maximum(p_xW, 1e-20)), -1)
+    return -inner(p_xW, jnp.log(jnp.maximum(p_xW, 1e-20)))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax import sharding
-from ppow_jax.models.layers import input_gradient, linear, weight_gradient
+from ppow_jax.models.layers import inner, input_gradient, linear, weight_gradient
 
 Array = jax.Array
 
@@ -63,7 +63,7 @@ def _row(h_PxMxE, w_WxE, p_PxMxW, label_PxM, dtype):
     e_PxMxW = jnp.exp(z_PxMxW - top_PxM[..., None])
     total_PxM = e_PxMxW.sum(-1)
     logsumexp_PxM = top_PxM + jnp.log(total_PxM)
-    loss_PxM = logsumexp_PxM - jnp.sum(p_PxMxW * z_PxMxW, -1)
+    loss_PxM = logsumexp_PxM - inner(p_PxMxW, z_PxMxW)
     q_PxMxW = e_PxMxW / total_PxM[..., None]
     label_z_PxM = jnp.take_along_axis(z_PxMxW, jnp.maximum(label_PxM, 0)[..., None], -1)[..., 0]
     known_PxM = label_PxM >= 0
