@@ -25,9 +25,11 @@ def page(trace: "Trace") -> str:
 def _facts(trace: "Trace") -> str:
     how = trace.speculation
     if how.shape:
-        size = f"tree of {how.shape.nodes} nodes, depth {how.shape.depth}, branch {how.shape.branch}"
+        size = f"{how.shape.nodes} nodes, depth {how.shape.depth}, branch {how.shape.branch}"
+        size = f"adaptive tree of up to {size}" if how.adaptive else f"tree of {size}"
     else:
-        size = {"off": "no speculation", "chain": f"chain of {how.window}"}.get(how.mode, f"up to {how.window} tokens")
+        chain = f"adaptive chain of up to {how.window}" if how.adaptive else f"chain of {how.window}"
+        size = chain if how.window else "no speculation"
     usual = {"temperature": None, "top_k": 0, "top_p": 1.0, "seed": None if trace.settings.get("temperature") else 0}
     given = {"temperature": 0} | {name: value for name, value in trace.settings.items() if name != "speculation"}
     told = {name: value for name, value in given.items() if value != usual.get(name) and value not in ((), None)}
