@@ -47,6 +47,7 @@ def test_a_run_leaves_its_results(whole):
         assert len(row["acceptance_by_position"]) == 2 and len(row["accepted_histogram"]) == 3
     text = (whole / "report.md").read_text()
     assert "supervised" in text and "ppow" in text
+    assert "(results.png)" in text and "(curves.png)" in text  # as they lie beside it
 
 
 def test_the_metrics_of_a_run(whole):

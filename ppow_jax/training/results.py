@@ -63,10 +63,11 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
 
 
 def _report(workdir: Path, result: dict) -> None:
-    report.plot_results(workdir / "results.png", result)
-    curves = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
-    report.plot_curves(workdir / "curves.png", read_metrics(workdir / "metrics.jsonl"), curves)
-    report.write_markdown(workdir / "report.md", result, ["results.png", "curves.png"])
+    plots = results, curves = workdir / "results.png", workdir / "curves.png"
+    report.plot_results(results, result)
+    shown = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
+    report.plot_curves(curves, read_metrics(workdir / "metrics.jsonl"), shown)
+    report.write_markdown(workdir / "report.md", result, plots)
     print(report.result_table(result))
     print(f"\nreport and plots: {workdir}")
 
