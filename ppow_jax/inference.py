@@ -70,8 +70,8 @@ class Model:
     """A target, and a drafter or None. See `load`.
 
     prices: of adaptive windows, per (speculation, rows, greedy): what `evaluation.costs.measure_prices` finds when it
-    is first needed. At temperature > 0 the law of an answer does not depend on it, but which one a seed draws does:
-    keep it to repeat that elsewhere.
+    is first needed. The law of an answer does not depend on it, but which one a seed draws with adaptive chains at
+    temperature > 0 does: keep it to repeat that elsewhere.
     """
 
     target: Target
@@ -177,15 +177,15 @@ class Model:
     def prices_of(self, speculation: Speculation, rows: int, greedy: bool) -> Prices | None:
         """What an adaptive window decides by; None for other windows. See `prices`.
 
-        Sampled answers depend on it: they take the prices of one row, whatever the batch.
+        Sampled chains depend on it: they take the prices of one row, whatever the batch.
         """
         if not speculation.adaptive:
             return None
-        key = speculation, rows if greedy else 1, greedy
+        sampling = Sampling.of(0.0 if greedy else 1.0)
+        key = speculation, rows if speculation.decides_together(sampling) else 1, greedy
         if key not in self.prices:
             log.info("measuring what drafting and verifying cost here, once")
             L = generate.cache_length(256, 256, speculation.window)
-            sampling = Sampling.of(0.0 if greedy else 1.0)
             self.prices[key] = measure_prices(self.target, self.drafter, speculation, L, key[1], sampling=sampling)
         return self.prices[key]
 

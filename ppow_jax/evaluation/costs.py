@@ -108,7 +108,8 @@ def measure_prices(
     """What an adaptive window decides by. A draft costs what the verification costs that is compiled for it.
 
     Verification is measured at full width and near a half and a quarter of it (a few tokens may be free where many are
-    not); between, and down to no draft, costs are taken to be linear.
+    not); between, and down to no draft, costs are taken to be linear. Where each row decides by itself, as with
+    sampled chains, they are what it costs all rows.
     """
     N, shape = speculation.verified, speculation.shape
     widths = np.array(speculation.widths)
@@ -123,7 +124,8 @@ def measure_prices(
     found = {nodes: measured(nodes) for nodes in sorted(near)}
     verify_X = np.interp(widths, [0, *found], [1.0, *(costs.verify_ratio for costs in found.values())])
     compiled_N1 = np.searchsorted(widths, np.arange(N + 1))
-    return Prices.of(found[N].gamma, np.maximum.accumulate(verify_X)[compiled_N1])
+    prices = Prices.of(found[N].gamma, np.maximum.accumulate(verify_X)[compiled_N1])
+    return prices if speculation.decides_together(sampling) else prices.alone(batch)
 
 
 def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:

@@ -8,11 +8,12 @@ throughput: what can be gained is worth more than it costs, valued at the tokens
 row learns from its own rounds how far its drafter's chances can be trusted.
 threshold: the chance is at least `Stopping.threshold`.
 
-Where rounds gain less than plain decoding, drafting rests, and tries again later: each rest twice as long as the one
-before.
+Where rounds gain less than plain decoding, drafting rests, and tries again later: long enough to make up for what the
+try lost, and each rest at least twice as long as the one before.
 
 The rows of a batch decide together, since all of them pay for a round: by the means of their gains and their paces.
-Sampled chains do not: their tokens depend on where a window ends, so a row would depend on its neighbours.
+Sampled chains do not: their tokens depend on where a window ends, so a row would depend on its neighbours. There a row
+should count what it costs all of them, see `Prices.alone`.
 
 Lossless at any temperature: a decision sees tokens that are kept in the window, and none that was drawn is taken back
 (a token dropped because of its own probability would bias the output). The nodes of a tree are not drawn: they are a
@@ -34,7 +35,9 @@ Array = jax.Array
 RULES = ("throughput", "threshold")
 MEMORY = 0.9  # weight of the past in the running sums of a row
 MARGIN = 1.15  # a gain is a guess, its price is certain: by so much it must exceed it (best of 1 to 1.35 on SmolLM2)
-TRIAL, RETRIAL = 8, 3  # rounds that a row drafts before it may rest: at first, and after a rest
+TRIAL, RETRIAL = 8, 3  # windows drafted before drafting may rest: at first, and after a rest
+BUDGET = 2.0  # steps of plain decoding that a try may lose
+SHARE = 0.015  # of the time that tries may lose: how long a rest is
 FIRST_REST, LONGEST_REST = 24, 256  # rounds
 
 
@@ -69,6 +72,10 @@ class Prices(NamedTuple):
         """As float32 arrays, which every program takes alike."""
         return cls(jnp.asarray(step, jnp.float32), jnp.asarray(verify_N1, jnp.float32))
 
+    def alone(self, rows: int) -> "Prices":
+        """To a row that decides by itself: what all rows lose in a round, whether or not others draft as well."""
+        return Prices(rows * self.step, 1 + rows * (self.verify_N1 - 1))
+
     def of_round(self, steps_B: Array, drafted_B: Array) -> Array:
         """[B]: of rounds with so many draft steps and verified drafts."""
         return self.step * steps_B + self.verify_N1[drafted_B]
@@ -79,7 +86,7 @@ class Pace(flax.struct.PyTreeNode):
 
     tokens, cost, accepted, expected, judged: decayed sums over rounds, of committed tokens, of cost in steps of plain
     decoding, of accepted drafts, of accepted drafts as their chances had it, and of draft steps whose predecessors were
-    all accepted. trial: rounds until the row may rest. rest: rounds left without drafts. pause: how long the next rest
+    all accepted. trial: windows until the row may rest. rest: rounds left without drafts. pause: how long the next rest
     is.
     """
 
@@ -175,11 +182,15 @@ def update(
         return jnp.where(drafts_B, MEMORY * sum_B + new_B, sum_B)
 
     tokens_B, spent_B = fade(pace.tokens_B, accepted_B + 1), fade(pace.cost_B, cost_B)
-    trial_B = jnp.where(drafts_B, jnp.maximum(pace.trial_B - 1, 0), pace.trial_B)
-    tired_B = drafts_B & (trial_B == 0) & (together(tokens_B - spent_B, live_B) < 0)
-    rest_B = jnp.where(tired_B, pace.pause_B, jnp.maximum(pace.rest_B - 1, 0))
+    tried = 1 if live_B is None else live_B.sum(dtype=jnp.int32)  # windows that were drafted for one decision
+    trial_B = jnp.where(drafts_B, jnp.maximum(pace.trial_B - tried, 0), pace.trial_B)
+    lost_B = together(spent_B - tokens_B, live_B)
+    tired_B = drafts_B & (lost_B > 0) & ((trial_B == 0) | (lost_B > BUDGET))
+    earned_B = jnp.ceil(jnp.minimum(lost_B / SHARE, LONGEST_REST)).astype(jnp.int32)
+    pause_B = jnp.maximum(pace.pause_B, earned_B)
+    rest_B = jnp.where(tired_B, pause_B, jnp.maximum(pace.rest_B - 1, 0))
     back_B = ~drafts_B & (rest_B == 0)  # begins anew
-    longer_B = jnp.minimum(2 * pace.pause_B, LONGEST_REST)
+    longer_B = jnp.minimum(2 * pause_B, LONGEST_REST)
     return Pace(
         jnp.where(back_B, 1.0, tokens_B),
         jnp.where(back_B, 1.0, spent_B),

@@ -15,6 +15,7 @@ from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.layers import KV
 from ppow_jax.speculation.adaptive import Pace, Prices, goes_on, kept, update
 from ppow_jax.speculation.judge import Round, judge
 from ppow_jax.speculation.prefill import prefill
@@ -36,17 +37,8 @@ def draft_window(
 
     prices: what an adaptive window decides by.
     """
-    B, K1 = state.features_BxK1xF.shape[:2]
-    start_B = state.length_B - 1 - state.pending_B
-    index_BxK1 = start_B[:, None] + jnp.arange(K1)
-    following_BxK1 = jnp.take_along_axis(state.tokens_BxL, index_BxK1 + 1, 1)
-    g_BxK1xE = drafting.fuse(drafter, state.features_BxK1xF)
-    embed_BxK1xE = drafter.embed(params["embed"], following_BxK1)
-    L = state.tokens_BxL.shape[1]
-    earlier = [Prefix(state.drafter_kv, cache.visible(L, start_B, K1))]
-    causal = transformer.causal_mask(B, K1)
-    new = drafting.prefix_keys(drafter, g_BxK1xE, embed_BxK1xE, index_BxK1, causal, earlier)
-
+    start_B, g_BxK1xE, following_BxK1, new = _pending_keys(params, drafter, state)
+    K1, L = g_BxK1xE.shape[1], state.tokens_BxL.shape[1]
     last_Bx1 = (state.pending_B - 1)[:, None]
     g_Bx1xE = jnp.take_along_axis(g_BxK1xE, last_Bx1[..., None], 1)
     root_Bx1 = jnp.take_along_axis(following_BxK1, last_Bx1, 1)
@@ -64,33 +56,40 @@ def draft_window(
     else:
         draft = chain = propose(*anchored, speculation.window, sampling, row_keys(state, 0), **how)
         first_B = chain.token_BxMxK[:, 0].min(-1) - NONE  # not negative
-    start_B = cache.after(start_B, first_B)
-    drafter_kv = tuple(cache.write(old, new, start_B) for old, new in zip(state.drafter_kv, new, strict=True))
+    drafter_kv = _written(state.drafter_kv, new, cache.after(start_B, first_B))
     return state.replace(drafter_kv=drafter_kv, pending_B=jnp.zeros_like(state.pending_B)), draft
 
 
-def _draft_or_rest(
-    params, drafter: Drafter, state: State, speculation: Speculation, sampling: Sampling, prices: Prices
-) -> tuple[State, Draft | Tree]:
-    """`draft_window`, unless no row drafts: then features gather until there is no room for more of them.
+def _pending_keys(params, drafter: Drafter, state: State) -> tuple[Array, Array, Array, tuple[KV, ...]]:
+    """(the first pending index_B, and of each: fused features, the token after it, the drafter's keys)."""
+    B, K1 = state.features_BxK1xF.shape[:2]
+    start_B = state.length_B - 1 - state.pending_B
+    index_BxK1 = start_B[:, None] + jnp.arange(K1)
+    following_BxK1 = jnp.take_along_axis(state.tokens_BxL, index_BxK1 + 1, 1)
+    g_BxK1xE = drafting.fuse(drafter, state.features_BxK1xF)
+    embed_BxK1xE = drafter.embed(params["embed"], following_BxK1)
+    earlier = [Prefix(state.drafter_kv, cache.visible(state.tokens_BxL.shape[1], start_B, K1))]
+    causal = transformer.causal_mask(B, K1)
+    new = drafting.prefix_keys(drafter, g_BxK1xE, embed_BxK1xE, index_BxK1, causal, earlier)
+    return start_B, g_BxK1xE, following_BxK1, new
 
-    So a round without drafts costs no more than one of plain decoding.
-    """
-    draw = functools.partial(draft_window, params, drafter, speculation=speculation, sampling=sampling, prices=prices)
-    small = state.replace(target_kv=())  # what drafting reads
 
-    def rest(small: State) -> tuple[State, Draft | Tree]:
-        return small, jax.eval_shape(draw, small)[1].nothing()
+def _written(drafter_kv: tuple[KV, ...], new: tuple[KV, ...], start_B: Array) -> tuple[KV, ...]:
+    return tuple(cache.write(old, new, start_B) for old, new in zip(drafter_kv, new, strict=True))
 
-    room = state.features_BxK1xF.shape[1]
-    busy = (state.pace.drafts_B & ~state.done_B).any() | (state.pending_B >= room).any()
-    small, draft = jax.lax.cond(busy, draw, rest, small)
-    return small.replace(target_kv=state.target_kv), draft
+
+def _absorb(params, drafter: Drafter, state: State) -> State:
+    """Writes the pending features into the drafter's cache, all but the last, from which the next draft starts."""
+    start_B, *_, new = _pending_keys(params, drafter, state)
+    last_BxF = jnp.take_along_axis(state.features_BxK1xF, (state.pending_B - 1)[:, None, None], 1)[:, 0]
+    features = state.features_BxK1xF.at[:, 0].set(last_BxF)
+    drafter_kv = _written(state.drafter_kv, new, start_B)
+    return state.replace(drafter_kv=drafter_kv, features_BxK1xF=features, pending_B=jnp.ones_like(state.pending_B))
 
 
 def _deciding(state: State, speculation: Speculation, sampling: Sampling) -> Array | None:
     """[B]: the rows that decide together about an adaptive window; None where each decides by itself."""
-    return ~state.done_B if speculation.shape or sampling.greedy else None
+    return ~state.done_B if speculation.decides_together(sampling) else None
 
 
 def _decisions(state: State, speculation: Speculation, sampling: Sampling, prices: Prices) -> dict[str, Any]:
@@ -158,16 +157,24 @@ def verify_window(
     )
     state = commit_tokens(state, result.token_BxK1, result.accepted_B + 1, config)
     gained_B = jnp.maximum(state.length_B - before_B, 1)
-    if not speculation.adaptive:
-        return state.replace(features_BxK1xF=result.features_BxK1xF, pending_B=gained_B), result
-    behind = cache.write_rows(state.features_BxK1xF, result.features_BxK1xF[:, :1], state.pending_B)
-    features = jnp.where((state.pending_B == 0)[:, None, None], result.features_BxK1xF, behind)
-    return state.replace(features_BxK1xF=features, pending_B=state.pending_B + gained_B), result
+    features, pending_B = result.features_BxK1xF, gained_B
+    if speculation.adaptive and draft is None:  # those of the rounds before still wait for a round that drafts
+        features = cache.write_rows(state.features_BxK1xF, features, state.pending_B)
+        pending_B += state.pending_B
+    return state.replace(features_BxK1xF=features, pending_B=pending_B), result
+
+
+def _drafts(state: State) -> Array:
+    """Whether a row is about to draft."""
+    return (state.pace.drafts_B & ~state.done_B).any()
 
 
 def _updated(
-    pace: Pace, draft: Draft | Tree, drafted_B: Array, accepted_B: Array, prices: Prices, live_B: Array | None
+    pace: Pace, draft: Draft | Tree | None, drafted_B: Array, accepted_B: Array, prices: Prices, live_B: Array | None
 ) -> Pace:
+    if draft is None:
+        none_B = jnp.zeros_like(accepted_B)
+        return update(pace, none_B, none_B, none_B, none_B, none_B, live_B)
     if isinstance(draft, Tree):
         steps_B, depth_B, logp_BxN = draft.steps_B, draft.depth_BxN1.max(-1), draft.logp_BxN
     else:
@@ -199,13 +206,31 @@ def decode(
         step, state = carry
         return (step < rounds) & ~state.done_B.all()
 
-    def one_round(carry):
+    def one_round(carry, drafts: bool):
         step, state = carry
-        draft, speaker = None, drafter if speculation.window else None
-        if speaker:
-            begin = _draft_or_rest if speculation.adaptive else draft_window
-            state, draft = begin(params, drafter, state, speculation, sampling, prices)
+        draft = None
+        if drafts:
+            state, draft = draft_window(params, drafter, state, speculation, sampling, prices)
+        speaker = drafter if speculation.window else None
         state, _ = verify_window(params, config, speaker, state, draft, speculation, sampling, prices)
         return step + 1, state
 
-    return sharding.constrain(jax.lax.while_loop(unfinished, one_round, (0, state))[1])
+    def spell(drafts: bool, condition, carry):
+        return jax.lax.while_loop(condition, functools.partial(one_round, drafts=drafts), carry)
+
+    def resting(carry):
+        _, state = carry
+        room = (state.pending_B < state.features_BxK1xF.shape[1]).all()
+        return unfinished(carry) & ~_drafts(state) & room
+
+    def draft_and_rest(carry):  # a round at rest is one of plain decoding, in a loop of its own: it costs no more
+        carry = spell(True, lambda carry: unfinished(carry) & _drafts(carry[1]), carry)
+        step, state = spell(False, resting, carry)
+        return step, _absorb(params, drafter, state)
+
+    start = 0, state
+    if speculation.adaptive:
+        _, state = jax.lax.while_loop(unfinished, draft_and_rest, start)
+    else:
+        _, state = spell(bool(speculation.window), unfinished, start)
+    return sharding.constrain(state)

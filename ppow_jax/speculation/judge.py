@@ -56,7 +56,10 @@ class Round(NamedTuple):
 def judge(
     params, config, drafter, state: State, speculation: Speculation, sampling, draft, width: int | None = None
 ) -> Round:
-    """The target's pass over a window and what it accepts. width: take the first so many places of the draft only."""
+    """The target's pass over a window and what it accepts.
+
+    width: take the first so many places of the draft only, and give the shapes of the widest window.
+    """
     B, L = state.tokens_BxL.shape
     root_B = state.length_B - 1
     root_Bx1 = jnp.take_along_axis(state.tokens_BxL, root_B[:, None], 1)
@@ -75,25 +78,33 @@ def judge(
     logits = transformer.logits(params, out.hidden_BxSxD)
     healthy_B = usable(logits).all(1)
     experts_B = unique_experts(out.experts, config.experts.number) if config.experts else None
-    K1 = speculation.window + 1
-    hidden_BxN1xD = _padded(out.hidden_BxSxD, speculation.verified + 1, 1)
     if isinstance(draft, Tree):
         accepted_B, index_BxK1, token_BxK1 = _accept_tree(state, draft, logits, sampling, speculation)
         kv = stack.each_layer(functools.partial(compact, index_BxD1=index_BxK1), out.kv)
         features = jnp.take_along_axis(out.features_BxSxF, index_BxK1[..., None], 1)
     else:
         accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
-        token_BxK1 = _padded(token_BxK1, K1, 1)
-        index_BxK1 = jnp.broadcast_to(jnp.arange(K1), (B, K1))
-        kv = stack.each_layer(lambda new: KV(_padded(new.k_BxKvxdxL, K1, 3), _padded(new.v_BxKvxLxd, K1, 2)), out.kv)
-        features = None if out.features_BxSxF is None else _padded(out.features_BxSxF, K1, 1)
-    return Round(accepted_B, token_BxK1, hidden_BxN1xD, features, kv, index_BxK1, healthy_B, experts_B)
+        index_BxK1 = jnp.broadcast_to(jnp.arange(token_BxK1.shape[1]), token_BxK1.shape)
+        kv, features = out.kv, out.features_BxSxF
+    result = Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B, experts_B)
+    return result if width is None else _padded(result, speculation)
 
 
-def _padded(x: Array, size: int, axis: int) -> Array:
-    """x as from a window of the largest width; what is added is never read."""
-    short = size - x.shape[axis]
-    return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)]) if short else x
+def _padded(result: Round, speculation: Speculation) -> Round:
+    """In the shapes of the widest window; what is added is never read, and written over by the next round."""
+    K1, N1 = speculation.window + 1, speculation.verified + 1
+
+    def pad(x: Array, size: int, axis: int = 1) -> Array:
+        short = size - x.shape[axis]
+        return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)]) if short else x
+
+    return result._replace(
+        token_BxK1=pad(result.token_BxK1, K1),
+        hidden_BxN1xD=pad(result.hidden_BxN1xD, N1),
+        features_BxK1xF=pad(result.features_BxK1xF, K1),
+        kv=stack.each_layer(lambda new: KV(pad(new.k_BxKvxdxL, K1, 3), pad(new.v_BxKvxLxd, K1, 2)), result.kv),
+        index_BxK1=pad(result.index_BxK1, K1),
+    )
 
 
 def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:

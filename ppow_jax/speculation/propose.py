@@ -34,12 +34,6 @@ class Draft(NamedTuple):
         """Tokens of each window."""
         return (self.token_BxMxK != NONE).sum(-1)
 
-    def nothing(self) -> "Draft":
-        """A draft of these shapes without a token."""
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
-        law = None if blank.log_q_BxMxKxW is None else blank.log_q_BxMxKxW - jnp.inf
-        return blank._replace(token_BxMxK=blank.token_BxMxK + NONE, log_q_BxMxKxW=law)
-
     def cut(self, width: int) -> "Draft":
         """The first `width` tokens alone."""
         return jax.tree.map(lambda x: x[:, :, :width], self)

@@ -4,6 +4,7 @@ import dataclasses
 
 from ppow_jax.config import require
 from ppow_jax.speculation.adaptive import Stopping
+from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.tree import TreeShape
 
 THROUGHPUT = Stopping()
@@ -35,6 +36,10 @@ class Speculation:
         """
         steps = (0, 2, 4, 7, 15, 31) if self.shape else (0, 2, 4, 7, 11, 15, 23, 31, 47)
         return tuple(w for w in steps if w < self.verified) + (self.verified,)
+
+    def decides_together(self, sampling: Sampling) -> bool:
+        """Whether the rows of a batch decide together about an adaptive window (`speculation.adaptive` says why)."""
+        return self.shape is not None or sampling.greedy
 
     @property
     def verified(self) -> int:

@@ -77,13 +77,6 @@ class Tree(NamedTuple):
         """Nodes of each row."""
         return (self.parent_BxN != ABSENT).sum(-1)
 
-    def nothing(self) -> "Tree":
-        """A tree of these shapes without a node."""
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self)
-        seen = jnp.broadcast_to(jnp.eye(self.seen_BxN1xN1.shape[1], dtype=bool), self.seen_BxN1xN1.shape)
-        parent_BxN, logp_BxN = blank.parent_BxN + ABSENT, blank.logp_BxN - jnp.inf
-        return blank._replace(parent_BxN=parent_BxN, seen_BxN1xN1=seen, logp_BxN=logp_BxN)
-
     def cut(self, nodes: int) -> "Tree":
         """The first `nodes` places alone."""
         return Tree(
