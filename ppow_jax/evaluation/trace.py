@@ -5,7 +5,7 @@ import functools
 import os
 import time
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,8 @@ def record(model: Model, prompt: Text, **settings: Any) -> Trace:
     Drafting and verification are programs of their own here, so that each can be timed; they run once before.
     """
     job = model.job([prompt], **settings)
-    _step(model, model.begin(job, [0]))  # compiles
+    for width in job.speculation.widths if job.speculation.adaptive else (None,):
+        _round(model, model.begin(job, [0]), width)  # compiles
     batch, steps = model.begin(job, [0]), []
     begin = time.perf_counter()
     while True:
@@ -106,23 +107,39 @@ def record(model: Model, prompt: Text, **settings: Any) -> Trace:
     return Trace(model.target.name, text, job.speculation, settings, tuple(steps), result, tokenizer)
 
 
-def _step(model: Model, batch: Batch) -> Step:
-    """Decodes one round of a batch of one."""
+class _Timed(NamedTuple):
+    """A round, and the seconds of its parts."""
+
+    draft: Draft | Tree | None
+    result: Round
+    draft_seconds: float
+    verify_seconds: float
+
+
+def _round(model: Model, batch: Batch, width: int | None = None) -> _Timed:
+    """Decodes one round of a batch of one. width: of its verification, by default what the draft needs."""
     params, config = model.target.params, model.target.config
     how = {"speculation": batch.speculation, "sampling": batch.sampling, "prices": batch.prices}
     state, draft = batch.state, None
-    length = int(state.length_B[0])
-    root = int(state.tokens_BxL[0, length - 1])
     begin = time.perf_counter()
     if batch.drafter:
         state, draft = jax.block_until_ready(_draft(params, batch.drafter, state, **how))
     middle = time.perf_counter()
-    state, result = jax.block_until_ready(_verify(params, config, batch.drafter, state, draft, **how))
+    if draft is not None and batch.speculation.adaptive and width is None:
+        width = batch.speculation.width_of(int(draft.count_B[0]))
+    state, result = jax.block_until_ready(_verify(params, config, batch.drafter, state, draft, **how, width=width))
     end = time.perf_counter()
     batch.state = state
+    return _Timed(draft, result, middle - begin, end - middle)
 
+
+def _step(model: Model, batch: Batch) -> Step:
+    """Decodes and describes one round of a batch of one."""
+    length = int(batch.state.length_B[0])
+    root = int(batch.state.tokens_BxL[0, length - 1])
+    draft, result, *seconds = _round(model, batch)
     token_N, parent_N, drafter_N = _drafts(draft)
-    p_N1xV = np.asarray(_probabilities(params, result.hidden_BxN1xD[0]))
+    p_N1xV = np.asarray(_probabilities(model.target.params, result.hidden_BxN1xD[0]))
     accepted, index_K1 = int(result.accepted_B[0]), np.asarray(result.index_BxK1[0])
     path = set(index_K1[1 : accepted + 1].tolist())
     drafted = tuple(
@@ -131,8 +148,8 @@ def _step(model: Model, batch: Batch) -> Step:
     )
     own, p_V = int(result.token_BxK1[0, accepted]), p_N1xV[index_K1[accepted]]
     likely = tuple((int(token), float(p_V[token])) for token in np.argsort(-p_V)[:LIKELY])
-    gained = int(state.length_B[0]) - length
-    return Step(root, drafted, own, float(p_V[own]), likely, gained, middle - begin, end - middle)
+    gained = int(batch.state.length_B[0]) - length
+    return Step(root, drafted, own, float(p_V[own]), likely, gained, *seconds)
 
 
 def _drafts(draft: Draft | Tree | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -155,7 +172,7 @@ def _draft(
     return generate.draft_window(params, drafter, state, speculation, sampling, prices)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "speculation", "width"), donate_argnames=("state",))
 def _verify(
     params: dict,
     config: ModelConfig,
@@ -166,8 +183,9 @@ def _verify(
     speculation: Speculation,
     sampling: Sampling,
     prices: Any,
+    width: int | None,
 ) -> tuple[State, Round]:
-    state, result = generate.verify_window(params, config, drafter, state, draft, speculation, sampling, prices)
+    state, result = generate.verify_window(params, config, drafter, state, draft, speculation, sampling, prices, width)
     return state, result._replace(kv=(), features_BxK1xF=None)  # the state holds what is needed of them
 
 

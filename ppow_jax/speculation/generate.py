@@ -5,6 +5,7 @@ round with K = 0. `speculation.state` says what is carried from round to round.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -117,21 +118,16 @@ def verify_window(
     speculation: Speculation,
     sampling: Sampling,
     prices: Prices | None = None,
+    width: int | None = None,
 ) -> tuple[State, Round]:
-    """Runs the target over root and draft, accepts, and commits tokens, keys and features."""
-    judged = functools.partial(judge, params, config, drafter, state, speculation, sampling)
-    root_B = state.length_B - 1
-    if draft is None:
-        drafted_B, result = jnp.zeros_like(root_B), judged(None)
-    else:
-        drafted_B = draft.count_B if isinstance(draft, Tree) else draft.drafted_BxM[:, 0]
-        if speculation.adaptive:
-            widths = speculation.widths
-            widest = jnp.searchsorted(jnp.asarray(widths), drafted_B.max())
-            result = jax.lax.switch(widest, [functools.partial(judged, draft, w) for w in widths])
-        else:
-            result = judged(draft)
+    """Runs the target over root and draft, accepts, and commits tokens, keys and features.
 
+    width: the first so many places of the draft hold all that was drafted; the others are left out.
+    """
+    root_B = state.length_B - 1
+    drafted_B = jnp.zeros_like(root_B) if draft is None else draft.count_B
+    seen = draft if width is None else draft.cut(width) if width else None
+    result = judge(params, config, drafter, state, speculation, sampling, seen)
     start_B = cache.after(root_B, result.token_BxK1[:, 0])
     target_kv = stack.each_layer(functools.partial(cache.write, start_B=start_B), state.target_kv, result.kv)
     counted_B = jnp.where(state.done_B, 0, 1)
@@ -158,10 +154,29 @@ def verify_window(
     state = commit_tokens(state, result.token_BxK1, result.accepted_B + 1, config)
     gained_B = jnp.maximum(state.length_B - before_B, 1)
     features, pending_B = result.features_BxK1xF, gained_B
-    if speculation.adaptive and draft is None:  # those of the rounds before still wait for a round that drafts
+    if speculation.adaptive:  # behind those of resting rounds, which wait for a round that drafts
         features = cache.write_rows(state.features_BxK1xF, features, state.pending_B)
         pending_B += state.pending_B
     return state.replace(features_BxK1xF=features, pending_B=pending_B), result
+
+
+def _at_width(widths: Sequence[int], count: Array, verify: Callable[..., tuple[State, Round]], state: State) -> State:
+    """`verify` at the least of some widths that holds `count` drafted tokens.
+
+    Loops of one turn or none, not branches: what a branch returns is copied, and a loop leaves caches in place.
+    """
+    widest = jnp.searchsorted(jnp.asarray(widths), count)
+    carry = jnp.asarray(True), state  # whether it is still to be done
+    for n, width in enumerate(widths):
+
+        def due(carry, n=n):
+            return carry[0] & (widest == n)
+
+        def once(carry, width=width):
+            return jnp.asarray(False), verify(state=carry[1], width=width)[0]
+
+        carry = jax.lax.while_loop(due, once, carry)
+    return carry[1]
 
 
 def _drafts(state: State) -> Array:
@@ -212,7 +227,12 @@ def decode(
         if drafts:
             state, draft = draft_window(params, drafter, state, speculation, sampling, prices)
         speaker = drafter if speculation.window else None
-        state, _ = verify_window(params, config, speaker, state, draft, speculation, sampling, prices)
+        how: dict[str, Any] = {"draft": draft, "speculation": speculation, "sampling": sampling, "prices": prices}
+        verify = functools.partial(verify_window, params, config, speaker, **how)
+        if draft is not None and speculation.adaptive:
+            state = _at_width(speculation.widths, draft.count_B.max(), verify, state)
+        else:
+            state, _ = verify(state=state)
         return step + 1, state
 
     def spell(drafts: bool, condition, carry):

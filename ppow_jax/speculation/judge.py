@@ -53,18 +53,11 @@ class Round(NamedTuple):
     experts_B: Array | None = None
 
 
-def judge(
-    params, config, drafter, state: State, speculation: Speculation, sampling, draft, width: int | None = None
-) -> Round:
-    """The target's pass over a window and what it accepts.
-
-    width: take the first so many places of the draft only, and give the shapes of the widest window.
-    """
+def judge(params, config, drafter, state: State, speculation: Speculation, sampling, draft) -> Round:
+    """The target's pass over a window and what it accepts."""
     B, L = state.tokens_BxL.shape
     root_B = state.length_B - 1
     root_Bx1 = jnp.take_along_axis(state.tokens_BxL, root_B[:, None], 1)
-    if width is not None:
-        draft = draft.cut(width) if width else None
     window = _window(root_Bx1, draft)
     out = transformer.forward(
         params,
@@ -86,25 +79,7 @@ def judge(
         accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
         index_BxK1 = jnp.broadcast_to(jnp.arange(token_BxK1.shape[1]), token_BxK1.shape)
         kv, features = out.kv, out.features_BxSxF
-    result = Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B, experts_B)
-    return result if width is None else _padded(result, speculation)
-
-
-def _padded(result: Round, speculation: Speculation) -> Round:
-    """In the shapes of the widest window; what is added is never read, and written over by the next round."""
-    K1, N1 = speculation.window + 1, speculation.verified + 1
-
-    def pad(x: Array, size: int, axis: int = 1) -> Array:
-        short = size - x.shape[axis]
-        return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)]) if short else x
-
-    return result._replace(
-        token_BxK1=pad(result.token_BxK1, K1),
-        hidden_BxN1xD=pad(result.hidden_BxN1xD, N1),
-        features_BxK1xF=pad(result.features_BxK1xF, K1),
-        kv=stack.each_layer(lambda new: KV(pad(new.k_BxKvxdxL, K1, 3), pad(new.v_BxKvxLxd, K1, 2)), result.kv),
-        index_BxK1=pad(result.index_BxK1, K1),
-    )
+    return Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B, experts_B)
 
 
 def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:

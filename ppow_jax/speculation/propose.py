@@ -30,9 +30,9 @@ class Draft(NamedTuple):
     logp_BxMxK: Array
 
     @property
-    def drafted_BxM(self) -> Array:
-        """Tokens of each window."""
-        return (self.token_BxMxK != NONE).sum(-1)
+    def count_B(self) -> Array:
+        """Tokens of each row's first window."""
+        return (self.token_BxMxK[:, 0] != NONE).sum(-1)
 
     def cut(self, width: int) -> "Draft":
         """The first `width` tokens alone."""

@@ -37,6 +37,10 @@ class Speculation:
         steps = (0, 2, 4, 7, 15, 31) if self.shape else (0, 2, 4, 7, 11, 15, 23, 31, 47)
         return tuple(w for w in steps if w < self.verified) + (self.verified,)
 
+    def width_of(self, count: int) -> int:
+        """The least of `widths` that holds so many drafted tokens."""
+        return next(width for width in self.widths if width >= count)
+
     def decides_together(self, sampling: Sampling) -> bool:
         """Whether the rows of a batch decide together about an adaptive window (`speculation.adaptive` says why)."""
         return self.shape is not None or sampling.greedy
