@@ -30,6 +30,7 @@ from ppow_jax.evaluation import loading
 from ppow_jax.evaluation.costs import measure_prices
 from ppow_jax.evaluation.decoding import TO_THE_END, require_head, rung
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.programs import make_room
 from ppow_jax.requests import Answer, Batch, Job, Result, Stats, Stop, Text, arrays
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices
@@ -195,6 +196,7 @@ class Model:
 
     def begin(self, job: Job, members: Sequence[int]) -> Batch:
         """Reads the prompts of some requests of a job, at most `job.rows`: a batch that is ready to be decoded."""
+        make_room()
         speculation, positions = job.speculation, self.target.config.max_position_embeddings
         requests = [job.requests[i] for i in members]
         sampling = job.sampling_of(members)

@@ -156,7 +156,7 @@ def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
     rows = measure.evaluate(target, drafter, [SINGLE, TURNS], **settings)
     compiled = generate.decode._cache_size() - before[0], generate.prefill._cache_size() - before[1]
     lengths = {decoding.rung(len(output.prompt_ids)) for output in outputs}
-    assert compiled == (3 * len(lengths), 0) and len(lengths) == 2  # one for each new way and cache length
+    assert compiled == (3, 0) and len(lengths) == 2  # one for each new way, whatever the prompts' lengths
     assert [(row["benchmark"], row["mode"]) for row in rows] == [
         (name, mode) for name in ("sums", "turns") for mode in ("chain", "adaptive", "tree", "tree")
     ]

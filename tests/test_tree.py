@@ -115,8 +115,8 @@ def emitted_law(tokens, parents, p_of, biased: str = "") -> np.ndarray:
         assert use == judge.OWN
         return u_BxD[jnp.arange(B), 0 * depth_B if biased == "the same number for all depths" else depth_B]
 
-    def chosen(u, log_law):
-        return inverse(jnp.stack([jnp.zeros_like(u), u]), jnp.exp(log_law))
+    def chosen(u, weight_xV):
+        return inverse(jnp.stack([jnp.zeros_like(u), u]), weight_xV)
 
     repeated = jax.tree.map(lambda x: jnp.repeat(x, B, 0), tree)
     logits_BxN1xV = jnp.broadcast_to(jnp.log(p_N1xV), (B, N + 1, V))

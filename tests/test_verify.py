@@ -159,8 +159,8 @@ def controlled(case: Case, rule, all_: Windows):
             seen["chances"] = rule(*arguments)
             return seen["chances"]
 
-        def read_off(_key, log_law):
-            seen["law"] = jax.nn.softmax(log_law)
+        def read_off(_key, weight_xV):
+            seen["law"] = weight_xV / weight_xV.sum(-1, keepdims=True)
             return jnp.int32(V)
 
         with mock.patch.object(jax.random, "uniform", lambda _: u), mock.patch.object(verify, "sample", read_off):
@@ -281,13 +281,13 @@ def draws(case: Case, sampling: Sampling, rule, N: int) -> np.ndarray:
     def one(key):
         keys, draft = jax.random.split(key, 2 * K + 2), []
         for i in range(K):
-            draft.append(target_ids[sample(keys[i], log_q[i][tuple(draft)])])
+            draft.append(target_ids[sample(keys[i], jnp.exp(log_q[i][tuple(draft)]))])
         q = jnp.stack([log_q[i][tuple(draft[:i])] for i in range(K)])
         p = jnp.stack([log_p[i][tuple(draft[:i])] for i in range(K + 1)])
         verdict = accept_sampled(keys[K], keys[-1], jnp.stack(draft), q, target_ids, p, rule)
         tokens = list(verdict.token)
         for i in range(1, K + 1):
-            own = sample(keys[K + i], log_p[i][tuple(tokens[:i])])
+            own = sample(keys[K + i], jnp.exp(log_p[i][tuple(tokens[:i])]))
             tokens[i] = jnp.where(i <= verdict.accepted, tokens[i], own)
         return jnp.stack(tokens)
 

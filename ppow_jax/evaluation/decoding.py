@@ -21,6 +21,7 @@ from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.weights.targets import Target
 
 TO_THE_END = 1 << 30  # rounds
+SHORTEST = 256  # slots for a prompt that every cache has: a program is compiled for each length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Decoding:
 
     def cache_length(self, prompt_length: int) -> int:
         """L, the slots of both caches for prompts of this length. One per rung: each is compiled once."""
-        return generate.cache_length(rung(prompt_length), self.max_new_tokens, self.window)
+        return generate.cache_length(max(rung(prompt_length), SHORTEST), self.max_new_tokens, self.window)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from ppow_jax.evaluation.costs import Costs, measure_costs, measure_prices
 from ppow_jax.evaluation.decoding import TO_THE_END, Decoded, Decoding, decode, require_head, rung, top2_margin
 from ppow_jax.evaluation.dialogues import Request
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.programs import make_room
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.weights.targets import Target
@@ -167,7 +168,7 @@ def evaluate(
     )
     rows: list[dict[str, Any]] = []
     lengths: list[int] = []
-    warm: set[tuple[Speculation, int]] = set()
+    warm: set[tuple[Speculation, int, int]] = set()
     total = len(seeds) * sum(len(prompt.turns) for _, prompts in chosen for prompt in prompts)
     with progress.bar(total, f"evaluation, T={temperature:g}, batch {batch_size}", "answer") as bar:
         for name, prompts in chosen:
@@ -251,15 +252,18 @@ def _warm_up(
     drafter: Drafter,
     batch: Sequence[Request],
     ways: Sequence[Decoding],
-    warm: set[tuple[Speculation, int]],
+    warm: set[tuple[Speculation, int, int]],
     prices_of: PricesOf,
 ) -> None:
     """Runs every program that the batch needs once, unless it is in `warm`, which holds those that ran before."""
     longest = max(len(request.tokens) for request in batch)
-    for speaker, how in _arms(drafter, ways):
-        program = (how.speculation if speaker else off()), how.cache_length(longest)
+    arms = [(speaker, how, how.speculation if speaker else off()) for speaker, how in _arms(drafter, ways)]
+    programs = [(speculation, how.cache_length(longest), rung(longest)) for _, how, speculation in arms]
+    if not warm.issuperset(programs) and make_room():
+        warm.clear()
+    for (speaker, how, _), program in zip(arms, programs, strict=True):
         if program not in warm:
-            log.info("compiling %s for caches of %d tokens", program[0].mode, program[1])
+            log.info("compiling %s for prompts of %d and caches of %d tokens", program[0].mode, program[2], program[1])
             _run(target, speaker, batch, how, prices_of, rounds=1)
             warm.add(program)
 

@@ -12,7 +12,7 @@ from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
 from ppow_jax.models.vocabulary import argmax
 from ppow_jax.speculation.propose import Draft
-from ppow_jax.speculation.sampling import Sampling, draw, log_distribution, sample
+from ppow_jax.speculation.sampling import Sampling, draw, log_distribution, sample, weights
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.speculation.state import State, row_keys, usable
 from ppow_jax.speculation.touched import unique_experts
@@ -122,7 +122,7 @@ def _accept_tree(state: State, tree: Tree, logits_BxN1xV, sampling: Sampling, sp
         own_BxN1 = argmax(logits_BxN1xV)
     else:
         key_BxN1 = jax.vmap(lambda depth_B: row_keys(state, OWN, depth_B), 1, 1)(tree.depth_BxN1)
-        own_BxN1 = jax.vmap(jax.vmap(sample))(key_BxN1, log_distribution(logits_BxN1xV, sampling))
+        own_BxN1 = jax.vmap(jax.vmap(sample))(key_BxN1, weights(logits_BxN1xV, sampling))
     drawn_BxN = tree.token_BxN == jnp.take_along_axis(own_BxN1, tree.parent_BxN, 1)
     path = follow(tree, drawn_BxN, speculation.window)
     own_BxK1 = jnp.take_along_axis(own_BxN1, path.index_BxD1, 1)

@@ -75,6 +75,20 @@ def log_distribution(logits: Array, sampling: Sampling) -> Array:
 
     The rows of `sampling` are the first axis of `logits`.
     """
+    return _normalised(_log_weights(logits, sampling))
+
+
+def weights(logits: Array, sampling: Sampling) -> Array:
+    """e to the `log_distribution` times a number of each row: all that a draw needs."""
+    return jnp.exp(_log_weights(logits, sampling))
+
+
+def _normalised(z: Array) -> Array:
+    return z - jnp.log(jnp.exp(z).sum(-1, keepdims=True))
+
+
+def _log_weights(logits: Array, sampling: Sampling) -> Array:
+    """`log_distribution` before it is normalised: 0 for the most probable token."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     best = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == argmax(logits)[..., None]
     if sampling.greedy:
@@ -96,7 +110,7 @@ def log_distribution(logits: Array, sampling: Sampling) -> Array:
         top_p, mass = rows(sampling.top_p), jnp.exp(z)
         needed = jnp.where(top_p < 1, jnp.maximum(top_p, tiny) * mass.sum(-1, keepdims=True), jnp.inf)
         z = jnp.where(_fewest(distance, mass, needed), z, -jnp.inf)
-    return z - jnp.log(jnp.exp(z).sum(-1, keepdims=True))
+    return z
 
 
 def _fewest(distance_xV: Array, mass_xV: Array, needed_x1: Array) -> Array:
@@ -139,17 +153,17 @@ def draw(key_B: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array 
     """
     if sampling.greedy:
         return argmax(logits), None
-    log_law = log_distribution(logits, sampling)
-    return jax.vmap(sample)(key_B, log_law), log_law
+    z = _log_weights(logits, sampling)
+    return jax.vmap(sample)(key_B, jnp.exp(z)), _normalised(z)
 
 
-def sample(key: Array, log_law: Array) -> Array:
-    """Token ids [...] from log-probabilities [..., V], by `inverse`: two random numbers each, not V."""
-    return inverse(jax.random.uniform(key, (*log_law.shape[:-1], 2), log_law.dtype), jnp.exp(log_law))
+def sample(key: Array, weight_xV: Array) -> Array:
+    """Token ids [...] from weights [..., V], by `inverse`: two random numbers each, not V."""
+    return inverse(jax.random.uniform(key, (*weight_xV.shape[:-1], 2), weight_xV.dtype), weight_xV)
 
 
 def inverse(u_x2: Array, p_xV: Array) -> Array:
-    """The token of law p [..., V] that two numbers, uniform over [0, 1), stand for.
+    """The token of law p [..., V], which need not add up to 1, that two numbers, uniform over [0, 1), stand for.
 
     The first chooses a group of tokens, the second one of the group, so that the grid of float32 is as fine as if the
     group were all there is. A token of probability 0 is never chosen.

@@ -122,5 +122,5 @@ def accept_sampled(
     q_xKxV = jnp.zeros_like(p_xK1xV[:-1]).at[:, target_ids_W].set(jnp.exp(log_q_xKxW))
     chances = rule(draft_xK, p_xK1xV, q_xKxV)
     accepted = jnp.sum(jax.random.uniform(key) < chances.reach_xK, dtype=jnp.int32)
-    token = sample(own_key, jnp.log(added(accepted, chances.scale_xK1, p_xK1xV, q_xKxV)))
+    token = sample(own_key, added(accepted, chances.scale_xK1, p_xK1xV, q_xKxV))
     return Verdict(accepted, emitted(draft_xK, accepted, token))
