@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ppow_jax.data.code import stdlib_tasks
+from ppow_jax.data.tasks import is_prose, task_sources
 from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -235,6 +236,9 @@ def _records(name: str, stop: int | None) -> Iterator[tuple[str, Any]]:
     elif name == "stdlib":
         for place, prompt in stdlib_tasks():
             yield place, {"prompt": prompt}
+    elif name in (tasks := task_sources(_sharegpt_passages)):
+        for place, prompt in tasks[name]():
+            yield place, {"prompt": prompt}
     elif name in ("builtin", "builtin_held_out"):
         for chat in builtin_conversations(stop or BUILTIN_COUNT, seed=0, held_out=name != "builtin"):
             yield chat.source, chat
@@ -261,6 +265,14 @@ def _sharegpt(held_out: bool) -> Iterator[tuple[str, Any]]:
                 yield f"sharegpt[{i}]", record
     if held_out:  # popular prompts recur: the reserve gives way
         yield from ((place, record) for place, record in reserve if _opening(record) not in trained)
+
+
+def _sharegpt_passages() -> Iterator[tuple[str, str]]:
+    """(place, text) of the answers in ShareGPT that are prose; conversations kept for measuring are left out."""
+    for place, record in _sharegpt(held_out=False):
+        for n, turn in enumerate(record["conversations"]):
+            if turn["from"] == "gpt" and is_prose(text := turn["value"].strip()):
+                yield f"{place}.{n}", text
 
 
 def _opening(record: dict) -> str:
