@@ -27,10 +27,10 @@ from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, tree
-from ppow_jax.training import initialise, ppow, supervised
+from ppow_jax.training import initialise, ppow_sampled, supervised
 from ppow_jax.training.checkpoint import Checkpoints
 from ppow_jax.training.rollout import RolloutSettings
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 # 4 key heads and 61 tokens do not divide by 8: they stay whole there, the 8 heads and the MLP are cut.
 CONFIG = dataclasses.replace(SMALL, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_size=64, vocab_size=64)
@@ -91,9 +91,9 @@ def step_1(state, params, drafter, index, accumulate=1):
 
 def step_2(state, params, drafter, index, accumulate=1):
     batch, key = sharding.place(BATCHES.at(index)), jax.random.fold_in(jax.random.key(7), index)
-    return ppow.train_step(
+    return ppow_sampled.train_step(
         state, drafter.replace(params={}), params, batch, key, config=CONFIG, optimizer=OPTIMIZER, rollouts=ROLLOUTS,
-        policy=ppow.PolicySettings(0.2, 0.5, 1), greedy_text=False, accumulate=accumulate,
+        policy=ppow_sampled.PolicySettings(0.2, 0.5, 1), greedy_text=False, accumulate=accumulate,
     )  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def plain(tree):
 
 
 def compiled():
-    programs = supervised.train_step, ppow.train_step, generate.prefill, generate.decode
+    programs = supervised.train_step, ppow_sampled.train_step, generate.prefill, generate.decode
     return [program._cache_size() for program in programs]
 
 

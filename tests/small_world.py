@@ -21,7 +21,7 @@ from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import off
 from ppow_jax.training import initialise, supervised
 from ppow_jax.training.scoring import score
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",

@@ -10,7 +10,7 @@ import small_world as world
 from ppow_jax.data.batches import Batches
 from ppow_jax.training import supervised
 from ppow_jax.training.accumulate import each, join, split, summed
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 
 def test_split_and_join_are_inverse():

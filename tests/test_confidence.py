@@ -18,7 +18,6 @@ from ppow_jax.objectives import supervised as objectives
 from ppow_jax.objectives.confidence import confidence_loss
 from ppow_jax.speculation.adaptive import Stopping
 from ppow_jax.speculation.settings import adaptive, adaptive_tree
-from ppow_jax.training import supervised
 from ppow_jax.weights.confidence_head import FILE, load_head, save_head, without_head
 
 E = world.CONFIG.hidden_size
@@ -72,7 +71,7 @@ def test_a_head_that_learns_alone_learns_the_overlap():
     still = {name: "head" if name in confidence.NAMES else "still" for name in drafter().params}
     optimizer = optax.partition({"head": optax.adam(0.05), "still": optax.set_to_zero()}, still)
     begin = world.drafter().params | confidence.init(E)
-    state = supervised.TrainState.create(begin, optimizer)
+    state = TrainState.create(begin, optimizer)
     shell, losses = drafter().replace(params={}), []
     step = functools.partial(world.train_step, optimizer=optimizer, confidence_weight=1.0)
     for _ in range(120):

@@ -10,7 +10,15 @@ import small_world as world
 
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import divergence
-from ppow_jax.objectives.expected import expected_reward, window_loss
+from ppow_jax.objectives.expected import (
+    ExactSettings,
+    expected_reward,
+    priority,
+    remaining_rounds,
+    visits,
+    window_loss,
+)
+from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.policy import group_advantage
 from ppow_jax.objectives.rewards import CostModel, speedup_reward
 
@@ -44,12 +52,12 @@ def test_moments_are_those_of_all_outcomes(general):
     np.testing.assert_allclose(expected.reach_Kx[1:], expected.chance_Kx[:-1])
 
 
-def test_weights_are_the_gradient_of_the_mean_over_the_deviation():
+def test_weights_are_the_gradient_of_the_mean():
     q_KxN, reward_K1 = likelihoods()[:, 3:], jnp.asarray(rewards())
     log_q_KxN = jnp.log(q_KxN)
     gradient_KxN = jax.grad(lambda log_q: expected_reward(log_q, reward_K1).mean_x.sum())(log_q_KxN)
     expected = expected_reward(log_q_KxN, reward_K1)
-    np.testing.assert_allclose(expected.weight_Kx, gradient_KxN / (expected.std_x + 1e-4), rtol=1e-4)
+    np.testing.assert_allclose(expected.weight_Kx, gradient_KxN, rtol=1e-4)
     certain = expected_reward(jnp.log(likelihoods()), reward_K1)
     assert np.isfinite(certain.weight_Kx).all() and not certain.weight_Kx[:, 0].any()
 
@@ -60,53 +68,154 @@ def test_it_is_what_a_large_group_of_sampled_windows_estimates():
     hit_GxK = np.random.default_rng(1).random((G, K)) < q_K
     accepted_G = np.cumprod(hit_GxK, 1).sum(1)
     advantage_G = np.asarray(group_advantage(jnp.asarray(reward_K1[accepted_G])))
-    # d log pi / d logit of a two-token law is hit - q; tokens after the first miss do not count
+    # d log pi / d logit of a distribution over two tokens is hit - q; tokens after the first miss do not count
     score_GxK = np.where(np.arange(K) <= accepted_G[:, None], hit_GxK - q_K, 0.0)
     sampled_K = (advantage_G[:, None] * score_GxK).mean(0)
-    weight_K = expected_reward(jnp.log(q_K), jnp.asarray(reward_K1)).weight_Kx
-    np.testing.assert_allclose(weight_K * (1 - q_K), sampled_K, atol=4 / np.sqrt(G))
+    expected = expected_reward(jnp.log(q_K), jnp.asarray(reward_K1))
+    np.testing.assert_allclose(expected.weight_Kx / expected.std_x * (1 - q_K), sampled_K, atol=4 / np.sqrt(G))
 
 
-def plain_loss(drafter, windows, reward_K1, beta, priority_BxM):
-    """The same objective, differentiated by JAX from logits that are all kept."""
+def loop_priority(steps, kl, vocab_size):
+    """ADAW's weights, position by position."""
+    total, length, reachable = 0.0, 0.0, True
+    for step, kl_BxM in zip(steps, kl, strict=True):
+        reachable = reachable & step.valid_BxM & (step.label_BxM >= 0)
+        certain = 1 - step.entropy_BxM / np.log(vocab_size)
+        total += np.where(reachable, np.maximum(certain, 0) * step.mass_BxM * np.maximum(kl_BxM, 0), 0)
+        length = length + np.asarray(step.valid_BxM, float)
+    weight = np.where(steps[0].valid_BxM, total / np.maximum(length, 1), 0)
+    return weight * np.sum(steps[0].valid_BxM) / weight.sum()
+
+
+def pieces(drafter, windows, rule):
+    """(steps, log a, valid, KL) of every window, from logits that are all kept."""
     steps = supervised.unroll(drafter, world.target_params()["embed"], windows, K)
-    logits = [step.hidden_BxMxE @ drafter.params["lm_head"].T for step in steps]
-    log_q, valid, kl = [], [], []
-    for step, z in zip(steps, logits, strict=True):
-        known = step.valid_BxM & (step.label_BxM >= 0)
+    log_a, kl = [], []
+    for step in steps:
+        z = step.hidden_BxMxE @ drafter.params["lm_head"].T
         label = jnp.maximum(step.label_BxM, 0)[..., None]
-        mine = jnp.take_along_axis(jax.nn.log_softmax(z), label, -1)[..., 0]
-        log_q.append(jnp.where(known, mine, -1e9))
-        valid.append(step.valid_BxM)
+        if rule.rivals:
+            others = jnp.where(jnp.arange(z.shape[-1]) == label, -jnp.inf, z)
+            rival = jnp.sort(others, -1)[..., -rule.rivals]
+            mine = jax.nn.log_sigmoid((jnp.take_along_axis(z, label, -1)[..., 0] - rival) / rule.temperature)
+        else:
+            mine = jnp.take_along_axis(jax.nn.log_softmax(z / rule.temperature), label, -1)[..., 0]
+        log_a.append(jnp.where(step.valid_BxM & (step.label_BxM >= 0), mine, -1e9))
         kl.append(divergence(step.probability_BxMxW, z))
-    log_q, valid, kl = map(jnp.stack, (log_q, valid, kl))
-    expected = jax.lax.stop_gradient(expected_reward(log_q, reward_K1))
-    mean_BxM = expected_reward(log_q, reward_K1).mean_x
-    a_BxM = jnp.where(valid[0], priority_BxM, 0.0)
+    return steps, jnp.stack(log_a), jnp.stack([step.valid_BxM for step in steps]), jnp.stack(kl)
+
+
+def plain_loss(drafter, windows, reward_K1, settings, adaw):
+    """The same objective over windows, differentiated by JAX."""
+    steps, log_a, valid, kl = pieces(drafter, windows, settings.rule)
+    expected = jax.lax.stop_gradient(expected_reward(log_a, reward_K1))
+    mean_BxM = expected_reward(log_a, reward_K1).mean_x
+    scale = jnp.maximum(expected.std_x, 0.05) if settings.divide_by_std else 1.0
+    weight_BxM = jax.lax.stop_gradient(priority(steps, kl, world.CONFIG.vocab_size)) if adaw else 1.0
+    a_BxM = jnp.where(valid[0], weight_BxM, 0.0)
     reached = jnp.where(valid, expected.reach_Kx * a_BxM, 0.0)
-    policy = jnp.sum(a_BxM * mean_BxM / (expected.std_x + 1e-4)) / a_BxM.sum()
-    return beta * jnp.sum(reached * kl) / reached.sum() - policy
+    policy = jnp.sum(a_BxM * mean_BxM / scale) / a_BxM.sum()
+    known = valid & jnp.stack([step.label_BxM >= 0 for step in steps])
+    counts_K = jnp.maximum(known.sum((1, 2)), 1)
+    supervised_K = jnp.sum(jnp.where(known, kl, 0.0), (1, 2)) / counts_K
+    supervised_loss = jnp.sum(settings.decay ** jnp.arange(K) * supervised_K)
+    anchored = settings.kl_weight * jnp.sum(reached * kl) / reached.sum()
+    return anchored + settings.supervised_weight * supervised_loss - policy
 
 
-def test_loss_has_the_gradient_of_its_definition():
+def differentiated(settings, adaw, plain):
+    """(gradient by `window_loss`, by the plain definition) at a drafter that is right now and then."""
     drafter = world.trained()
-    scored = world.scored_batch(drafter.target_ids_W, world.batch())
-    windows, reward_K1 = scored.windows, jnp.asarray(rewards())
+    windows = world.scored_batch(drafter.target_ids_W, world.batch()).windows
     assert (windows.label_BxM < 0)[windows.anchor_mask_BxM].any()
-    rng = np.random.default_rng(0)
-    priority_BxM = jnp.asarray(rng.random(windows.anchor_BxM.shape) + 0.5, jnp.float32)
+    reward_K1, last_BxM = jnp.asarray(rewards()), supervised.last_anchors(windows)
 
     def ours(params):
         d = drafter.replace(params=params)
         steps = supervised.unroll(d, world.target_params()["embed"], windows, K)
-        return window_loss(d, steps, reward_K1, 0.5, priority_BxM)
+        return window_loss(d, steps, last_BxM, reward_K1, settings, jnp.asarray(adaw), world.CONFIG.vocab_size)
 
-    def plain(params):
-        return plain_loss(drafter.replace(params=params), windows, reward_K1, 0.5, priority_BxM)
+    def theirs(params):
+        return plain(drafter.replace(params=params), windows, reward_K1, settings, adaw)
 
-    (_, metrics), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(drafter.params)
-    value, wanted = jax.jit(jax.value_and_grad(plain))(drafter.params)
-    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-4)
+    gradient, metrics = jax.jit(jax.grad(ours, has_aux=True))(drafter.params)
+    return gradient, jax.jit(jax.grad(theirs))(drafter.params), metrics
+
+
+def assert_equal(gradient, wanted):
     for name in wanted:
         scale = np.abs(wanted[name]).max()
-        np.testing.assert_allclose(gradient[name], wanted[name], rtol=1e-3, atol=2e-5 * scale, err_msg=name)
+        np.testing.assert_allclose(gradient[name], wanted[name], rtol=1e-3, atol=3e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "adaw"),
+    [
+        (ExactSettings(kl_weight=0.5, divide_by_std=True), False),
+        (ExactSettings(kl_weight=0.5), True),
+        (ExactSettings(DraftRule(0.3), supervised_weight=1.0), True),
+        (ExactSettings(DraftRule(0.5, 2), supervised_weight=0.3), False),
+    ],
+    ids=str,
+)
+def test_loss_has_the_gradient_of_its_definition(settings, adaw):
+    gradient, wanted, metrics = differentiated(settings, adaw, plain_loss)
+    assert_equal(gradient, wanted)
+    assert metrics["accepted_length"] > 0.1
+
+
+def plain_answer_loss(drafter, windows, reward_K1, settings, adaw):
+    """log of the expected rounds of all answers, by a recursion that JAX differentiates."""
+    _, log_a, _, _ = pieces(drafter, windows, settings.rule)
+    chance = jnp.exp(jnp.cumsum(log_a, 0))
+    exact = -jnp.diff(chance, axis=0, prepend=1.0, append=0.0)
+    mask = np.asarray(world.batch().anchor_mask_BxM)  # known before tracing: it decides the recursion
+    last = mask & ~np.pad(mask[:, 1:] & (np.diff(world.batch().anchor_BxM) == 1), ((0, 0), (0, 1)))
+    B, M = mask.shape
+    total = 0.0
+    for b in range(B):
+        ahead: list = []  # C(m + 1), C(m + 2), .. inside the answer
+        for m in range(M - 1, -1, -1):
+            if not mask[b, m]:
+                continue
+            if last[b, m]:
+                total, ahead = total + (ahead[0] if ahead else 0.0), []
+            rounds = 1.0 + sum(exact[k, b, m] * ahead[k] for k in range(min(K + 1, len(ahead))))
+            ahead = [rounds, *ahead]
+        total += ahead[0]
+    return jnp.log(total)
+
+
+def test_the_answer_horizon_minimises_the_expected_rounds_of_whole_answers():
+    gradient, wanted, _ = differentiated(ExactSettings(DraftRule(0.7), horizon="answer"), False, plain_answer_loss)
+    assert_equal(gradient, wanted)
+
+
+def test_visits_and_rounds_count_the_same():
+    """The sum of the visits of an answer is the expected number of its rounds."""
+    rng = np.random.default_rng(3)
+    valid = np.arange(12)[None] < np.array([[12], [9]])
+    last = np.zeros((2, 12), bool)
+    last[0, [4, 11]] = last[1, [0, 8]] = True
+    a = rng.uniform(0, 1, (K, 2, 12)) * valid
+    for b, m in zip(*np.nonzero(last), strict=True):
+        for k in range(K):  # no window reaches beyond its answer: anchor m - k' has k' + 1 tokens left
+            a[k, b, max(0, m - k + 1) if k else m + 1 : m + 1] = 0
+    chance = jnp.asarray(np.cumprod(a, 0), jnp.float32)
+    rounds, visit = remaining_rounds(chance, jnp.asarray(valid), jnp.asarray(last)), visits(chance, valid, last)
+    first = valid & np.pad(last | ~valid, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+    np.testing.assert_allclose((rounds * first).sum(), visit.sum(), rtol=1e-5)
+    np.testing.assert_allclose(visit[first], 1.0)
+    assert not visit[~valid].any()
+
+
+def test_priority_counts_what_can_be_won_inside_the_answer():
+    drafter = world.trained()
+    windows = world.scored_batch(drafter.target_ids_W, world.batch()).windows
+    steps, _, _, kl = pieces(drafter, windows, DraftRule())
+    weight = np.asarray(priority(steps, kl, world.CONFIG.vocab_size))
+    np.testing.assert_allclose(weight, loop_priority(jax.device_get(steps), np.asarray(kl), 61), rtol=1e-4, atol=1e-6)
+    mask = np.asarray(windows.anchor_mask_BxM)
+    assert weight[mask].mean() == pytest.approx(1.0, rel=1e-4)
+    lost = mask & (np.asarray(windows.label_BxM) < 0)
+    assert lost.any() and not weight[lost].any()  # its first token is not in the draft vocabulary

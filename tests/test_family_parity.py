@@ -23,10 +23,10 @@ from ppow_jax.speculation import generate, prefill
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, off, tree
 from ppow_jax.speculation.verify import leading
-from ppow_jax.training import initialise, ppow
+from ppow_jax.training import initialise, ppow_sampled
 from ppow_jax.training.rollout import RolloutSettings, rollout
 from ppow_jax.training.scoring import score
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "families.npz")
 NEW, K = families.NEW_TOKENS, 3
@@ -165,7 +165,7 @@ def batch(name: str):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_ppow_step(name):
     optimizer, start = optax.adamw(1e-3), drafter(name)
-    state, metrics = ppow.train_step(
+    state, metrics = ppow_sampled.train_step(
         TrainState.create(jax.tree.map(jnp.copy, start.params), optimizer),
         start.replace(params={}),
         params(name),
@@ -174,7 +174,7 @@ def test_a_ppow_step(name):
         config=families.TARGETS[name],
         optimizer=optimizer,
         rollouts=ROLLOUTS,
-        policy=ppow.PolicySettings(clip=0.2, kl_weight=0.1, passes=1),
+        policy=ppow_sampled.PolicySettings(clip=0.2, kl_weight=0.1, passes=1),
         greedy_text=True,
     )
     assert all(np.isfinite(value).all() for value in jax.tree.leaves(metrics))

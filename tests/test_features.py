@@ -10,7 +10,7 @@ from ppow_jax.data.batches import Batches
 from ppow_jax.errors import UserError
 from ppow_jax.training import features
 from ppow_jax.training.features import FeatureStore
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 
 def store(directory, batches=None, layers=world.FEATURE_LAYERS, stop=lambda: False, params=None):

@@ -1,11 +1,13 @@
-"""The fused head and soft cross-entropy against its plain definition, with what its backward pass gives."""
+"""The fused head and its losses against their plain definitions, with what the backward pass gives."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax.objectives.head_loss import head_loss
+from ppow_jax.objectives.head_loss import DraftRule, Wanted, head_loss
+
+SAMPLED = DraftRule()
 
 
 def head_case(seed=0, B=2, M=6, E=8, W=11):
@@ -13,50 +15,89 @@ def head_case(seed=0, B=2, M=6, E=8, W=11):
     p = jax.nn.softmax(jnp.asarray(rng.normal(size=(B, M, W)) * 2, jnp.float32))
     label = np.array(p.argmax(-1), np.int32)
     label[0, :2] = -1
-    weight = rng.random((B, M)).astype(np.float32) * (rng.random((B, M)) < 0.7)
+    mass = rng.uniform(0.3, 1.0, (B, M)).astype(np.float32)
+    soft, hard = (rng.random((B, M)).astype(np.float32) * (rng.random((B, M)) < 0.7) for _ in range(2))
+    hard[label < 0] = 0  # what cannot be drafted has no weight
     h, w = rng.normal(size=(B, M, E)).astype(np.float32), rng.normal(size=(W, E)).astype(np.float32)
-    return h, w, p, jnp.asarray(label), jnp.asarray(weight)
+    return h, w, Wanted(p, jnp.asarray(mass), jnp.asarray(label)), jnp.asarray(soft), jnp.asarray(hard)
 
 
-def plain_head_loss(h, w, p, label, weight):
-    log_q = jax.nn.log_softmax(jnp.einsum("bme,we->bmw", h, w, precision="highest"), axis=-1)
+def plain_head_loss(h, w, wanted, soft, hard, rule):
+    p, mass, label = wanted
+    z = jnp.einsum("bme,we->bmw", h, w, precision="highest")
+    log_q = jax.nn.log_softmax(z, axis=-1)
     loss = -(p * log_q).sum(-1)
     match = (log_q.argmax(-1) == label) & (label >= 0)
-    return (weight * loss).sum(), (loss, match, jnp.minimum(p, jnp.exp(log_q)).sum(-1))
+    label_z = jnp.take_along_axis(z, jnp.maximum(label, 0)[..., None], -1)[..., 0]
+    if rule.rivals:
+        others = jnp.where(jnp.arange(z.shape[-1]) == label[..., None], -jnp.inf, z)
+        rival_z = jnp.sort(others, -1)[..., -rule.rivals]
+        log_a = jax.nn.log_sigmoid((label_z - rival_z) / rule.temperature)
+    else:
+        log_a = label_z / rule.temperature - jax.nn.logsumexp(z / rule.temperature, -1)
+    total = (soft * loss).sum() - (hard * jnp.where(label >= 0, log_a, 0.0)).sum()
+    overlap = jnp.minimum(mass[..., None] * p, jnp.exp(log_q)).sum(-1)
+    return total, (loss, match, overlap, jnp.where(label >= 0, log_a, -jnp.inf))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])
-def test_head_loss_is_the_plain_soft_cross_entropy(dtype, tolerance):
-    h, w, p, label, weight = head_case()
+@pytest.mark.parametrize("rule", [SAMPLED, DraftRule(0.3), DraftRule(0.5, 1), DraftRule(0.5, 3)], ids=str)
+def test_head_loss_is_its_plain_definition(rule, dtype, tolerance):
+    h, w, wanted, soft, hard = head_case()
 
     @jax.jit
     def ours(h, w):
-        judged = head_loss(h, w, p, label, weight, dtype)
-        return 3.0 * judged.total, judged
+        parts = head_loss(h, w, wanted, soft, hard, rule, dtype)
+        return 3.0 * parts.total, parts
 
     @jax.jit
     def plain(h, w):
-        total, parts = plain_head_loss(h, w, p, label, weight)
+        total, parts = plain_head_loss(h, w, wanted, soft, hard, rule)
         return 3.0 * total, (total, *parts)
 
-    (_, judged), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(h, w)
+    (_, parts), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(h, w)
     (_, expected), expected_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(h, w)
-    for a, b in zip((judged.total, judged.loss_BxM, judged.overlap_BxM), (*expected[:2], expected[3]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    scale = 3 if rule.temperature < 1 else 1  # logits are divided by the temperature, and so are their errors
+    for name, a, b in zip(parts._fields, parts, expected, strict=True):
+        if name != "match_BxM":
+            np.testing.assert_allclose(a, b, rtol=scale * tolerance, atol=scale * tolerance, err_msg=name)
     for a, b in zip(gradients, expected_gradients, strict=True):
         assert a.dtype == jnp.float32
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=scale * tolerance, atol=scale * tolerance * np.abs(b).max())
     if dtype == jnp.float32:
-        np.testing.assert_array_equal(judged.match_BxM, expected[2])
-    assert not judged.match_BxM[0, :2].any()  # an unknown label never matches
+        np.testing.assert_array_equal(parts.match_BxM, expected[2])
+    assert not parts.match_BxM[0, :2].any()  # an unknown label never matches
     # without a derivative the same numbers come out
-    for a, b in zip(ours(h, w)[1], judged, strict=True):
+    for a, b in zip(ours(h, w)[1], parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+def test_the_soft_loss_alone_is_that_without_hard_weights():
+    h, w, wanted, soft, hard = head_case(2)
+
+    def total(h, w, hard):
+        return head_loss(h, w, wanted, soft, hard, SAMPLED, jnp.float32).total
+
+    a = jax.value_and_grad(total, (0, 1))(h, w, None)
+    b = jax.value_and_grad(total, (0, 1))(h, w, jnp.zeros_like(hard))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_as_the_temperature_falls_the_drafted_token_is_the_most_probable_one():
+    h, w, wanted, soft, hard = head_case(3)
+    parts = head_loss(h, w, wanted, soft, hard, DraftRule(1e-3), jnp.float32)
+    known = wanted.label_BxM >= 0
+    np.testing.assert_allclose(np.exp(parts.log_a_BxM)[known], parts.match_BxM[known] * 1.0, atol=1e-6)
+
+
 def test_head_loss_without_any_weight():
-    h, w, p, label, _ = head_case(1)
+    h, w, wanted, soft, _ = head_case(1)
     h[0, 3] = 1e30  # what lies past the mask may be anything finite
-    zero = jnp.zeros(label.shape)
-    value, gradients = jax.value_and_grad(lambda h, w: head_loss(h, w, p, label, zero, jnp.float32).total, (0, 1))(h, w)
+    zero = jnp.zeros(soft.shape)
+
+    def total(h, w):
+        return head_loss(h, w, wanted, zero, zero, SAMPLED, jnp.float32).total
+
+    value, gradients = jax.value_and_grad(total, (0, 1))(h, w)
     assert value == 0 and not any(g.any() for g in gradients)

@@ -10,9 +10,9 @@ from test_ppow import SETTINGS
 
 from ppow_jax.evaluation.loading import load_drafter
 from ppow_jax.models.drafter_config import parameter_shapes
-from ppow_jax.training import initialise, ppow
+from ppow_jax.training import initialise, ppow_sampled
 from ppow_jax.training.results import cast
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 from ppow_jax.weights.drafters import export_drafter
 from ppow_jax.weights.targets import Target
 from tests.golden import models
@@ -42,7 +42,7 @@ def test_it_is_trained_with_ppow_and_written_again(tmp_path):
     assert start.config == CONFIG
 
     optimizer = optax.adamw(1e-3)
-    state, metrics = ppow.train_step(
+    state, metrics = ppow_sampled.train_step(
         TrainState.create(start.params, optimizer),
         start.replace(params={}),
         world.target_params(),
@@ -51,7 +51,7 @@ def test_it_is_trained_with_ppow_and_written_again(tmp_path):
         config=world.CONFIG,
         optimizer=optimizer,
         rollouts=ROLLOUTS,
-        policy=ppow.PolicySettings(0.2, 0.5, 1),
+        policy=ppow_sampled.PolicySettings(0.2, 0.5, 1),
         greedy_text=True,
     )
     assert metrics["windows"] > 0 and metrics["gradient_norm"] > 0

@@ -18,7 +18,7 @@ from ppow_jax.training.checkpoint import Checkpoints
 from ppow_jax.training.clock import Clock, read_attempts
 from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, read_metrics
 from ppow_jax.training.preemption import StopSignal
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 
 def fake_loop(poison=None, **changes):

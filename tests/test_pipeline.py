@@ -15,7 +15,6 @@ from small_run import Command, arguments, assert_same_results, metrics_of
 from ppow_jax import config, files
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
-from ppow_jax.models.confidence import has_head
 from ppow_jax.training import corpus, pipeline, results, stages
 from ppow_jax.training.checkpoint import Checkpoints
 from ppow_jax.training.metrics import NonFiniteError, read_metrics
@@ -202,12 +201,11 @@ def test_what_ends_a_stage_ends_the_run_with_a_clear_word(finished, run_here, mo
 def test_stage_2_and_baselines_begin_where_stage_1_ended(finished, run_here, monkeypatch):
     begun = []
 
-    def train(context, drafter, stage="ppow"):
-        begun.append((stage, float(drafter.params["fc"][0, 0])))
+    def train(context, drafter, plan, updates, data):
+        begun.append((plan.stage, float(drafter.params["fc"][0, 0])))
         return drafter.replace(params=drafter.params | {"fc": drafter.params["fc"] + 1})
 
-    monkeypatch.setattr(stages, "_supervised", train)
-    monkeypatch.setattr(stages, "_ppow", train)
+    monkeypatch.setattr(stages, "_train", train)
     shutil.rmtree(finished / "ppow")
     assert run_here(finished, "ppow,evaluate", baselines="cst") == (0, [1, 1, 1])
     (_, first), *others = begun
@@ -265,7 +263,6 @@ def test_a_run_keeps_the_drafter_that_it_started_from(whole, tmp_path):
     shutil.rmtree(source)
     again = find_start(settings, tmp_path, target)
     assert again.config == start.config and results.checksum(again) == results.checksum(start)
-    assert has_head(start.params)
     assert find_start(dataclasses.replace(settings, drafter=None, draft_vocab_size=9), tmp_path, target) is None
 
 
@@ -277,9 +274,9 @@ def test_whole_conversations_are_held_out():
         return Example(np.zeros(3, np.int32), np.ones(3, bool), f"a turn b:{conversation} turn {turn}")
 
     examples = [example(c, t) for c in range(20) for t in (0, 2)]
-    held_out, rest = corpus.split(examples, 8, seed=1)
+    held_out, rest = corpus.split(examples, (8,), seed=1)
     sources = [{e.source.rsplit(" turn ", 1)[0] for e in part} for part in (held_out, rest)]
     assert len(held_out) == 8 and len(rest) == 32 and not sources[0] & sources[1]
-    assert [e.source for e in corpus.split(examples, 8, seed=1)[0]] == [e.source for e in held_out]
-    assert [e.source for e in corpus.split(examples, 8, seed=2)[0]] != [e.source for e in held_out]
-    assert len(corpus.split(examples, 1, seed=0)[0]) == 2  # at least one conversation
+    assert [e.source for e in corpus.split(examples, (8,), seed=1)[0]] == [e.source for e in held_out]
+    assert [e.source for e in corpus.split(examples, (8,), seed=2)[0]] != [e.source for e in held_out]
+    assert len(corpus.split(examples, (1,), seed=0)[0]) == 2  # at least one conversation

@@ -1,11 +1,19 @@
 """Group-relative advantages, the clipped surrogate and its mask: by hand, and where policy gradients break."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax.objectives.policy import clipped_surrogate, decisive_tokens, flat_groups, group_advantage
+from ppow_jax.objectives.policy import (
+    clipped_surrogate,
+    decision_logp,
+    decisive_tokens,
+    flat_groups,
+    group_advantage,
+)
 
 
 def test_advantages_by_hand():
@@ -27,14 +35,50 @@ def test_groups_without_variance_get_zeros_and_are_counted():
     assert np.isfinite(gradient).all()
 
 
+def decisive(accepted_G, K):
+    """Of one group in which R_dist is the same everywhere."""
+    accepted_G = jnp.asarray(accepted_G)
+    return decisive_tokens(accepted_G, jnp.zeros(accepted_G.shape), K)
+
+
 def test_decisive_tokens():
-    """Up to and with the first rejected token; all of them where R_dist looked at the whole window."""
-    accepted = jnp.array([[0, 1], [3, 4]])
-    own = [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 1], [1, 1, 1, 1]]]
-    np.testing.assert_array_equal(decisive_tokens(accepted, 4, whole_if_none=False), np.array(own, bool))
-    whole = np.array(own, bool)
-    whole[0, 0] = True
-    np.testing.assert_array_equal(decisive_tokens(accepted, 4, whole_if_none=True), whole)
+    """Up to and with the first rejected token; all of them where R_dist tells such windows of the group apart."""
+    accepted = jnp.array([[0, 0, 1], [0, 3, 4]])
+    own = np.array([[[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]], [[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]], bool)
+    none, alike = jnp.zeros((2, 3)), jnp.array([[0.2, 0.2, 0.0], [0.2, 0.0, 0.0]])
+    for r_dist in (none, alike):
+        np.testing.assert_array_equal(decisive_tokens(accepted, r_dist, 4), own)
+    differs = jnp.array([[0.2, 0.0, 0.0], [0.2, 0.0, 0.0]])
+    whole = own.copy()
+    whole[0, :2] = True
+    np.testing.assert_array_equal(decisive_tokens(accepted, differs, 4), whole)
+
+
+def test_the_decisions_of_rejection_belong_to_the_policy():
+    """The score-function gradient of the expected reward under p/q rejection, over all outcomes, by hand."""
+    rng = np.random.default_rng(0)
+    V, K, reward_K1 = 3, 2, np.array([0.0, 1.0, 1.7])
+    p_KxV = jax.nn.softmax(jnp.asarray(rng.normal(size=(K, V)), jnp.float32))
+    z_KxV = jnp.asarray(rng.normal(size=(K, V)), jnp.float32)
+
+    def expected(z_KxV):
+        reach_K = jnp.minimum(p_KxV, jax.nn.softmax(z_KxV)).sum(-1)  # a position is accepted so often
+        return reward_K1[0] + jnp.sum(jnp.diff(reward_K1) * jnp.cumprod(reach_K))
+
+    def surrogate_of_all(z_KxV):
+        log_q, total = jax.nn.log_softmax(z_KxV), 0.0
+        for tokens in itertools.product(range(V), repeat=K):
+            logp_K = jnp.stack([log_q[k, t] for k, t in enumerate(tokens)])
+            target_K = jnp.stack([jnp.log(p_KxV[k, t]) for k, t in enumerate(tokens)])
+            for k in range(K + 1):
+                decided_K = decision_logp(logp_K, target_K, jnp.array(k))
+                counted_K = jnp.where(jnp.arange(K) <= k, decided_K, logp_K)  # later tokens sum to 1
+                if k == K or logp_K[k] > target_K[k]:  # else it is never rejected
+                    probability = jax.lax.stop_gradient(jnp.exp(counted_K.sum()))
+                    total += reward_K1[k] * probability * jnp.where(jnp.arange(K) <= k, decided_K, 0.0).sum()
+        return total
+
+    np.testing.assert_allclose(jax.grad(surrogate_of_all)(z_KxV), jax.grad(expected)(z_KxV), atol=2e-5)
 
 
 def surrogate(logp, old, advantage, clip=0.2, decisive=None, valid=None):
@@ -69,20 +113,20 @@ def test_the_first_pass_is_the_plain_policy_gradient():
     """At ratio 1 the gradient is A / N per decisive token of a valid window: REINFORCE with a group baseline."""
     old = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)) - 3)
     advantage, valid = jnp.array([1.5, -0.5, 0.25, 9.0]), jnp.array([True, True, True, False])
-    decisive = decisive_tokens(jnp.array([0, 2, 1, 3]), 3, whole_if_none=False)
-    gradient = jax.grad(lambda x: surrogate(x, old, advantage, decisive=decisive, valid=valid).objective)(old)
-    expected = np.where(decisive, np.array([1.5, -0.5, 0.25, 0.0])[:, None] / 3, 0.0)
+    mask = decisive([0, 2, 1, 3], 3)
+    gradient = jax.grad(lambda x: surrogate(x, old, advantage, decisive=mask, valid=valid).objective)(old)
+    expected = np.where(mask, np.array([1.5, -0.5, 0.25, 0.0])[:, None] / 3, 0.0)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
 def test_masked_tokens_and_windows_change_nothing():
     old = np.full((3, 4), -2.0)
     logp = old + 0.05
-    decisive = decisive_tokens(jnp.array([1, 0, 4]), 4, whole_if_none=False)
+    mask = decisive([1, 0, 4], 4)
     valid, advantage = [True, True, False], [1.0, -1.0, 5.0]
-    before = surrogate(logp, old, advantage, decisive=decisive, valid=valid)
+    before = surrogate(logp, old, advantage, decisive=mask, valid=valid)
     logp[0, 2:], logp[1, 1:], logp[2] = -1e6, 0.0, 3.0
-    after = surrogate(logp, old, [1.0, -1.0, -7.0], decisive=decisive, valid=valid)
+    after = surrogate(logp, old, [1.0, -1.0, -7.0], decisive=mask, valid=valid)
     assert all(a == b for a, b in zip(before, after, strict=True))
 
 
@@ -92,12 +136,12 @@ def test_all_rejected_and_all_accepted_windows_are_finite(accepted, reward):
     """Equal rewards, impossible tokens and far-off ratios: finite values, finite gradients."""
     G, K = 3, 4
     advantage = group_advantage(jnp.full((1, G), reward)).reshape(-1)
-    decisive = decisive_tokens(jnp.full(G, accepted), K, whole_if_none=True)
+    mask = decisive_tokens(jnp.full(G, accepted), jnp.arange(G) * 0.1, K)
     logits = jnp.array([[0.0, -1e9, 5.0]] * (G * K)).reshape(G, K, 3)
 
     def objective(logits, advantage):
         logp = jax.nn.log_softmax(logits, axis=-1)[..., 1]  # the impossible one
-        return surrogate(logp, jnp.full((G, K), -1.0), advantage, decisive=decisive).objective
+        return surrogate(logp, jnp.full((G, K), -1.0), advantage, decisive=mask).objective
 
     for a in (advantage, jnp.array([-1.0, 0.0, 1.0])):
         value, gradient = jax.value_and_grad(objective)(logits, a)

@@ -16,11 +16,11 @@ import small_world as world
 from ppow_jax.data.batches import empty_batch
 from ppow_jax.models import transformer
 from ppow_jax.objectives.rewards import CostModel, proximity_reward
-from ppow_jax.training import ppow
+from ppow_jax.training import ppow_sampled
 from ppow_jax.training import rollout as rollout_module
 from ppow_jax.training.rollout import RolloutSettings
 from ppow_jax.training.scoring import restricted
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 K, G, A = 3, 4, 3
 SETTINGS = RolloutSettings(
@@ -69,7 +69,7 @@ def roller(settings):
                 key_B, step, drafter, world.target_params(), world.CONFIG, scored, settings
             )
         metrics = rollout_module.summary(windows, measured, scored.windows.anchor_mask_BxM)
-        logits, _ = ppow.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
+        logits = ppow_sampled.redraft(drafter, world.target_params()["embed"], scored.windows, windows)
         return Rolled(windows, metrics, logits, deltas[0])
 
     return lambda key, step, batch: jax.device_get(roll(key, step, batch, world.trained()))
@@ -263,16 +263,16 @@ def train(rollouts, policy, steps, batch_of, start=None, optimizer=SGD):
     """Runs train_step; (final parameters, metrics of each step, compilations)."""
     begin = start or world.trained()
     state, shell = TrainState.create(begin.params, optimizer), begin.replace(params={})
-    history, before = [], ppow.train_step._cache_size()
+    history, before = [], ppow_sampled.train_step._cache_size()
     for index in range(steps):
         key = jax.random.fold_in(jax.random.key(7), index)
-        state, metrics = ppow.train_step(
+        state, metrics = ppow_sampled.train_step(
             state, shell, world.target_params(), batch_of(index), key, config=world.CONFIG, optimizer=optimizer,
             rollouts=rollouts, policy=policy, greedy_text=not rollouts.greedy_reference,
         )  # fmt: skip
         history.append(jax.device_get(metrics))
     assert int(state.step) == steps
-    return state.params, history, ppow.train_step._cache_size() - before
+    return state.params, history, ppow_sampled.train_step._cache_size() - before
 
 
 def fixed(index):
@@ -289,8 +289,9 @@ def test_a_run_on_ragged_data_compiles_once():
     empty = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
     steps = world.batches().steps_of_epochs(2)
     start = world.trained().params
+    policy = ppow_sampled.PolicySettings(0.2, 0.5, 1)
     params, history, compilations = train(
-        rollouts, ppow.PolicySettings(0.2, 0.5, 1), steps + 1, lambda i: world.batches().at(i) if i < steps else empty
+        rollouts, policy, steps + 1, lambda i: world.batches().at(i) if i < steps else empty
     )
     assert compilations == 1
     assert len({m["windows"].item() for m in history}) > 1
@@ -327,7 +328,7 @@ def test_the_policy_objective_alone_raises_the_reward():
     0.7 accepted tokens before, 1.3 after.
     """
     rollouts = dataclasses.replace(SETTINGS, group=16, windows=12, adaw=False, eta=0.0, rollout_temperature=1.0)
-    _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.0, 2), 120, fixed)
+    _, history, compilations = train(rollouts, ppow_sampled.PolicySettings(0.2, 0.0, 2), 120, fixed)
     assert compilations == 1
     before, after = history[:5], history[-20:]
     print([mean(h, name) for name in ("accepted_length", "reward") for h in (before, after)])
@@ -341,7 +342,7 @@ def test_the_policy_objective_alone_raises_the_reward():
 def test_the_kl_alone_falls():
     """Drafting that costs everything makes every reward the same: what is left is KL(target || drafter)."""
     rollouts = dataclasses.replace(SETTINGS, costs=CostModel(1e9), eta=0.0, adaw=False)
-    _, history, _ = train(rollouts, ppow.PolicySettings(0.2, 1.0, 1), 40, fixed)
+    _, history, _ = train(rollouts, ppow_sampled.PolicySettings(0.2, 1.0, 1), 40, fixed)
     assert mean(history, "flat_groups") == 1.0
     assert mean(history[-6:], "kl") < 0.8 * mean(history[:6], "kl")
 
@@ -350,7 +351,7 @@ def test_the_other_side_of_every_switch():
     """Sampled acceptance, the general cost model, the reference decoded, ADAW from the start, a window of one token."""
     costs = CostModel(0.1, general=True, verify=1.1, rollback=0.05, bonus=1.0)
     rollouts = dataclasses.replace(SAMPLED, window=1, adaw_start=0, costs=costs)
-    _, history, compilations = train(rollouts, ppow.PolicySettings(0.2, 0.5, 1), 2, world.batches().at)
+    _, history, compilations = train(rollouts, ppow_sampled.PolicySettings(0.2, 0.5, 1), 2, world.batches().at)
     assert compilations == 1
     for m in history:
         assert all(np.isfinite(x).all() for x in m.values())

@@ -19,9 +19,9 @@ from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, off, tree
 from ppow_jax.speculation.state import map_leaves
-from ppow_jax.training import ppow, stages
+from ppow_jax.training import ppow_sampled, stages
 from ppow_jax.training.settings import TrainSettings
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 CONFIG = small_world.CONFIG
 
@@ -123,7 +123,7 @@ def test_a_ppow_step_has_the_same_metrics():
 
     def run(params):
         state = TrainState.create(start.params, optimizer)
-        return ppow.train_step(
+        return ppow_sampled.train_step(
             state,
             shell,
             params,
@@ -132,7 +132,7 @@ def test_a_ppow_step_has_the_same_metrics():
             config=CONFIG,
             optimizer=optimizer,
             rollouts=rollouts,
-            policy=ppow.PolicySettings(0.2, 0.5, 1),
+            policy=ppow_sampled.PolicySettings(0.2, 0.5, 1),
             greedy_text=False,
         )
 

@@ -15,6 +15,7 @@ from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain
 from ppow_jax.training import supervised
+from ppow_jax.training.train_state import TrainState
 
 STEPS, DECAY = world.STEPS, 0.7
 
@@ -254,7 +255,7 @@ def test_simulated_length_by_hand():
     """Three anchors: two matches then a miss; a miss at once; a match, then the answer ends."""
     match = np.array([[1, 0, 1], [1, 1, 0], [0, 1, 1]], bool)[:, None]
     valid = np.array([[1, 1, 1], [1, 1, 0], [1, 1, 0]], bool)[:, None]
-    scores = objective.StepScores(0, 0, jnp.asarray(match), jnp.asarray(valid), 0, 0, 0)
+    scores = objective.StepScores(0, 0, jnp.asarray(match), jnp.asarray(valid), 0, 0)
     accepted, reached = objective.chain_counts(scores)
     np.testing.assert_array_equal(accepted, [2, 1, 0])
     np.testing.assert_array_equal(reached, [3, 1, 1])
@@ -333,7 +334,7 @@ def test_the_loss_falls_and_acceptance_rises_in_one_compilation():
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     start = world.drafter()
-    state, shell = supervised.TrainState.create(start.params, world.OPTIMIZER), start.replace(params={})
+    state, shell = TrainState.create(start.params, world.OPTIMIZER), start.replace(params={})
     poisoned = world.target_params() | {"embed": jnp.full_like(world.target_params()["embed"], jnp.nan)}
     state, _ = world.train_step(state, shell, world.target_params(), world.batches().at(0))
     before, compilations = jax.tree.map(np.array, state), supervised.train_step._cache_size()

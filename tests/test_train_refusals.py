@@ -26,7 +26,7 @@ def refuse(argv, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(cli, "setup_logging", lambda: None)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # those that another test's command left
-    monkeypatch.setattr(pipeline, "load_batches", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(pipeline, "load_corpus", lambda *_: pytest.fail("it went on"))
     with pytest.raises(SystemExit) as stop:
         cli.run(train.main, TrainSettings, argv=argv)
     assert stop.value.code == 2

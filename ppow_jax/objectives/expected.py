@@ -1,15 +1,25 @@
 """PPOW's objective without sampling noise: the expected reward of a window, in closed form.
 
 On text that the target wrote at temperature 0, greedy acceptance keeps a drafted token exactly while it is the text's
-own, y. At least k tokens of a window drawn from the drafter are accepted with probability prod_{j<=k} q_j(y_j), and
+own, y. With a_j = the probability that y_j is drafted after y_<j (`head_loss.DraftRule`), at least k tokens of a window
+are accepted with probability prod_{j<=k} a_j, and
 
-    E[R] = sum_k (R(k) - R(k-1)) prod_{j<=k} q_j(y_j).
+    E[R] = sum_k (R(k) - R(k-1)) prod_{j<=k} a_j.
 
 The group-relative policy gradient of PPOW (2605.14978) estimates the gradient of E[R] / std(R) from G sampled windows;
 here it is computed, for every window of the text at once, from the same unrolled draft steps as the supervised loss.
-What has no closed form, R_dist, is left out.
+R_dist has no closed form and is left out.
+
+Windows are one horizon; whole answers are the other (`horizon="answer"`). Where a round ends decides where the next one
+begins, so the expected number of rounds C(m) from position m to the end of the answer follows from
+
+    C(m) = 1 + sum_k P(exactly k accepted at m) C(m + k + 1),
+
+and a k-th accepted token is worth C(m + k) - C(m + k + 1) rounds in place of R(k) - R(k-1). A window then counts as
+often as a round begins there. Minimising log C maximises the acceptance length of the whole answer, log(tokens / C).
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -18,15 +28,33 @@ import jax.numpy as jnp
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import inner
 from ppow_jax.objectives import supervised
+from ppow_jax.objectives.criticality import criticality
+from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.supervised import DraftStep
 
 Array = jax.Array
+HORIZONS = ("window", "answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactSettings:
+    """Hashable. rule: how tokens are drafted, which the reward is computed for. horizon: see the module.
+    divide_by_std: a window's gradient over the deviation of its reward, as group-relative advantages have it.
+    kl_weight: beta of KL(target || drafter) on the drafter's own path. supervised_weight: of stage 1's loss over the
+    same draft steps, and decay: the weight in it of a step relative to the one before.
+    """
+
+    rule: DraftRule = DraftRule()
+    horizon: str = "window"
+    divide_by_std: bool = False
+    kl_weight: float = 0.0
+    supervised_weight: float = 0.0
+    decay: float = 0.8
 
 
 class Expected(NamedTuple):
-    """Of windows drawn from the drafter. chance_Kx: that at least 1..K tokens are accepted. reach_Kx: that the tokens
-    before are. mean_x, std_x: of the reward. weight_Kx: gradient of mean / (std + delta) by log q of each token, std
-    taken as constant, as in a group-relative advantage.
+    """Of windows of K drafted tokens. chance_Kx: that at least 1..K tokens are accepted. reach_Kx: that the tokens
+    before are. mean_x, std_x: of the reward. weight_Kx: gradient of the mean by the log-probability of each token.
     """
 
     chance_Kx: Array
@@ -36,71 +64,165 @@ class Expected(NamedTuple):
     weight_Kx: Array
 
 
-def expected_reward(log_q_Kx: Array, reward_K1: Array, delta: float = 1e-4) -> Expected:
-    """From log q_j(y_j) of the K tokens that the target wants (-inf: cannot be accepted), and R(0), .., R(K)."""
-    chance_Kx = jnp.exp(jnp.cumsum(log_q_Kx, axis=0))
-    reach_Kx = jnp.concatenate([jnp.ones_like(chance_Kx[:1]), chance_Kx[:-1]])
+def expected_reward(log_a_Kx: Array, reward_K1: Array) -> Expected:
+    """From log a_j of the K tokens that the target wants (-inf: cannot be accepted), and R(0), .., R(K)."""
+    chance_Kx, reach_Kx = chances(log_a_Kx)
     rest = (1,) * (chance_Kx.ndim - 1)
     above_K1 = reward_K1 - reward_K1[0]
     gain_Kx = jnp.diff(above_K1).reshape(-1, *rest) * chance_Kx
     mean_x = gain_Kx.sum(0)
     square_x = (jnp.diff(above_K1**2).reshape(-1, *rest) * chance_Kx).sum(0)
     std_x = jnp.sqrt(jnp.maximum(square_x - mean_x**2, 0.0))
-    weight_Kx = jnp.cumsum(gain_Kx[::-1], axis=0)[::-1] / (std_x + delta)
-    return Expected(chance_Kx, reach_Kx, reward_K1[0] + mean_x, std_x, weight_Kx)
+    return Expected(chance_Kx, reach_Kx, reward_K1[0] + mean_x, std_x, _from_here_on(gain_Kx))
+
+
+def chances(log_a_Kx: Array) -> tuple[Array, Array]:
+    """(probability that at least 1..K tokens are accepted, that the 0..K-1 before are), [K, ...]."""
+    chance_Kx = jnp.exp(jnp.cumsum(log_a_Kx, axis=0))
+    return chance_Kx, jnp.concatenate([jnp.ones_like(chance_Kx[:1]), chance_Kx[:-1]])
+
+
+def _from_here_on(gain_Kx: Array) -> Array:
+    return jnp.cumsum(gain_Kx[::-1], axis=0)[::-1]
+
+
+def remaining_rounds(chance_KxBxM: Array, valid_BxM: Array, last_BxM: Array) -> Array:
+    """C_BxM, the expected number of rounds from each anchor to the end of its answer.
+
+    chance_KxBxM: see `Expected`, 0 past the end of the answer. valid_BxM: anchors in use; those of an answer are
+    consecutive, and last_BxM marks the last one of each.
+    """
+    exact_K1xBxM = _exactly(chance_KxBxM)
+
+    def back(ahead_K1xB, now):
+        exact_K1xB, valid_B, last_B = now
+        ahead_K1xB = jnp.where(last_B, 0.0, ahead_K1xB)
+        rounds_B = jnp.where(valid_B, 1.0 + jnp.sum(exact_K1xB * ahead_K1xB, 0), 0.0)
+        return jnp.concatenate([rounds_B[None], ahead_K1xB[:-1]]), rounds_B
+
+    start = jnp.zeros(exact_K1xBxM.shape[:2])
+    by_anchor = (jnp.moveaxis(exact_K1xBxM, 2, 0), valid_BxM.T, last_BxM.T)
+    return jax.lax.scan(back, start, by_anchor, reverse=True)[1].T
+
+
+def visits(chance_KxBxM: Array, valid_BxM: Array, last_BxM: Array) -> Array:
+    """Probability that a round begins at each anchor, [B, M]; 1 at an answer's first. See `remaining_rounds`."""
+    exact_K1xBxM = _exactly(chance_KxBxM)
+    first_BxM = valid_BxM & jnp.pad(last_BxM | ~valid_BxM, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+
+    def forth(coming_K1xB, now):
+        exact_K1xB, valid_B, first_B = now
+        visit_B = jnp.where(first_B, 1.0, jnp.where(valid_B, coming_K1xB[0], 0.0))
+        later_K1xB = jnp.where(first_B, 0.0, jnp.roll(coming_K1xB, -1, 0).at[-1].set(0.0))
+        return later_K1xB + exact_K1xB * visit_B, visit_B
+
+    start = jnp.zeros(exact_K1xBxM.shape[:2])
+    by_anchor = (jnp.moveaxis(exact_K1xBxM, 2, 0), valid_BxM.T, first_BxM.T)
+    return jax.lax.scan(forth, start, by_anchor)[1].T
+
+
+def _exactly(chance_KxBxM: Array) -> Array:
+    """Probability that exactly 0..K tokens are accepted, [K + 1, ...]."""
+    return -jnp.diff(chance_KxBxM, axis=0, prepend=1.0, append=0.0)
 
 
 def window_loss(
-    drafter: Drafter, steps: list[DraftStep], reward_K1: Array, kl_weight: float, priority_BxM: Array
+    drafter: Drafter,
+    steps: list[DraftStep],
+    last_BxM: Array,
+    reward_K1: Array,
+    settings: ExactSettings,
+    adaw: Array,
+    vocab_size: int,
 ) -> tuple[Array, dict[str, Array]]:
-    """(a loss with the gradient of -(mean over windows of E[R] / std) + beta KL(target || drafter), metrics).
+    """(a loss whose gradient is that of the objective, metrics).
 
-    steps: `supervised.unroll`, K of them. kl_weight: beta; KL is a mean over tokens, each as often as drafting reaches
-    it. priority_BxM: weight of each window in both means (ADAW); windows without a token in the answer count nothing.
+    The objective is -(mean over windows of E[R], over std where it is asked for) + beta KL + supervised loss.
 
-    Both terms are cross-entropies at the same logits, one against the text's token, one against the target's
-    distribution, so one pass over the head with their mixture gives the gradient of both.
+    steps: `supervised.unroll`, K of them. last_BxM: see `supervised.last_anchors`. adaw: whether windows count by their
+    criticality (a boolean scalar).
+    vocab_size: of the target. All terms are cross-entropies at the same logits, so one pass over the head with their
+    weights gives the gradient of all.
     """
-    frozen = jax.lax.stop_gradient(drafter)
-    zero_BxM = jnp.zeros(priority_BxM.shape)
-    seen = [supervised.judge(frozen, jax.lax.stop_gradient(step), zero_BxM) for step in steps]
+    frozen, rule = jax.lax.stop_gradient(drafter), settings.rule
+    nothing_BxM = jnp.zeros(steps[0].valid_BxM.shape)
+    seen = [supervised.score_step(frozen, jax.lax.stop_gradient(s), nothing_BxM, nothing_BxM, rule) for s in steps]
     valid_KxBxM = jnp.stack([step.valid_BxM for step in steps])
-    log_q_KxBxM = jnp.where(valid_KxBxM, jnp.stack([judged.log_q_BxM for judged in seen]), -jnp.inf)
-    expected = expected_reward(log_q_KxBxM, reward_K1)
+    log_a_KxBxM = jnp.where(valid_KxBxM, jnp.stack([x.log_a_BxM for x in seen]), -jnp.inf)
+    expected = expected_reward(log_a_KxBxM, reward_K1)
+    kl_KxBxM = jnp.stack([x.loss_BxM - entropy(step.probability_BxMxW) for x, step in zip(seen, steps, strict=True)])
 
-    counted_BxM = jnp.where(valid_KxBxM[0], priority_BxM, 0.0)
+    weight_KxBxM, priority_BxM = expected.weight_Kx, priority(steps, kl_KxBxM, vocab_size)
+    if settings.horizon == "answer":
+        worth_KxBxM = marginal_rounds(expected.chance_Kx, valid_KxBxM[0], last_BxM)
+        weight_KxBxM = _from_here_on(worth_KxBxM * expected.chance_Kx)
+        visit_BxM = visits(expected.chance_Kx, valid_KxBxM[0], last_BxM)
+    else:
+        visit_BxM = jnp.ones(valid_KxBxM.shape[1:])
+    if settings.divide_by_std:
+        weight_KxBxM /= jnp.maximum(expected.std_x, 0.05)  # near certainty a deviation tends to 0
+    counted_BxM = jnp.where(valid_KxBxM[0], visit_BxM * jnp.where(adaw, priority_BxM, 1.0), 0.0)
     whole = jnp.maximum(counted_BxM.sum(), 1e-9)
     reached_KxBxM = jnp.where(valid_KxBxM, expected.reach_Kx * counted_BxM, 0.0)
-    policy_KxBxM = expected.weight_Kx * counted_BxM / whole
-    anchor_KxBxM = kl_weight * reached_KxBxM / jnp.maximum(reached_KxBxM.sum(), 1e-9)
+    known_KxBxM = valid_KxBxM & jnp.stack([step.label_BxM >= 0 for step in steps])
+    decay_Kx = settings.decay ** jnp.arange(len(steps))[:, None, None]
+    soft_KxBxM = settings.kl_weight * reached_KxBxM / jnp.maximum(reached_KxBxM.sum(), 1e-9)
+    counts_Kx = jnp.maximum(known_KxBxM.sum((1, 2), keepdims=True), 1)
+    soft_KxBxM += settings.supervised_weight * decay_Kx * known_KxBxM / counts_Kx
+    hard_KxBxM = weight_KxBxM * counted_BxM / whole
     total = jnp.zeros(())
-    for step, policy_BxM, anchor_BxM in zip(steps, policy_KxBxM, anchor_KxBxM, strict=True):
-        weight_BxM = policy_BxM + anchor_BxM
-        share_BxMx1 = (policy_BxM / jnp.maximum(weight_BxM, 1e-30))[..., None]
-        wanted_BxMxW = jax.nn.one_hot(step.label_BxM, step.probability_BxMxW.shape[-1])
-        mixed = share_BxMx1 * wanted_BxMxW + (1 - share_BxMx1) * step.probability_BxMxW
-        total += supervised.judge(drafter, step._replace(probability_BxMxW=mixed), weight_BxM).total
+    for step, soft_BxM, hard_BxM in zip(steps, soft_KxBxM, hard_KxBxM, strict=True):
+        total += supervised.score_step(drafter, step, soft_BxM, hard_BxM, rule).total
 
     def mean(x_BxM):
         return jnp.sum(x_BxM * counted_BxM) / whole
 
-    loss_KxBxM = jnp.stack([judged.loss_BxM for judged in seen])
-    kl_KxBxM = loss_KxBxM - jnp.stack([entropy(step.probability_BxMxW) for step in steps])
-    kl = jnp.sum(reached_KxBxM * kl_KxBxM) / jnp.maximum(reached_KxBxM.sum(), 1e-9)
     mean_reward = mean(expected.mean_x)
-    matched_KxBxM = jnp.cumprod(jnp.stack([judged.match_BxM for judged in seen]) & valid_KxBxM, axis=0)
+    matched_KxBxM = jnp.cumprod(jnp.stack([x.match_BxM for x in seen]) & valid_KxBxM, axis=0)
     return total, {
-        "loss": kl_weight * kl - mean(expected.mean_x / (expected.std_x + 1e-4)),
+        "loss": total,
         "reward": mean_reward,
         "reward_std": jnp.sqrt(mean((expected.mean_x - mean_reward) ** 2 + expected.std_x**2)),
         "accepted_length": mean(expected.chance_Kx.sum(0)),
         "accepted_length_greedy": mean(matched_KxBxM.sum(0)),
-        "kl": kl,
+        "kl": jnp.sum(reached_KxBxM * kl_KxBxM) / jnp.maximum(reached_KxBxM.sum(), 1e-9),
         "flat_groups": mean((expected.std_x < 1e-2 * (reward_K1[-1] - reward_K1[0])) * 1.0),
+        "criticality": mean(priority_BxM),
         "windows": (counted_BxM > 0).sum(),
     }
 
 
+def marginal_rounds(chance_KxBxM: Array, valid_BxM: Array, last_BxM: Array) -> Array:
+    """C(m + k) - C(m + k + 1) for k = 1..K, [K, B, M]: rounds that a k-th accepted token saves; C is 0 past the end."""
+    K = chance_KxBxM.shape[0]
+    rounds_BxM = remaining_rounds(chance_KxBxM, valid_BxM, last_BxM)
+    answer_BxM = jnp.cumsum(jnp.pad(last_BxM, ((0, 0), (1, 0)))[:, :-1], 1)  # number of the answer in its row
+
+    def ahead(k: int) -> Array:
+        same = supervised.ahead(answer_BxM, k) == answer_BxM
+        return jnp.where(same & supervised.ahead(valid_BxM, k), supervised.ahead(rounds_BxM, k), 0.0)
+
+    return jnp.stack([ahead(k) - ahead(k + 1) for k in range(1, K + 1)])
+
+
+def priority(steps: list[DraftStep], kl_KxBxM: Array, vocab_size: int) -> Array:
+    """ADAW's weight of the window at each anchor, [B, M], mean 1 over the anchors in use.
+
+    The mean of v_t over the window's own positions, with the drafter's distribution at step t of this very window as Q.
+    Of KL(P || Q) it counts what the drafter can reduce, mass(P) KL(P restricted || Q). Positions from the first label
+    on that the draft vocabulary lacks cannot be accepted, and count nothing.
+    """
+    total, length, reachable = 0.0, 0.0, jnp.ones(steps[0].valid_BxM.shape, bool)
+    for step, kl_BxM in zip(steps, kl_KxBxM, strict=True):
+        reachable &= step.valid_BxM & (step.label_BxM >= 0)
+        v_BxM = criticality(step.entropy_BxM, step.mass_BxM * jnp.maximum(kl_BxM, 0.0), vocab_size)
+        total += jnp.where(reachable, v_BxM, 0.0)
+        length += step.valid_BxM
+    weight_BxM = total / jnp.maximum(length, 1)
+    used_BxM = steps[0].valid_BxM
+    return weight_BxM * used_BxM.sum() / jnp.maximum(jnp.sum(weight_BxM * used_BxM), 1e-9)
+
+
 def entropy(p_xW: Array) -> Array:
-    """Of distributions over the last axis, in nats."""
+    """Entropy in nats of distributions over the last axis."""
     return -inner(p_xW, jnp.log(jnp.maximum(p_xW, 1e-20)))

@@ -1,10 +1,12 @@
-"""The drafter's head and its soft cross-entropy in one function, so that [B, M, W] logits are never kept.
+"""The drafter's head and its losses in one function, so that [B, M, W] logits are never kept.
 
-The gradient of a cross-entropy is known as soon as its logits are, so the forward pass computes it too, one batch row
-at a time while the row's logits are still in the processor's cache; the backward pass only scales. On a mesh it is one
-row of every device at a time: P parts of the batch go side by side.
+Two losses share the logits: the soft cross-entropy against the target's distribution, and -log of the probability that
+the drafted token is accepted. Their gradients are known as soon as the logits are, so the forward pass computes them
+too, one batch row at a time while the row's logits are still in the processor's cache; the backward pass only scales.
+On a mesh it is one row of every device at a time: P parts of the batch go side by side.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -14,33 +16,64 @@ import jax.numpy as jnp
 
 from ppow_jax import sharding
 from ppow_jax.models.layers import inner, input_gradient, linear, weight_gradient
+from ppow_jax.models.vocabulary import top_k
 
 Array = jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
+class DraftRule:
+    """How a token is drafted, which decides how likely the label is among what is drafted. Hashable.
+
+    temperature: of softmax(z / T); as it falls, sampled drafting becomes greedy drafting. rivals: 0 for one sampled
+    token, q_T(label). Above 0 the probability is sigmoid((z_label - z_rival) / T) with the rivals-th largest logit of
+    the other tokens: a smooth form of "the label is among the first `rivals`", which is what a tree asks for.
+    """
+
+    temperature: float = 1.0
+    rivals: int = 0
+
+
 class HeadLoss(NamedTuple):
-    """total: sum of weight * loss, the one differentiable part. loss_BxM: cross-entropy against p. match_BxM: whether
-    the label has the highest logit. overlap_BxM: sum_v min(p, q). log_q_BxM: of the label, -inf where it is unknown.
+    """total: sum of the weighted losses, the one differentiable part. loss_BxM: cross-entropy against p. match_BxM:
+    whether the label has the highest logit. overlap_BxM: sum_v min(mass p, q), the acceptance rate of a sampled draft
+    at temperature 1. log_a_BxM: log-probability that the label is drafted, -inf where it is unknown.
     """
 
     total: Array
     loss_BxM: Array
     match_BxM: Array
     overlap_BxM: Array
-    log_q_BxM: Array
+    log_a_BxM: Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def head_loss(
-    h_BxMxE: Array, w_WxE: Array, p_BxMxW: Array, label_BxM: Array, weight_BxM: Array, dtype
-) -> HeadLoss:
-    """Cross-entropy -sum_v p_v log softmax(h w^T)_v of every anchor, weighted and summed.
-
-    h_BxMxE: normed hidden states. w_WxE: the head. p_BxMxW: target distribution (sums to 1). label_BxM: draft id of the
-    target's argmax (-1: unknown, never matches). weight_BxM: of each loss in `total`; constant. dtype: of the products.
+class Wanted(NamedTuple):
+    """The target's side of a draft step. p_BxMxW: its distribution over the draft vocabulary (sums to 1). mass_BxM: the
+    probability that it gives to the draft vocabulary. label_BxM: draft id of its argmax, -1 where there is none.
     """
-    rows = [_row(h, w_WxE, p, label, dtype)[:4] for h, p, label in _rows(h_BxMxE, p_BxMxW, label_BxM)]
-    return _gather(rows, weight_BxM)
+
+    p_BxMxW: Array
+    mass_BxM: Array
+    label_BxM: Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def head_loss(
+    h_BxMxE: Array,
+    w_WxE: Array,
+    wanted: Wanted,
+    soft_BxM: Array,
+    hard_BxM: Array | None,
+    rule: DraftRule,
+    dtype,
+) -> HeadLoss:
+    """sum of soft * (-sum_v p_v log softmax(h w^T)_v) + hard * (-log a(label)) over anchors, and its parts.
+
+    h_BxMxE: normed hidden states. w_WxE: the head. soft_BxM, hard_BxM: weights, constant for the gradient; hard None
+    leaves its term out, and so is faster. rule: of the acceptance a. dtype: of the products.
+    """
+    rows = [_row(h, w_WxE, Wanted(*wanted), rule, dtype)[:4] for h, *wanted in _rows(h_BxMxE, *wanted)]
+    return _gather(rows, soft_BxM, hard_BxM)
 
 
 def _rows(*arrays: Array) -> Iterator[tuple[Array, ...]]:
@@ -52,45 +85,72 @@ def _rows(*arrays: Array) -> Iterator[tuple[Array, ...]]:
 
 
 def _together(rows: Sequence[Array]) -> Array:
-    """What `_rows` took apart."""
+    """The inverse of `_rows`."""
     stacked = jnp.stack(rows, 1)
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
-def _row(h_PxMxE, w_WxE, p_PxMxW, label_PxM, dtype):
+def _row(h_PxMxE, w_WxE, wanted: Wanted, rule: DraftRule, dtype):
+    p_PxMxW, mass_PxM, label_PxM = wanted
     z_PxMxW = linear(h_PxMxE, w_WxE.astype(dtype))
-    top_PxM = z_PxMxW.max(-1)
-    e_PxMxW = jnp.exp(z_PxMxW - top_PxM[..., None])
-    total_PxM = e_PxMxW.sum(-1)
-    logsumexp_PxM = top_PxM + jnp.log(total_PxM)
+    q_PxMxW, logsumexp_PxM, top_PxM = _softmax(z_PxMxW)
     loss_PxM = logsumexp_PxM - inner(p_PxMxW, z_PxMxW)
-    q_PxMxW = e_PxMxW / total_PxM[..., None]
     label_z_PxM = jnp.take_along_axis(z_PxMxW, jnp.maximum(label_PxM, 0)[..., None], -1)[..., 0]
     known_PxM = label_PxM >= 0
     match_PxM = known_PxM & (label_z_PxM >= top_PxM)
-    log_q_PxM = jnp.where(known_PxM, label_z_PxM - logsumexp_PxM, -jnp.inf)
-    return loss_PxM, match_PxM, jnp.minimum(p_PxMxW, q_PxMxW).sum(-1), log_q_PxM, q_PxMxW
+    overlap_PxM = jnp.minimum(mass_PxM[..., None] * p_PxMxW, q_PxMxW).sum(-1)
+    log_a_PxM, g_PxMxW = _acceptance(z_PxMxW, q_PxMxW, logsumexp_PxM, label_PxM, label_z_PxM, rule)
+    log_a_PxM = jnp.where(known_PxM, log_a_PxM, -jnp.inf)
+    return loss_PxM, match_PxM, overlap_PxM, log_a_PxM, q_PxMxW, g_PxMxW
 
 
-def _gather(rows, weight_BxM):
-    loss_BxM, match_BxM, overlap_BxM, log_q_BxM = (_together(x) for x in zip(*rows, strict=True))
-    total = jnp.sum(jnp.where(weight_BxM > 0, weight_BxM * loss_BxM, 0.0))
-    return HeadLoss(total, loss_BxM, match_BxM, overlap_BxM, log_q_BxM)
+def _softmax(z_PxMxW: Array) -> tuple[Array, Array, Array]:
+    """(softmax, logsumexp, largest) over the last axis."""
+    top_PxM = z_PxMxW.max(-1)
+    e_PxMxW = jnp.exp(z_PxMxW - top_PxM[..., None])
+    total_PxM = e_PxMxW.sum(-1)
+    return e_PxMxW / total_PxM[..., None], top_PxM + jnp.log(total_PxM), top_PxM
 
 
-def _forward(h_BxMxE, w_WxE, p_BxMxW, label_BxM, weight_BxM, dtype):
+def _acceptance(z_PxMxW, q_PxMxW, logsumexp_PxM, label_PxM, label_z_PxM, rule: DraftRule) -> tuple[Array, Array]:
+    """(log a_PxM, the gradient of -log a by the logits), see `DraftRule`."""
+    T, token_W = rule.temperature, jnp.arange(z_PxMxW.shape[-1])
+    label_PxMxW = token_W == label_PxM[..., None]
+    if rule.rivals:
+        others_PxMxW = jnp.where(label_PxMxW, -jnp.inf, z_PxMxW)
+        rival_z, rival = (x[..., -1] for x in top_k(others_PxMxW, rule.rivals))
+        margin_PxM = (label_z_PxM - rival_z) / T
+        g_PxMxW = (token_W == rival[..., None]) * 1.0 - label_PxMxW
+        return jax.nn.log_sigmoid(margin_PxM), g_PxMxW * (jax.nn.sigmoid(-margin_PxM) / T)[..., None]
+    if T != 1.0:
+        q_PxMxW, logsumexp_PxM, _ = _softmax(z_PxMxW / T)
+    return label_z_PxM / T - logsumexp_PxM, (q_PxMxW - label_PxMxW) / T
+
+
+def _gather(rows, soft_BxM, hard_BxM):
+    loss_BxM, match_BxM, overlap_BxM, log_a_BxM = (_together(x) for x in zip(*rows, strict=True))
+    total = jnp.sum(jnp.where(soft_BxM > 0, soft_BxM * loss_BxM, 0.0))
+    if hard_BxM is not None:
+        total -= jnp.sum(jnp.where(hard_BxM != 0, hard_BxM * log_a_BxM, 0.0))
+    return HeadLoss(total, loss_BxM, match_BxM, overlap_BxM, log_a_BxM)
+
+
+def _forward(h_BxMxE, w_WxE, wanted: Wanted, soft_BxM, hard_BxM, rule: DraftRule, dtype):
     rows, dh, dw_PxWxE = [], [], jnp.zeros(())
-    for h_PxMxE, p_PxMxW, label_PxM, weight_PxM in _rows(h_BxMxE, p_BxMxW, label_BxM, weight_BxM):
-        *row, q_PxMxW = _row(h_PxMxE, w_WxE, p_PxMxW, label_PxM, dtype)
-        g_PxMxW = ((q_PxMxW - p_PxMxW) * weight_PxM[..., None]).astype(dtype)
-        w = w_WxE.astype(dtype)
+    weights = (soft_BxM,) if hard_BxM is None else (soft_BxM, hard_BxM)
+    for h_PxMxE, p, mass, label, soft_PxM, *hard in _rows(h_BxMxE, *wanted, *weights):
+        *row, q_PxMxW, a_PxMxW = _row(h_PxMxE, w_WxE, Wanted(p, mass, label), rule, dtype)
+        g_PxMxW = (q_PxMxW - p) * soft_PxM[..., None]
+        if hard:
+            g_PxMxW += a_PxMxW * hard[0][..., None]
+        g_PxMxW, w = g_PxMxW.astype(dtype), w_WxE.astype(dtype)
         dh.append(input_gradient(g_PxMxW.reshape(-1, w.shape[0]), w).reshape(h_PxMxE.shape))
         dw_PxWxE += weight_gradient(g_PxMxW, h_PxMxE.astype(dtype))
         rows.append(row)
-    return _gather(rows, weight_BxM), (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
+    return _gather(rows, soft_BxM, hard_BxM), (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
 
 
-def _backward(dtype, saved, cotangent):
+def _backward(rule, dtype, saved, cotangent):
     dh_BxMxE, dw_WxE = saved
     c = cotangent.total
     return c * dh_BxMxE, c * dw_WxE, None, None, None

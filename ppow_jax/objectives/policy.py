@@ -12,8 +12,13 @@ Array = jax.Array
 
 def group_advantage(reward_xG: Array, delta: float = 1e-4) -> Array:
     """(R - mean) / (std + delta) inside each group; a group whose rewards are equal gets zeros."""
-    centred = reward_xG - reward_xG.mean(-1, keepdims=True)
-    return centred / (jnp.sqrt(jnp.mean(centred**2, -1, keepdims=True)) + delta)
+    above_xG = centred(reward_xG)
+    return above_xG / (jnp.sqrt(jnp.mean(above_xG**2, -1, keepdims=True)) + delta)
+
+
+def centred(reward_xG: Array) -> Array:
+    """R - mean inside each group."""
+    return reward_xG - reward_xG.mean(-1, keepdims=True)
 
 
 def flat_groups(reward_xG: Array) -> Array:
@@ -21,14 +26,32 @@ def flat_groups(reward_xG: Array) -> Array:
     return reward_xG.max(-1) - reward_xG.min(-1) < 1e-6
 
 
-def decisive_tokens(accepted: Array, K: int, whole_if_none: bool) -> Array:
-    """mask_...xK of the drafted tokens that the reward depends on.
+def decisive_tokens(accepted_xG: Array, r_dist_xG: Array, K: int) -> Array:
+    """mask_xGxK of the drafted tokens that the reward depends on, for groups of G windows.
 
     Under token-by-token verification the tokens after the first rejection cannot change R_speedup, so leaving them out
-    is exact and cuts variance. whole_if_none: R_dist scores the whole window where nothing was accepted.
+    is exact and cuts variance. R_dist scores the whole window where nothing was accepted: there all tokens count if it
+    differs between such windows of the group; where it is the same for all of them it says nothing about their tokens.
     """
-    mask = jnp.arange(K) <= accepted[..., None]
-    return mask | (accepted[..., None] == 0) if whole_if_none else mask
+    none_xG = accepted_xG == 0
+    most = jnp.where(none_xG, r_dist_xG, -jnp.inf).max(-1, keepdims=True)
+    least = jnp.where(none_xG, r_dist_xG, jnp.inf).min(-1, keepdims=True)
+    whole_xG = none_xG & (most > least)
+    return (jnp.arange(K) <= accepted_xG[..., None]) | whole_xG[..., None]
+
+
+def decision_logp(logp_xK: Array, target_logp: Array, accepted: Array) -> Array:
+    """log-probability of drafting each token and deciding about it as was decided, [..., K].
+
+    Under p/q rejection a token is accepted with min(1, p / q): drafted and accepted has probability min(p, q), drafted
+    and rejected max(q - p, 0). logp_xK: log q. target_logp: log p, [..., K]. accepted: the number of accepted tokens of
+    each window, [...]. Tokens after the first rejection keep log q; they do not count.
+    """
+    place_K = jnp.arange(logp_xK.shape[-1])
+    gap_xK = jnp.maximum(-jnp.expm1(target_logp - logp_xK), 1e-6)  # 1 - p/q, of a token that was rejected
+    rejected_xK = logp_xK + jnp.log(gap_xK)
+    decided_xK = jnp.where(place_K == accepted[..., None], rejected_xK, logp_xK)
+    return jnp.where(place_K < accepted[..., None], jnp.minimum(logp_xK, target_logp), decided_xK)
 
 
 class Surrogate(NamedTuple):
@@ -61,6 +84,4 @@ def clipped_surrogate(
     def mean(x_N):
         return jnp.sum(jnp.where(valid_N, x_N, 0.0)) / count
 
-    return Surrogate(
-        mean(gain_N), mean((bounded_N * advantage_N < ratio_N * advantage_N) * 1.0), mean(ratio_N)
-    )
+    return Surrogate(mean(gain_N), mean((bounded_N * advantage_N < ratio_N * advantage_N) * 1.0), mean(ratio_N))

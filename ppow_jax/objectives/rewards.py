@@ -34,9 +34,7 @@ def speedup_reward(accepted: Array, K: int, costs: CostModel) -> Array:
     return (k + costs.bonus) / (costs.gamma * K + costs.verify + costs.rollback * (K - k))
 
 
-def proximity_reward(
-    accepted: Array, reference_logp: Array, draft_logp: Array, eta: float, eps: float
-) -> Array:
+def proximity_reward(accepted: Array, reference_logp: Array, draft_logp: Array, eta: float, eps: float) -> Array:
     """R_dist = eta * 1[Delta < eps] where nothing was accepted, else 0.
 
     Delta = reference_logp - draft_logp: the target's log-probability (summed over the window, nats) of its own greedy

@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.confidence import has_head
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
-from ppow_jax.objectives.confidence import confidence_loss
-from ppow_jax.objectives.head_loss import HeadLoss, head_loss
+from ppow_jax.objectives.head_loss import DraftRule, HeadLoss, Wanted, head_loss
 
 Array = jax.Array
 
@@ -26,7 +24,8 @@ class Windows(NamedTuple):
     features_BxTxF: target features. tokens_BxT, segment_BxT (0 = padding), position_BxT; anchor_BxM,
     anchor_mask_BxM: see `data.batches`. label_BxM: the target's argmax after the anchor's next token, that is the
     token that the anchor's first step should propose, as a draft id, -1 where the draft vocabulary lacks it.
-    probability_BxMxW: the target's distribution there, over the draft vocabulary.
+    probability_BxMxW: the target's distribution there, over the draft vocabulary. mass_BxM: the probability that the
+    target gives to the draft vocabulary there. entropy_BxM: of its distribution over the whole vocabulary, nats.
     """
 
     features_BxTxF: Array
@@ -37,13 +36,15 @@ class Windows(NamedTuple):
     anchor_mask_BxM: Array
     label_BxM: Array
     probability_BxMxW: Array
+    mass_BxM: Array
+    entropy_BxM: Array
 
 
 class StepScores(NamedTuple):
     """Per draft step s and anchor. total_S: sum of decay^s * the masked mean loss, differentiable. loss_SxBxM;
     match_SxBxM: the drafter's argmax is the target's; valid_SxBxM: the step's token belongs to the anchor's answer;
-    known_SxBxM: the draft vocabulary holds the target's argmax; overlap_SxBxM: sum_v min(P, Q), the acceptance at
-    temperature 1; confidence_SxBxM: the loss of the confidence head, differentiable, 0 without one.
+    known_SxBxM: the draft vocabulary holds the target's argmax; overlap_SxBxM: sum_v min(P, Q) over the whole
+    vocabulary, the acceptance rate at temperature 1.
     """
 
     total: Array
@@ -52,7 +53,6 @@ class StepScores(NamedTuple):
     valid: Array
     known: Array
     overlap: Array
-    confidence: Array
 
 
 def prefix(drafter: Drafter, embed_VxD: Array, windows: Windows) -> tuple[Array, tuple[KV, ...]]:
@@ -76,17 +76,19 @@ def anchor_mask(windows: Windows, anchor_BxM: Array) -> Array:
 class DraftStep(NamedTuple):
     """Draft step s of every anchor's window, over the text's own tokens.
 
-    hidden_BxMxE: the drafter's normed output. label_BxM, probability_BxMxW: what the target wants there, see `Windows`.
-    valid_BxM: the step's token belongs to the anchor's answer.
+    hidden_BxMxE: the drafter's normed output. label_BxM, probability_BxMxW, mass_BxM, entropy_BxM: of the target there,
+    see `Windows`. valid_BxM: the step's token belongs to the anchor's answer.
     """
 
     hidden_BxMxE: Array
     label_BxM: Array
     probability_BxMxW: Array
+    mass_BxM: Array
+    entropy_BxM: Array
     valid_BxM: Array
 
 
-def _ahead(x_BxM: Array, s: int) -> Array:
+def ahead(x_BxM: Array, s: int) -> Array:
     """What anchor m + s holds: anchors of an answer are consecutive."""
     M = x_BxM.shape[1]
     return jnp.pad(x_BxM, ((0, 0), (0, s)) + ((0, 0),) * (x_BxM.ndim - 2))[:, s : s + M]
@@ -94,9 +96,14 @@ def _ahead(x_BxM: Array, s: int) -> Array:
 
 def _at_step(windows: Windows, s: int) -> tuple[Array, Array]:
     """(label_BxM of the anchors' step s, valid_BxM: whether its token belongs to the anchor's answer)."""
-    valid_BxM = windows.anchor_mask_BxM & _ahead(windows.anchor_mask_BxM, s)
-    valid_BxM &= _ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s
-    return _ahead(windows.label_BxM, s), valid_BxM
+    valid_BxM = windows.anchor_mask_BxM & ahead(windows.anchor_mask_BxM, s)
+    valid_BxM &= ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s
+    return ahead(windows.label_BxM, s), valid_BxM
+
+
+def last_anchors(windows: Windows) -> Array:
+    """[B, M]: the last anchor of each answer."""
+    return windows.anchor_mask_BxM & ~_at_step(windows, 1)[1]
 
 
 def counts(windows: Windows, steps: int) -> Array:
@@ -121,16 +128,19 @@ def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> 
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, keys, chain, first=s == 0)
         g_BxMxE = drafting.feed(drafter, out)
         label_BxM, valid_BxM = _at_step(windows, s)
-        probability_BxMxW = _ahead(windows.probability_BxMxW, s)
-        unrolled.append(DraftStep(drafter.norm(out, "norm"), label_BxM, probability_BxMxW, valid_BxM))
+        target = (ahead(x, s) for x in (windows.probability_BxMxW, windows.mass_BxM, windows.entropy_BxM))
+        unrolled.append(DraftStep(drafter.norm(out, "norm"), label_BxM, *target, valid_BxM))
     return unrolled
 
 
-def judge(drafter: Drafter, step: DraftStep, weight_BxM: Array) -> HeadLoss:
-    """The head's loss against the step's probabilities, see `head_loss`."""
+def score_step(
+    drafter: Drafter, step: DraftStep, soft_BxM: Array, hard_BxM: Array | None = None, rule: DraftRule = DraftRule()
+) -> HeadLoss:
+    """The losses of one draft step, weighted, and their parts; see `head_loss`."""
     head_WxE = drafter.params["lm_head"]
     dtype = jnp.bfloat16 if drafter.mixed else head_WxE.dtype
-    return head_loss(step.hidden_BxMxE, head_WxE, step.probability_BxMxW, step.label_BxM, weight_BxM, dtype)
+    wanted = Wanted(step.probability_BxMxW, step.mass_BxM, step.label_BxM)
+    return head_loss(step.hidden_BxMxE, head_WxE, wanted, soft_BxM, hard_BxM, rule, dtype)
 
 
 def training_time_test(
@@ -150,12 +160,10 @@ def training_time_test(
     for s, step in enumerate(unroll(drafter, embed_VxD, windows, steps)):
         known_BxM = step.label_BxM >= 0
         counted_BxM = (step.valid_BxM & known_BxM).astype(jnp.float32)
-        judged = judge(drafter, step, decay**s * counted_BxM / jnp.maximum(counts_S[s], 1.0))
-        overlap_BxM, doubt_BxM = judged.overlap_BxM, jnp.zeros_like(judged.overlap_BxM)
-        if has_head(drafter.params):
-            doubt_BxM = confidence_loss(drafter.params, step.hidden_BxMxE, overlap_BxM)
-        mine = judged.total, judged.loss_BxM, judged.match_BxM, step.valid_BxM, known_BxM, overlap_BxM, doubt_BxM
-        scores.append(StepScores(*mine))
+        parts = score_step(drafter, step, decay**s * counted_BxM / jnp.maximum(counts_S[s], 1.0))
+        scores.append(
+            StepScores(parts.total, parts.loss_BxM, parts.match_BxM, step.valid_BxM, known_BxM, parts.overlap_BxM)
+        )
     return StepScores(*(jnp.stack(x) for x in zip(*scores, strict=True)))
 
 
@@ -164,8 +172,7 @@ class Totals(NamedTuple):
 
     accepted_S, reached_S: of the anchors whose earlier steps all matched, how many match, and how many there were.
     Their ratios are the conditional acceptances of a greedy chain; see `simulated_length`. loss_S, known_S: of the
-    anchors that carry a loss; doubt_S: the confidence head's there. match_S, overlap_S, valid_S: of all whose step
-    belongs to their answer.
+    anchors that carry a loss. match_S, overlap_S, valid_S: of all whose step belongs to their answer.
     """
 
     accepted_S: Array
@@ -175,7 +182,6 @@ class Totals(NamedTuple):
     match_S: Array
     overlap_S: Array
     valid_S: Array
-    doubt_S: Array
 
     @classmethod
     def of(cls, scores: StepScores) -> "Totals":
@@ -192,29 +198,7 @@ class Totals(NamedTuple):
             total(scores.match, scores.valid),
             total(scores.overlap, scores.valid),
             total(1, scores.valid),
-            total(scores.confidence, known),
         )
-
-
-def mean_confidence_loss(scores: StepScores, count: Array | None = None) -> Array:
-    """Of the confidence head, over all steps of all anchors that carry a loss: a scalar, differentiable.
-
-    count: of the batch that the mean is taken over, where these rows are a part of it.
-    """
-    known = scores.valid & scores.known
-    count = known.sum() if count is None else count
-    return jnp.sum(jnp.where(known, scores.confidence, 0.0)) / jnp.maximum(count, 1)
-
-
-def confidence_of(drafter: Drafter, steps: list[DraftStep]) -> Array:
-    """The same, of steps whose overlap is not known yet."""
-    frozen, losses, counts = jax.lax.stop_gradient(drafter), [], []
-    for step in jax.lax.stop_gradient(steps):
-        overlap_BxM = judge(frozen, step, jnp.zeros(step.valid_BxM.shape)).overlap_BxM
-        loss_BxM = confidence_loss(drafter.params, step.hidden_BxMxE, overlap_BxM)
-        losses.append(jnp.sum(jnp.where(step.valid_BxM, loss_BxM, 0.0)))
-        counts.append(step.valid_BxM.sum())
-    return sum(losses) / jnp.maximum(sum(counts), 1)
 
 
 def chain_counts(scores: StepScores) -> tuple[Array, Array]:

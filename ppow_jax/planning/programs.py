@@ -28,9 +28,10 @@ from ppow_jax.speculation import generate
 from ppow_jax.speculation.prefill import PIECE
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
-from ppow_jax.training import initialise, ppow, stages, supervised
+from ppow_jax.training import initialise, ppow_sampled, stages, supervised
 from ppow_jax.training.optimizers import optimizer
 from ppow_jax.training.settings import TrainSettings
+from ppow_jax.training.train_state import TrainState
 from ppow_jax.weights.targets import DTYPES
 
 KINDS = ("target", "drafter", "optimizer", "caches", "batch")
@@ -102,7 +103,7 @@ def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.shard
     update = optimizer(
         settings, list(found.drafter_params), settings.learning_rate, settings.supervised_steps, 0, scale_F
     )
-    create = functools.partial(supervised.TrainState.create, optimizer=update)
+    create = functools.partial(TrainState.create, optimizer=update)
     state = sharding.abstract(jax.eval_shape(create, found.drafter_params), mesh, found.drafter)
     batch = _batch(settings, mesh)
     greedy_text = settings.answer_temperature == 0
@@ -113,15 +114,15 @@ def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.shard
     if stage == "supervised":
         options |= {"steps": settings.ttt_steps, "decay": settings.ttt_decay}
     else:
-        function = ppow.train_step
+        function = ppow_sampled.train_step
         arguments += (_whole(jax.eval_shape(lambda: jax.random.key(0)), mesh),)
         costs = CostModel(0.0)  # they change no shape
         options |= {
             "rollouts": stages.rollout_settings(settings, costs, greedy_text),
-            "policy": ppow.PolicySettings(settings.clip, settings.kl_weight, settings.passes),
+            "policy": ppow_sampled.PolicySettings(settings.clip, settings.kl_weight, settings.passes),
         }
     kinds = {"target": found.params, "drafter": state.params, "optimizer": state.opt_state, "batch": batch}
-    tokens, step = settings.batch_size * settings.row_length, "optimiser step"
+    tokens, step = settings.batch_size * settings.row_length, "optimizer step"
     return Program(function, arguments, options, kinds, tokens, step, expert_rounds(found.target))
 
 

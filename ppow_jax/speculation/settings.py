@@ -8,6 +8,8 @@ from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.tree import TreeShape
 
 THROUGHPUT = Stopping()
+MODES = ("chain", "adaptive", "tree")
+BRANCH, NODES = 3, 15  # of a tree: nodes expanded per level, and nodes verified
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,3 +83,11 @@ def adaptive_tree(branch: int, depth: int, nodes: int, stopping: Stopping = THRO
 def tree(branch: int, depth: int, nodes: int) -> Speculation:
     """The best `nodes` of a tree; see `TreeShape`."""
     return Speculation(depth, shape=TreeShape(branch, depth, nodes))
+
+
+def of_mode(mode: str, window: int) -> Speculation:
+    """A mode of MODES by its name, with `window` drafted tokens or levels and trees of the usual size."""
+    if mode == "chain":
+        return chain(window)
+    nodes = min(NODES, TreeShape(BRANCH, window, 1).candidates)
+    return adaptive_tree(BRANCH, window, nodes) if mode == "adaptive" else tree(BRANCH, window, nodes)

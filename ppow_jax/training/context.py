@@ -3,16 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from ppow_jax.data.batches import Batches
 from ppow_jax.training.clock import Clock
+from ppow_jax.training.corpus import Corpus
 from ppow_jax.training.metrics import MetricsWriter
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.targets import Target
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; what it has done is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +18,7 @@ class Context:
     settings: TrainSettings
     workdir: Path
     target: Target
-    train: Batches
-    held_out: Batches
+    corpus: Corpus
     metrics: MetricsWriter
     stop: StopSignal
     clock: Clock

@@ -1,7 +1,9 @@
 """The texts of a run: prompts, the target's answers to them, recorded ones, and what is held out."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +13,7 @@ from ppow_jax.data.conversations import load_conversations
 from ppow_jax.data.encoding import Example, encode_conversation
 from ppow_jax.errors import UserError
 from ppow_jax.training import answers
-from ppow_jax.training.context import Stopped
-from ppow_jax.training.preemption import StopSignal
+from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.targets import Target
 
@@ -49,38 +50,61 @@ def _answer_settings(settings: TrainSettings) -> answers.AnswerSettings:
     )
 
 
-def load_batches(settings, workdir: Path, target: Target, jobs, stop: StopSignal) -> tuple[Batches, Batches]:
-    """The training and the held-out batches; answers that are missing are generated."""
+class Corpus(NamedTuple):
+    """The texts of a run. train: of stage 1. fresh: of stage 2 and its baselines, the same object as `train` unless
+    --fresh_answers keeps some apart. held_out: by which checkpoints are chosen. test: None without --test_answers.
+    """
+
+    train: Batches
+    fresh: Batches
+    held_out: Batches
+    test: Batches | None
+
+
+def load_corpus(settings, workdir: Path, target: Target, jobs, stop: StopSignal) -> Corpus:
+    """Every text of the run as batches; answers that are missing are generated."""
+    s = settings
     examples = answers.regenerate(
         workdir / "answers",
         target.params,
         target.config,
         jobs,
-        _answer_settings(settings),
+        _answer_settings(s),
         lambda: stop.requested,
     )
     if stop.requested:
         raise Stopped
-    held_out, train = split(examples, settings.held_out, settings.seed)
-    if settings.recorded:
-        train += _recorded(settings, target)
-    shape = {
-        "batch_size": settings.batch_size,
-        "row_length": settings.row_length,
-        "max_anchors": settings.max_anchors,
-    }
-    tokens = sum(int(e.answer_mask.sum()) for e in train)
-    log.info("data: %d examples with %d answer tokens; %d held out", len(train), tokens, len(held_out))
-    return Batches(train, seed=settings.seed, **shape), Batches(held_out, seed=settings.seed, **shape)
+    held_out, test, fresh, train = split(examples, (s.held_out, s.test_answers, s.fresh_answers), s.seed)
+    if s.recorded:
+        train += _recorded(s, target)
+
+    def batches(examples: list[Example]) -> Batches:
+        shape = {"batch_size": s.batch_size, "row_length": s.row_length, "max_anchors": s.max_anchors}
+        return Batches(examples, seed=s.seed, **shape)
+
+    tokens = sum(int(e.answer_mask.sum()) for e in [*train, *fresh])
+    log.info("data: %d examples with %d answer tokens; %d held out", len(train) + len(fresh), tokens, len(held_out))
+    own = batches(fresh) if fresh else None
+    main = batches(train) if train else own
+    return Corpus(main, own or main, batches(held_out), batches(test) if test else None)
 
 
-def split(examples: list[Example], number: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(held out, the rest): whole conversations, about `number` examples of them."""
+def split(examples: list[Example], numbers: Sequence[int], seed: int) -> list[list[Example]]:
+    """Parts of about so many examples each, whole conversations, and what is left: one part more than numbers.
+
+    A part that is asked for has one conversation at least.
+    """
     conversations = sorted({_conversation(e) for e in examples})
     order = np.random.default_rng(seed).permutation(len(conversations))
-    share = max(1, round(number * len(conversations) / len(examples)))
-    chosen = {conversations[i] for i in order[:share]}
-    return [e for e in examples if _conversation(e) in chosen], [e for e in examples if _conversation(e) not in chosen]
+    part_of, begin = {}, 0
+    for part, number in enumerate(numbers):
+        share = max(1, round(number * len(conversations) / len(examples))) if number else 0
+        part_of |= {conversations[i]: part for i in order[begin : begin + share]}
+        begin += share
+    parts: list[list[Example]] = [[] for _ in range(len(numbers) + 1)]
+    for example in examples:
+        parts[part_of.get(_conversation(example), len(numbers))].append(example)
+    return parts
 
 
 def _conversation(example: Example) -> str:

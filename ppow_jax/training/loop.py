@@ -16,7 +16,7 @@ from ppow_jax.training.clock import Clock, compile_seconds, memory_bytes
 from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, require_finite
 from ppow_jax.training.preemption import StopSignal
 from ppow_jax.training.profile import Profile
-from ppow_jax.training.supervised import TrainState
+from ppow_jax.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
 _SHOWN = ("loss", "tau_sim", "reward", "accepted_length")  # beside the progress bar
@@ -86,13 +86,13 @@ def run(
 
         def offer() -> None:
             with clock.on("measure"):
-                measured = loop.measure(state.params)
+                measured = loop.measure(state.best_params)
             measured |= {"goodput": clock.goodput(), "memory_bytes": memory_bytes()}
             metrics.write(done, f"{loop.stage}_held_out", measured)
             log.info("%s: step %d, %s %.3f", loop.stage, done, loop.score, measured[loop.score])
             with clock.on("save"):
                 checkpoints.wait()  # processes save one thing at a time: Orbax's barriers have one name
-                best.offer(done, measured[loop.score], state.params)
+                best.offer(done, measured[loop.score], state.best_params)
 
         if done == 0:
             offer()

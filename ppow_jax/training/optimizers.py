@@ -1,4 +1,4 @@
-"""The optimiser of both stages."""
+"""The optimizer of both stages."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import optax.contrib
 
-from ppow_jax.models import confidence
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.training import initialise
 from ppow_jax.training.context import Context
@@ -18,7 +17,7 @@ _MUON = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def make_optimizer(context: Context, drafter: Drafter, peak: float, steps: int, warmup: int):
-    """The optimiser of a run's drafter, see `optimizer`; the size of the features is measured on the run's data."""
+    """The optimizer of a run's drafter, see `optimizer`; the size of the features is measured on the run's data."""
     scale_F = None
     if not (drafter.config.fc_norm or drafter.config.norm_before_fc):
         scale_F = initialise.channel_scale(features_seen(context, drafter.config.feature_layers))
@@ -42,15 +41,12 @@ def optimizer(
     warmup = min(warmup, steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, peak / 10)
     update = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
-    if settings.optimizer == "muon" and not settings.confidence_only:
+    if settings.optimizer == "muon":
         muon = optax.contrib.muon(
             schedule, consistent_rms=0.2, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
         )  # a step as large as Adam's (2502.16982)
         labels = {name: "muon" if name.split(".")[-1] in _MUON else "adamw" for name in names}
         update = optax.partition({"muon": muon, "adamw": update}, labels)
-    if settings.confidence_only:
-        labels = {name: "head" if name in confidence.NAMES else "still" for name in names}
-        update = optax.partition({"head": update, "still": optax.set_to_zero()}, labels)
     parts = [optax.clip_by_global_norm(settings.clip_norm), update]
     if channel_scale_F is not None:
         inverse_F = np.asarray(1.0 / channel_scale_F, np.float32)

@@ -9,10 +9,10 @@ from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, load_benchmark
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.training.clock import Clock
-from ppow_jax.training.context import Context, Stopped
-from ppow_jax.training.corpus import collect_jobs, load_batches
+from ppow_jax.training.context import Context
+from ppow_jax.training.corpus import collect_jobs, load_corpus
 from ppow_jax.training.metrics import MetricsWriter, NoMetrics, NonFiniteError
-from ppow_jax.training.preemption import StopSignal
+from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.results import evaluate_arms, export_arm
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.space import check_space
@@ -78,8 +78,8 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     keep_start(start, workdir)
     with MetricsWriter(workdir, tensorboard=tensorboard) if leader else NoMetrics(workdir) as metrics:
         with clock.stage("answers"):
-            train, held_out = load_batches(settings, workdir, target, jobs, stop)
-        context = Context(settings, workdir, target, train, held_out, metrics, stop, clock)
+            corpus = load_corpus(settings, workdir, target, jobs, stop)
+        context = Context(settings, workdir, target, corpus, metrics, stop, clock)
         if set(settings.stages) <= {"data"}:
             return
         arms = train_arms(context, start)

@@ -13,6 +13,10 @@ EXIT_SIGTERM = 128 + signal.SIGTERM  # 143
 logger = logging.getLogger(__name__)
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop; what it has done is saved."""
+
+
 class StopSignal:
     """Within `with StopSignal() as stop:`, the first SIGINT or SIGTERM only sets `stop.requested`.
 

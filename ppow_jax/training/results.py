@@ -15,12 +15,12 @@ from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import is_vector
-from ppow_jax.speculation.settings import chain
-from ppow_jax.training.context import Context, Stopped
+from ppow_jax.speculation.settings import of_mode
+from ppow_jax.training.context import Context
 from ppow_jax.training.metrics import read_metrics
+from ppow_jax.training.preemption import Stopped
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.card import write_card
-from ppow_jax.weights.confidence_head import save_head, without_head
 from ppow_jax.weights.drafters import best_format, export_drafter
 from ppow_jax.weights.targets import DTYPES
 
@@ -33,7 +33,7 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
     An arm that report.json has already, of the same drafter under the same conditions, is not measured again.
     """
     s, workdir = context.settings, context.workdir
-    about, speculations = environment(s.dtype), [chain(s.window)]
+    about, speculations = environment(s.dtype), [of_mode(mode, s.window) for mode in s.modes]
     conditions = zlib.crc32(repr((about, s.target, speculations, s.max_new_tokens, benchmarks)).encode())
     settings = {spec.name: getattr(s, spec.name) for spec in config_lib.specs(TrainSettings)}
     former, done = former_arms(workdir), []
@@ -90,13 +90,12 @@ def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
         export_drafter(
             directory,
             drafter.config,
-            without_head(params),
+            params,
             ids_W,
             target_name=s.target,
             target_architecture=context.target.config.architecture,
             embed_VxE=embed_VxE,
         )
-        save_head(directory, params)
         write_card(
             directory,
             title=f"EAGLE-3 drafter for {s.target}",

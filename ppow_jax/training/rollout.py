@@ -16,7 +16,7 @@ from ppow_jax.models.transformer import Context
 from ppow_jax.models.vocabulary import survey
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import choose_windows, criticality, divergence, window_means
-from ppow_jax.objectives.policy import flat_groups, group_advantage
+from ppow_jax.objectives.policy import centred, decisive_tokens, flat_groups, group_advantage
 from ppow_jax.objectives.rewards import CostModel, proximity_reward, speedup_reward
 from ppow_jax.speculation.propose import propose
 from ppow_jax.speculation.sampling import Sampling
@@ -33,7 +33,7 @@ class RolloutSettings:
     verify_temperature: 0 accepts greedily (argmax), above 0 by p/q rejection at that temperature.
     eta, eps: of R_dist (eta = 0 switches it off). adaw, adaw_start: priority sampling, and the step it begins at.
     greedy_reference: decode the target's continuation; False takes the text itself, which is the same where the
-    target wrote it at temperature 0.
+    target wrote it at temperature 0. divide_by_std: advantages over the deviation of their group.
     """
 
     window: int
@@ -47,13 +47,15 @@ class RolloutSettings:
     adaw_start: int
     greedy_reference: bool
     costs: CostModel
+    divide_by_std: bool = True
 
 
 class Rollout(NamedTuple):
     """N = B * A * G windows of K tokens, constants for the gradient; beams lie as [B, A*G].
 
     anchor_BxX: anchor index of each beam (X = A * G). token_, id_, logp_BxXxK: the drafts, target and draft ids, and
-    their log-probability when drawn. accepted_BxX, reward_BxX, advantage_BxX, valid_BxX. hidden_BxXxKxD: the target's
+    their log-probability when drawn. target_logp_BxXxK: the target's, at the temperature of acceptance. decisive_BxXxK:
+    tokens that the reward depends on. accepted_BxX, reward_BxX, advantage_BxX, valid_BxX. hidden_BxXxKxD: the target's
     state that judges each drafted token; `scoring.restricted` makes its distribution over the draft vocabulary of it.
     """
 
@@ -62,6 +64,8 @@ class Rollout(NamedTuple):
     token_BxXxK: Array
     id_BxXxK: Array
     logp_BxXxK: Array
+    target_logp_BxXxK: Array
+    decisive_BxXxK: Array
     accepted_BxX: Array
     reward_BxX: Array
     advantage_BxX: Array
@@ -132,7 +136,9 @@ def rollout(
     r_dist = proximity_reward(accepted_BxX, reference_BxX, judged.logp.sum(-1), settings.eta, settings.eps)
     reward_BxX = r_speedup + r_dist
     B, A = chosen_BxA.shape
-    reward_BxAxG = reward_BxX.reshape(B, A, G)
+    reward_BxAxG, grouped = reward_BxX.reshape(B, A, G), (B, A, G)
+    decisive = decisive_tokens(accepted_BxX.reshape(grouped), r_dist.reshape(grouped), K)
+    advantage = group_advantage(reward_BxAxG) if settings.divide_by_std else centred(reward_BxAxG)
 
     result = Rollout(
         anchor_BxX,
@@ -140,9 +146,11 @@ def rollout(
         draft.token_BxMxK,
         draft.id_BxMxK,
         logp_BxXxK,
+        judged.logp_at_temperature,
+        decisive.reshape(B, A * G, K),
         accepted_BxX,
         reward_BxX,
-        group_advantage(reward_BxAxG).reshape(B, A * G),
+        advantage.reshape(B, A * G),
         valid_BxX,
         hidden_BxXxKxD,
     )
@@ -176,7 +184,12 @@ def summary(windows: Rollout, measured: Measured, anchor_mask_BxM: Array) -> dic
 def criticality_of(
     drafter: Drafter, embed_VxD: Array, config: ModelConfig, scored: Scored, g_BxTxE: Array, kv: tuple[KV, ...]
 ) -> Array:
-    """v_BxM of every anchor, with the drafter's first step as Q. g_BxTxE, kv: see `supervised.prefix`."""
+    """v_BxM of every anchor. g_BxTxE, kv: see `supervised.prefix`.
+
+    Q is the drafter's first step at each position, not the step that a window would take there: one draft step over all
+    anchors in place of K. (`objectives.expected.priority` has those steps at hand and uses them.) Of KL(P || Q) it
+    counts what the drafter can reduce, mass(P) KL(P restricted || Q); 0 where the draft vocabulary lacks the label.
+    """
     windows = scored.windows
     token_BxM = jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1)
     embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
@@ -184,9 +197,9 @@ def criticality_of(
     position_BxM = jnp.take_along_axis(windows.position_BxT, windows.anchor_BxM, 1)
     keys = [Prefix(kv, supervised.anchor_mask(windows, windows.anchor_BxM))]
     out, _ = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM, keys)
-    kl_BxM = divergence(windows.probability_BxMxW, drafting.logits(drafter, out))
-    entropy_BxM = scored.survey.entropy_N.reshape(kl_BxM.shape)
-    return jnp.where(windows.anchor_mask_BxM, criticality(entropy_BxM, kl_BxM, config.vocab_size), 0.0)
+    kl_BxM = windows.mass_BxM * divergence(windows.probability_BxMxW, drafting.logits(drafter, out))
+    reachable_BxM = windows.anchor_mask_BxM & (windows.label_BxM >= 0)
+    return jnp.where(reachable_BxM, criticality(windows.entropy_BxM, kl_BxM, config.vocab_size), 0.0)
 
 
 def _choose(key_B, step, windows, v_BxM, settings: RolloutSettings):
@@ -195,7 +208,8 @@ def _choose(key_B, step, windows, v_BxM, settings: RolloutSettings):
     last = jnp.pad(windows.anchor_BxM, ((0, 0), (0, K - 1)), constant_values=-1)[:, K - 1 : K - 1 + M]
     inside = jnp.pad(windows.anchor_mask_BxM, ((0, 0), (0, K - 1)))[:, K - 1 : K - 1 + M]
     allowed_BxM = windows.anchor_mask_BxM & inside & (last == windows.anchor_BxM + K - 1)
-    weight_BxM = window_means(v_BxM, K)
+    winnable_BxM = windows.label_BxM >= 0  # else its first token cannot be accepted
+    weight_BxM = jnp.where(winnable_BxM, window_means(v_BxM, K), 0.0)
     priority = settings.adaw & (step >= settings.adaw_start)
     index_BxA, valid_BxA = choose_windows(
         key_B, jnp.where(priority, weight_BxM, 1.0), allowed_BxM, settings.windows

@@ -75,6 +75,7 @@ def score(
         hidden_BxMxD = jnp.take_along_axis(out.hidden_BxSxD, judge_BxM[..., None], 1)
     B, M = batch.anchor_BxM.shape
     head_VxD = transformer.head(params)
+    z_BxMxW = linear(hidden_BxMxD, head_VxD[target_ids_W])
     surveyed = survey(hidden_BxMxD.reshape(B * M, -1), head_VxD)
     target_BxM = surveyed.argmax_N.reshape(B, M)
     if greedy_text:
@@ -87,6 +88,8 @@ def score(
         anchor_BxM=batch.anchor_BxM,
         anchor_mask_BxM=batch.anchor_mask_BxM,
         label_BxM=draft_ids(target_ids_W, config.vocab_size)[target_BxM],
-        probability_BxMxW=restricted(hidden_BxMxD, head_VxD[target_ids_W]),
+        probability_BxMxW=jax.nn.softmax(z_BxMxW, axis=-1),
+        mass_BxM=jnp.exp(jax.nn.logsumexp(z_BxMxW, axis=-1) - surveyed.logsumexp_N.reshape(B, M)),
+        entropy_BxM=surveyed.entropy_N.reshape(B, M),
     )
     return Scored(windows, surveyed, kv, hidden_BxMxD)

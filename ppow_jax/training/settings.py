@@ -4,7 +4,9 @@ import dataclasses
 import re
 
 from ppow_jax import mesh_shape
-from ppow_jax.config import check_fields, field, require
+from ppow_jax.config import check_fields, field, require, specs
+from ppow_jax.objectives.expected import HORIZONS
+from ppow_jax.speculation.settings import MODES
 
 STAGES = ("data", "supervised", "ppow", "evaluate", "export")
 
@@ -70,7 +72,21 @@ class TrainSettings:
     cache_features: bool = field(
         False, "Keep the target's features on disk for stage 1: 4 hidden sizes per token.", group="Data"
     )
-    held_out: int = field(32, "Answers kept for the simulated acceptance.", low=1, group="Data")
+    held_out: int = field(
+        32, "Answers kept for the simulated acceptance, by which checkpoints are chosen.", low=1, group="Data"
+    )
+    fresh_answers: int = field(
+        0,
+        "Answers that stage 2 and its baselines read, and stage 1 never; 0: the same as stage 1.",
+        low=0,
+        group="Data",
+    )
+    test_answers: int = field(
+        0,
+        "Answers kept for the report: the rounds of every arm are replayed on them, and nothing is chosen by them.",
+        low=0,
+        group="Data",
+    )
 
     drafter: str | None = field(
         None, "Drafter to start from (EAGLE-3 directory) instead of a new one.", group="Drafter"
@@ -82,17 +98,12 @@ class TrainSettings:
         (), "Target layers whose input is seen; none: 2, N//2, N-3.", group="Drafter"
     )
     fc_norm: bool = field(False, "EAGLE-3.1: norm each feature, feed back the normed output.", group="Drafter")
-    confidence_head: bool = field(
-        False, "Train a head that says how likely a draft is accepted, for adaptive windows.", group="Drafter"
-    )
-    confidence_weight: float = field(0.1, "Weight of the head's loss.", low=0, group="Drafter")
-    confidence_only: bool = field(False, "Train the head alone; the drafter stays as it is.", group="Drafter")
 
     batch_size: int = field(4, "Packed rows per step.", low=1, group="Batches")
     row_length: int = field(512, "Tokens per row.", low=8, group="Batches")
     max_anchors: int = field(352, "Answer positions trained per row, at most.", low=1, group="Batches")
 
-    supervised_steps: int = field(1000, "Optimiser steps of stage 1.", low=1, group="Stage 1, supervised")
+    supervised_steps: int = field(1000, "Optimizer steps of stage 1.", low=1, group="Stage 1, supervised")
     ttt_steps: int = field(5, "Draft steps of the training-time test.", low=1, group="Stage 1, supervised")
     ttt_decay: float = field(0.8, "Weight of a step relative to the one before.", low=0, group="Stage 1, supervised")
     optimizer: str = field(
@@ -107,18 +118,51 @@ class TrainSettings:
     )
     clip_norm: float = field(0.5, "Largest gradient norm, in both stages.", low=0, group="Stage 1, supervised")
 
-    ppow_steps: int = field(100, "Optimiser steps of stage 2 (rollout batches).", low=1, group="Stage 2, PPOW")
+    ppow_steps: int = field(100, "Optimizer steps of stage 2 (rollout batches).", low=1, group="Stage 2, PPOW")
     ppow_learning_rate: float = field(1e-4, "Peak learning rate.", low=0, group="Stage 2, PPOW")
+    ppow_warmup_steps: int = field(
+        5, "Steps of linear warm-up; a cosine to a tenth follows.", low=0, group="Stage 2, PPOW"
+    )
+    average_decay: float = field(
+        0.0,
+        "Decay of an exponential average of the parameters, which is then measured and exported; 0: none.",
+        low=0,
+        high=0.9999,
+        group="Stage 2, PPOW",
+    )
     window: int = field(7, "Drafted tokens per window, K; also for measuring.", group="Stage 2, PPOW")
     group: int = field(8, "Windows sampled from one prefix, G.", group="Stage 2, PPOW")
     windows: int = field(6, "Prefixes per row and step.", low=1, group="Stage 2, PPOW")
-    rollout_temperature: float = field(1.0, "Temperature of the sampled drafts.", group="Stage 2, PPOW")
+    rollout_temperature: float = field(
+        1.0,
+        "Temperature of the drafts that are rewarded; as it falls they become greedy drafts.",
+        group="Stage 2, PPOW",
+    )
     estimator: str = field(
         "sampled",
         "Of the reward's gradient: from sampled windows, as in the paper; or exact, in closed form over all windows of"
-        " the text (answers at temperature 0, greedy acceptance; without R_dist).",
+        " the text (answers at temperature 0, greedy acceptance; without R_dist, groups and clipping).",
         choices=("sampled", "exact"),
         group="Stage 2, PPOW",
+    )
+    divide_by_std: bool = field(
+        True, "Divide advantages by the standard deviation of their group, as published.", group="Stage 2, PPOW"
+    )
+    horizon: str = field(
+        "window",
+        "What the exact estimator rewards: each window by itself, or the number of rounds of the whole answer.",
+        choices=HORIZONS,
+        group="Stage 2, PPOW",
+    )
+    rivals: int = field(
+        0,
+        "0: the exact estimator rewards a chain of drafted tokens. N: a tree, which holds the label where fewer than N"
+        " tokens are more probable.",
+        low=0,
+        group="Stage 2, PPOW",
+    )
+    supervised_weight: float = field(
+        0.0, "Weight of stage 1's loss beside the exact estimator's reward.", low=0, group="Stage 2, PPOW"
     )
     acceptance: str = field(
         "greedy",
@@ -142,7 +186,7 @@ class TrainSettings:
     )
     clip: float = field(0.2, "Clip range of the window's ratio. (Our value.)", low=0, group="Stage 2, PPOW")
     kl_weight: float = field(0.5, "Weight of KL(target || drafter). (Our value.)", low=0, group="Stage 2, PPOW")
-    passes: int = field(1, "Optimiser passes over the rollouts of a step.", low=1, group="Stage 2, PPOW")
+    passes: int = field(1, "Optimizer passes over the rollouts of a step.", low=1, group="Stage 2, PPOW")
     gamma: float = field(-1.0, "Cost of a draft step in target steps; negative: measured here.", group="Stage 2, PPOW")
     general_cost: bool = field(
         False, "Reward by the general cost model, with verify and rollback costs.", group="Stage 2, PPOW"
@@ -158,9 +202,12 @@ class TrainSettings:
     bonus: float = field(0.0, "Tokens a verification adds, in the general model.", low=0, group="Stage 2, PPOW")
     baselines: tuple[str, ...] = field(
         (),
-        "Further arms from stage 1's drafter: cst (continued supervised training).",
+        "Further arms from stage 1's drafter: cst (continued supervised training, on the same batches).",
         choices=("cst",),
         group="Stage 2, PPOW",
+    )
+    cst_learning_rate: float | None = field(
+        None, "Peak learning rate of cst; none: that of stage 2.", low=0, group="Stage 2, PPOW"
     )
 
     benchmarks: tuple[str, ...] = field(
@@ -168,6 +215,9 @@ class TrainSettings:
     )
     benchmark_dir: str | None = field(None, "Directory with NAME.jsonl of benchmarks.", group="Measuring")
     num_prompts: int = field(10, "Prompts per benchmark.", low=1, group="Measuring")
+    modes: tuple[str, ...] = field(
+        ("adaptive",), "Speculation modes to measure, with windows of --window.", choices=MODES, group="Measuring"
+    )
     max_new_tokens: int = field(128, "Longest answer when measuring.", low=2, group="Measuring")
 
     @property
@@ -194,16 +244,8 @@ class TrainSettings:
         )
         rule = "--estimator=exact takes the whole batch at once; leave one of the two out"
         require(self.estimator == "sampled" or self.accumulate == 1, f"--accumulate={self.accumulate}: {rule}")
-        exact = "--estimator=exact: has a closed form only"
-        for name, needed in (("acceptance", "greedy"), ("answer_temperature", 0.0), ("recorded", "")):
-            fits = self.estimator == "sampled" or getattr(self, name) == needed
-            require(fits, f"{exact} with --{name}={needed}, not {getattr(self, name)}")
         require(self.rollout_temperature > 0, f"--rollout_temperature={self.rollout_temperature}: must be above 0")
-        rule = "needs --confidence_head and a weight of its loss above 0"
-        useful = self.confidence_head and self.confidence_weight > 0
-        require(useful or not self.confidence_only, f"--confidence_only: {rule}")
-        learns = not self.confidence_only or "ppow" not in self.stages
-        require(learns, "--confidence_only: leaves nothing for stage 2 to learn; name --stages without ppow")
+        self._check_estimator()
         rule = "must be above 0 (for greedy acceptance: --acceptance=greedy)"
         require(self.acceptance_temperature > 0, f"--acceptance_temperature={self.acceptance_temperature}: {rule}")
         rule = f"must be at most --row_length={self.row_length}"
@@ -219,13 +261,31 @@ class TrainSettings:
         rule = "three ids, or none for the default"
         layers = ",".join(map(str, self.feature_layers))
         require(len(self.feature_layers) in (0, 3), f"--feature_layers={layers}: {rule}")
-        rule = f"must be less than --num_answers={self.num_answers}"
-        require(self.held_out < self.num_answers, f"--held_out={self.held_out}: {rule}")
+        kept = self.held_out + self.fresh_answers + self.test_answers
+        given = f"--held_out={self.held_out}, --fresh_answers={self.fresh_answers}, --test_answers={self.test_answers}"
+        only_fresh = "supervised" not in self.stages and self.fresh_answers > 0 and kept == self.num_answers
+        rule = f"together must be less than --num_answers={self.num_answers}, or nothing is left to train on"
+        require(kept < self.num_answers or only_fresh, f"{given}: {rule}")
         order = [STAGES.index(stage) for stage in self.stages]
         require(
             order == sorted(set(order)),
             f"--stages={','.join(self.stages)}: must be some of {','.join(STAGES)}, in order",
         )
+
+    def _check_estimator(self) -> None:
+        """Raises UserError for settings that the chosen estimator cannot follow, or would ignore."""
+        default = {spec.name: spec.default for spec in specs(type(self))}
+        if self.estimator == "exact":
+            exact = "--estimator=exact: has a closed form only"
+            for name, needed in (("acceptance", "greedy"), ("answer_temperature", 0.0), ("recorded", "")):
+                require(getattr(self, name) == needed, f"{exact} with --{name}={needed}, not {getattr(self, name)}")
+            others, which = ("eta", "eps", "group", "windows", "clip", "passes"), "sampled"
+        else:
+            others, which = ("horizon", "rivals", "supervised_weight"), "exact"
+        for name in others:
+            value = getattr(self, name)
+            rule = f"counts with --estimator={which} only; leave it out"
+            require(value == default[name] or (name, value) == ("eta", 0.0), f"--{name}={value}: {rule}")
 
     def check_rows(self, mesh: mesh_shape.MeshShape) -> None:
         """Raises UserError unless the rows of a batch can be shared out to the devices of a mesh."""
@@ -245,6 +305,7 @@ FREE = (
     "max_new_tokens",
     "workdir",
     "baselines",
+    "modes",
     "mesh",
     "accumulate",
     "remat",

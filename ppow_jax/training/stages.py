@@ -4,26 +4,33 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import optax
 
 from ppow_jax import config as config_lib
 from ppow_jax import distributed, files, sharding
+from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.evaluation.measure import measure_costs
-from ppow_jax.models import confidence
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.objectives.expected import ExactSettings
+from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation.settings import chain
-from ppow_jax.training import loop, ppow, supervised
+from ppow_jax.training import loop, ppow_exact, ppow_sampled, supervised
 from ppow_jax.training.checkpoint import Best
-from ppow_jax.training.context import Context, Stopped
-from ppow_jax.training.features import FeatureStore
+from ppow_jax.training.context import Context
+from ppow_jax.training.features import Cached, FeatureStore
 from ppow_jax.training.optimizers import make_optimizer
+from ppow_jax.training.preemption import Stopped
 from ppow_jax.training.profile import Profile
 from ppow_jax.training.results import cast, export_arm
 from ppow_jax.training.rollout import RolloutSettings
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import new_drafter
+from ppow_jax.training.train_state import TrainState
 from ppow_jax.training.workdir import has_best
 
 log = logging.getLogger(__name__)
@@ -41,8 +48,6 @@ def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
         if (context.workdir / "supervised").exists():
             chosen.add("supervised")  # stage 2 waits for its end
     first = start or new_drafter(context)
-    if s.confidence_head and not confidence.has_head(first.params):
-        first = first.replace(params=first.params | confidence.init(first.config.hidden_size))
     stage_1 = _arm(context, "supervised", first, chosen)
     if "supervised" in chosen:
         with context.clock.stage("export"):
@@ -56,7 +61,7 @@ def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
 def _arm(context: Context, stage: str, begin: Drafter, chosen: set[str]) -> Drafter | None:
     """What a stage makes of `begin`; of a stage that was not chosen, its best checkpoint, or None."""
     if stage in chosen:
-        return _ppow(context, begin) if stage == "ppow" else _supervised(context, begin, stage)
+        return {"supervised": _supervised, "cst": _cst, "ppow": _ppow}[stage](context, begin)
     if not has_best(context.workdir, stage):
         return None
     with Best(context.workdir / stage / "best") as best:
@@ -65,54 +70,87 @@ def _arm(context: Context, stage: str, begin: Drafter, chosen: set[str]) -> Draf
     return begin.replace(params=params)
 
 
-def _supervised(context: Context, drafter: Drafter, stage: str) -> Drafter:
-    """Stage 1; or as `cst`, continued supervised training for as many steps and at the rate of stage 2."""
+def _supervised(context: Context, drafter: Drafter) -> Drafter:
+    """Stage 1."""
     s = context.settings
-    total, rate, warmup = s.supervised_steps, s.learning_rate, s.warmup_steps
-    if stage == "cst":
-        total, rate, warmup = s.ppow_steps, s.ppow_learning_rate, 0
-    optimizer = make_optimizer(context, drafter, rate, total, warmup)
-    step = functools.partial(
-        supervised.train_step,
-        config=context.target.config,
-        optimizer=optimizer,
-        steps=s.ttt_steps,
-        decay=s.ttt_decay,
-        greedy_text=context.greedy_text,
-        accumulate=s.accumulate,
-        confidence_weight=_confidence_weight(context),
+    plan = _Plan("supervised", s.supervised_steps, s.learning_rate, s.warmup_steps, 0.0)
+    return _train(
+        context, drafter, plan, _supervised_step(context, drafter, plan, s.ttt_steps), _stage_1_data(context, drafter)
     )
-    shell = drafter.replace(params={}, mixed=context.mixed, remat=s.remat)
-    offset = s.supervised_steps if stage == "cst" else 0
-
-    store = _features(context, drafter) if s.cache_features else None
-
-    def one(state, index, data):
-        return step(state, shell, context.target.params, *sharding.place(data))
-
-    return _train(context, drafter, stage, _data(context, store, offset), one, total, optimizer, offset)
 
 
-def _data(context: Context, store: FeatureStore | None, offset: int):
-    """index -> (batch, the target's features of it where they are kept)."""
+def _cst(context: Context, drafter: Drafter) -> Drafter:
+    """Continued supervised training: as many steps as stage 2, of as many draft steps, on the same batches."""
+    s = context.settings
+    rate = s.ppow_learning_rate if s.cst_learning_rate is None else s.cst_learning_rate
+    plan = _Plan("cst", s.ppow_steps, rate, s.ppow_warmup_steps, s.average_decay)
+    return _train(
+        context, drafter, plan, _supervised_step(context, drafter, plan, s.window), _stage_2_data(context, drafter)
+    )
 
-    def data(index: int):
-        batch = context.train.at(offset + index)
+
+def _ppow(context: Context, drafter: Drafter) -> Drafter:
+    """Stage 2, by the estimator that was chosen."""
+    s = context.settings
+    plan = _Plan("ppow", s.ppow_steps, s.ppow_learning_rate, s.ppow_warmup_steps, s.average_decay, s.passes)
+    step = _exact_step if s.estimator == "exact" else _sampled_step
+    data = _stage_2_data(context, drafter, cached=s.estimator == "exact")  # sampled windows need the target's keys
+    return _train(context, drafter, plan, step(context, drafter, plan), data)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a stage trains. steps: of the optimizer; passes: updates in each."""
+
+    stage: str
+    steps: int
+    rate: float
+    warmup: int
+    average_decay: float
+    passes: int = 1
+
+    def optimizer(self, context: Context, drafter: Drafter) -> optax.GradientTransformation:
+        return make_optimizer(context, drafter, self.rate, self.steps * self.passes, self.warmup)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """at: index of a step -> (batch, the target's features of it where they are kept). offset: of the first batch."""
+
+    at: Callable[[int], tuple[PackedBatch, Cached | None]]
+    offset: int
+
+
+def _stage_1_data(context: Context, drafter: Drafter) -> _Data:
+    return _data(context, drafter, context.corpus.train, "features", 0, context.settings.cache_features)
+
+
+def _stage_2_data(context: Context, drafter: Drafter, cached: bool = True) -> _Data:
+    """Fresh answers from their beginning; those of stage 1 from where it stopped."""
+    s, corpus = context.settings, context.corpus
+    cached &= s.cache_features
+    if corpus.fresh is not corpus.train:
+        return _data(context, drafter, corpus.fresh, "features_fresh", 0, cached)
+    offset = s.supervised_steps if (context.workdir / "supervised").exists() else 0
+    return _data(context, drafter, corpus.train, "features", offset, cached)
+
+
+def _data(context: Context, drafter: Drafter, batches: Batches, name: str, offset: int, cached: bool) -> _Data:
+    store = _features(context, drafter, batches, name) if cached else None
+
+    def at(index: int):
+        batch = batches.at(offset + index)
         return batch, store.at(offset + index, batch) if store else None
 
-    return data
+    return _Data(at, offset)
 
 
-def _confidence_weight(context: Context) -> float:
-    return context.settings.confidence_weight if context.settings.confidence_head else 0.0
-
-
-def _features(context: Context, drafter: Drafter) -> FeatureStore:
+def _features(context: Context, drafter: Drafter, batches: Batches, name: str) -> FeatureStore:
     target, stop = context.target, context.stop
     with context.clock.stage("features"):
         store = FeatureStore(
-            context.workdir / "features",
-            context.train,
+            context.workdir / name,
+            batches,
             target.params,
             target.config,
             drafter.config.feature_layers,
@@ -123,36 +161,70 @@ def _features(context: Context, drafter: Drafter) -> FeatureStore:
     return store
 
 
-def _ppow(context: Context, drafter: Drafter) -> Drafter:
+Step = Callable[[TrainState, int, tuple[PackedBatch, Cached | None]], tuple[TrainState, dict[str, Any]]]
+
+
+def _shell(context: Context, drafter: Drafter) -> Drafter:
+    """The drafter's configuration and vocabulary; its parameters are the training state's."""
+    return drafter.replace(params={}, mixed=context.mixed, remat=context.settings.remat)
+
+
+def _supervised_step(context: Context, drafter: Drafter, plan: _Plan, draft_steps: int) -> tuple[Any, Step]:
     s = context.settings
-    optimizer = make_optimizer(context, drafter, s.ppow_learning_rate, s.ppow_steps * s.passes, 0)
-    rollouts = rollout_settings(s, _costs(context, drafter), context.greedy_text)
+    optimizer, shell = plan.optimizer(context, drafter), _shell(context, drafter)
     step = functools.partial(
-        ppow.train_step,
+        supervised.train_step,
         config=context.target.config,
         optimizer=optimizer,
-        rollouts=rollouts,
-        policy=ppow.PolicySettings(
-            s.clip,
-            s.kl_weight,
-            s.passes,
-            exact=s.estimator == "exact",
-            confidence_weight=_confidence_weight(context),
-        ),
+        steps=draft_steps,
+        decay=s.ttt_decay,
         greedy_text=context.greedy_text,
         accumulate=s.accumulate,
+        average_decay=plan.average_decay,
     )
-    shell = drafter.replace(params={}, mixed=context.mixed, remat=s.remat)
+    return optimizer, lambda state, _, data: step(state, shell, context.target.params, *sharding.place(data))
+
+
+def _exact_step(context: Context, drafter: Drafter, plan: _Plan) -> tuple[Any, Step]:
+    s = context.settings
+    optimizer, shell = plan.optimizer(context, drafter), _shell(context, drafter)
+    step = functools.partial(
+        ppow_exact.train_step,
+        config=context.target.config,
+        optimizer=optimizer,
+        rollouts=rollout_settings(s, _costs(context, drafter), context.greedy_text),
+        exact=exact_settings(s),
+        average_decay=plan.average_decay,
+    )
+    return optimizer, lambda state, _, data: step(state, shell, context.target.params, *sharding.place(data))
+
+
+def _sampled_step(context: Context, drafter: Drafter, plan: _Plan) -> tuple[Any, Step]:
+    s = context.settings
+    optimizer, shell = plan.optimizer(context, drafter), _shell(context, drafter)
+    step = functools.partial(
+        ppow_sampled.train_step,
+        config=context.target.config,
+        optimizer=optimizer,
+        rollouts=rollout_settings(s, _costs(context, drafter), context.greedy_text),
+        policy=ppow_sampled.PolicySettings(s.clip, s.kl_weight, s.passes),
+        greedy_text=context.greedy_text,
+        accumulate=s.accumulate,
+        average_decay=plan.average_decay,
+    )
     key = jax.random.fold_in(jax.random.key(s.seed), 2)
-    offset = s.supervised_steps if (context.workdir / "supervised").exists() else 0  # go on in the data
-    store = _features(context, drafter) if s.cache_features and s.estimator == "exact" else None  # sampled: needs keys
 
     def one(state, index, data):
-        batch, cached = data
-        rows = batch, jax.random.fold_in(key, index), cached
+        rows = data[0], jax.random.fold_in(key, index)
         return step(state, shell, context.target.params, *sharding.place(rows))
 
-    return _train(context, drafter, "ppow", _data(context, store, offset), one, s.ppow_steps, optimizer, offset)
+    return optimizer, one
+
+
+def exact_settings(s: TrainSettings) -> ExactSettings:
+    """The objective of --estimator=exact."""
+    rule = DraftRule(s.rollout_temperature, s.rivals)
+    return ExactSettings(rule, s.horizon, s.divide_by_std, s.kl_weight, s.supervised_weight, s.ttt_decay)
 
 
 def rollout_settings(s: TrainSettings, costs: CostModel, greedy_text: bool) -> RolloutSettings:
@@ -169,6 +241,7 @@ def rollout_settings(s: TrainSettings, costs: CostModel, greedy_text: bool) -> R
         adaw_start=s.adaw_start,
         greedy_reference=not greedy_text,
         costs=costs,
+        divide_by_std=s.divide_by_std,
     )
 
 
@@ -195,27 +268,30 @@ def _measured_costs(context: Context, drafter: Drafter) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
-def _train(context: Context, drafter: Drafter, stage: str, data, step, total: int, optimizer, offset: int) -> Drafter:
-    """Runs a stage to its end -> its best drafter. offset: the batch of the data that it begins with."""
+def _train(
+    context: Context, drafter: Drafter, plan: _Plan, updates: tuple[optax.GradientTransformation, Step], data: _Data
+) -> Drafter:
+    """Runs a stage to its end -> its best drafter."""
     if context.stop.requested:
         raise Stopped
     s = context.settings
     drafter = drafter.replace(mixed=context.mixed, remat=s.remat)
     about = {"seed": s.seed, "settings": {spec.name: getattr(s, spec.name) for spec in config_lib.specs(type(s))}}
+    stage, (optimizer, step) = plan.stage, updates
     stage_loop = loop.Loop(
         stage=stage,
-        total=total,
-        data=data,
+        total=plan.steps,
+        data=data.at,
         step=step,
         measure=_measure(context, drafter),
-        score="held_out_confidence" if s.confidence_only else "held_out_tau_sim",
+        score="held_out_tau_sim",
         checkpoint_every=s.checkpoint_every,
         evaluate_every=s.evaluate_every,
         skip_nonfinite=s.skip_nonfinite,
-        position=offset,
+        position=data.offset,
         about=about,
     )
-    state = supervised.TrainState.create(drafter.params, optimizer, drafter.config)
+    state = TrainState.create(drafter.params, optimizer, drafter.config, averaged=plan.average_decay > 0)
     traces = context.workdir / "profile" / stage
     profile = Profile(traces if s.profile_steps and not traces.exists() else None, *s.profiled)
     with context.clock.stage(stage):
@@ -230,8 +306,8 @@ def _train(context: Context, drafter: Drafter, stage: str, data, step, total: in
 def _measure(context: Context, drafter: Drafter):
     """parameters -> simulated acceptance on the held-out answers."""
     s = context.settings
-    number = context.held_out.steps_of_epochs(1)
-    batches = [sharding.place(context.held_out.at(i)) for i in range(number)]
+    number = context.corpus.held_out.steps_of_epochs(1)
+    batches = [sharding.place(context.corpus.held_out.at(i)) for i in range(number)]
 
     def measure(params: dict) -> dict:
         return supervised.evaluate(

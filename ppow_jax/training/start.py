@@ -18,7 +18,6 @@ from ppow_jax.training import initialise
 from ppow_jax.training.context import Context
 from ppow_jax.training.scoring import row_mask
 from ppow_jax.training.settings import TrainSettings
-from ppow_jax.weights.confidence_head import save_head, without_head
 from ppow_jax.weights.drafters import export_drafter
 from ppow_jax.weights.targets import Target
 
@@ -54,8 +53,7 @@ def keep_start(start: Drafter | None, workdir: Path) -> None:
         params, ids_W, embed_VxE = sharding.fetch((start.params, start.target_ids_W, start.embed_VxE))
 
         def write(new: Path) -> None:
-            export_drafter(new, start.config, without_head(params), ids_W, dtype="float32", embed_VxE=embed_VxE)
-            save_head(new, params)
+            export_drafter(new, start.config, params, ids_W, dtype="float32", embed_VxE=embed_VxE)
 
         def keep() -> None:
             if not directory.exists():
@@ -74,14 +72,14 @@ def new_drafter(context: Context) -> Drafter:
     """A drafter for this target and these answers (see `initialise.new_drafter`)."""
     s, target = context.settings, context.target
     config = new_config(s, target)
-    ids_W = initialise.choose_vocabulary(context.train.examples, target.config.vocab_size, s.draft_vocab_size)
+    ids_W = initialise.choose_vocabulary(context.corpus.train.examples, target.config.vocab_size, s.draft_vocab_size)
     scale = initialise.feature_scale(features_seen(context, config.feature_layers))
     return initialise.new_drafter(jax.random.key(s.seed), config, target.params, ids_W, scale)
 
 
 def features_seen(context: Context, layers: tuple[int, ...]) -> np.ndarray:
     """The target's features [N, F] of the first batch's tokens: what their sizes are measured on."""
-    target, batch = context.target, context.train.at(0)
+    target, batch = context.target, context.corpus.train.at(0)
     features_BxTxF = _look(target.params, sharding.place(batch), config=target.config, layers=layers)
     return sharding.fetch(features_BxTxF)[batch.segment_BxT > 0]
 

@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,51 +11,19 @@ import optax
 from ppow_jax import sharding
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import transformer
-from ppow_jax.models.confidence import has_head
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives import supervised
 from ppow_jax.training.accumulate import each, summed
 from ppow_jax.training.scoring import restricted, score
+from ppow_jax.training.train_state import TrainState
 
 Array = jax.Array
 
 
-@flax.struct.dataclass
-class TrainState:
-    """step (int32), the drafter's float32 parameters, the optimizer's state, and the updates skipped so far (int32)."""
-
-    step: Array
-    params: dict
-    opt_state: Any
-    skipped: Array
-
-    @classmethod
-    def create(cls, params: dict, optimizer: optax.GradientTransformation, config: Any = None) -> "TrainState":
-        """Step 0, with the parameters copied to float32. config: the drafter's, for its place on a mesh."""
-
-        def start(params: dict) -> "TrainState":
-            params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-            step, skipped = jnp.zeros((2, 1), jnp.int32)  # two buffers: both are donated
-            return cls(step[0], params, optimizer.init(params), skipped[0])
-
-        return sharding.born(start, params, config=config)
-
-    def advance(self, params: dict, opt_state: Any, *values: Array) -> "TrainState":
-        """The state after a step; an update is skipped, and counted, where a value or a parameter is not finite.
-
-        values: scalars that tell, such as loss and gradient norm. No branch on the host: selects inside the step.
-        """
-        finite = jnp.isfinite(jnp.stack([*values, optax.tree.norm(params)])).all()
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (self.params, self.opt_state)
-        )
-        return TrainState(self.step + 1, params, opt_state, self.skipped + ~finite)
-
-
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "steps", "decay", "greedy_text", "accumulate", "confidence_weight"),
+    static_argnames=("config", "optimizer", "steps", "decay", "greedy_text", "accumulate", "average_decay"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -72,14 +39,14 @@ def train_step(
     decay: float,
     greedy_text: bool,
     accumulate: int = 1,
-    confidence_weight: float = 0.0,
+    average_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
 
     drafter: gives configuration, vocabulary and precision; its parameters are replaced by the state's. cached: the
     target's pass over the batch, where it was made before (`training.features`). accumulate: microbatches that the
-    batch is computed in; the results are those of the whole batch. confidence_weight: of the confidence head's loss; 0
-    for a drafter without one.
+    batch is computed in; the results are those of the whole batch. average_decay: of the state's average, if it
+    has one.
     """
     layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
 
@@ -97,8 +64,7 @@ def train_step(
         scores = supervised.training_time_test(
             drafter.replace(params=params), target_params["embed"], windows, steps, decay, counts_S
         )
-        doubt = supervised.mean_confidence_loss(scores, counts_S.sum()) if confidence_weight else 0.0
-        return scores.total.sum() + confidence_weight * doubt, supervised.Totals.of(scores)
+        return scores.total.sum(), supervised.Totals.of(scores)
 
     def differentiate(rows):
         with jax.named_scope("gradient"):
@@ -113,7 +79,8 @@ def train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         gradient_norm = optax.tree.norm(gradient)
-        state = sharding.constrain(state.advance(params, opt_state, value, gradient_norm), drafter.config)
+        state = state.advance(params, opt_state, value, gradient_norm, decay=average_decay)
+        state = sharding.constrain(state, drafter.config)
     metrics = {
         "loss": value,
         "loss_by_step": totals.loss_S / jnp.maximum(totals.known_S, 1),
@@ -127,8 +94,6 @@ def train_step(
         / jnp.maximum(windows.anchor_mask_BxM.sum(), 1),
         "answer_tokens": windows.anchor_mask_BxM.sum(),
     }
-    if confidence_weight:
-        metrics["confidence_loss"] = totals.doubt_S.sum() / jnp.maximum(totals.known_S.sum(), 1)
     return state, jax.tree.map(sharding.pin, metrics)
 
 
@@ -163,10 +128,7 @@ def evaluate(
         for batch in batches
     ]
     totals = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
-    head = {}
-    if has_head(drafter.params):  # its divergence from the overlap, turned round: higher is better
-        head = {"held_out_confidence": -float(totals.doubt_S.sum() / totals.known_S.sum().clip(1))}
-    return head | {
+    return {
         "held_out_tau_sim": float(supervised.simulated_length(totals.accepted_S, totals.reached_S)),
         "held_out_acceptance_by_step": totals.accepted_S / totals.reached_S.clip(1),
         "held_out_overlap_by_step": totals.overlap_S / totals.valid_S.clip(1),

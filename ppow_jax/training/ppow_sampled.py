@@ -1,0 +1,164 @@
+"""Stage 2 as published, one step as one XLA program: score, choose, roll out, verify, reward, differentiate, update."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ppow_jax import sharding
+from ppow_jax.data.batches import PackedBatch
+from ppow_jax.models import drafter as drafting
+from ppow_jax.models import transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.objectives import supervised
+from ppow_jax.objectives.criticality import divergence
+from ppow_jax.objectives.policy import clipped_surrogate, decision_logp
+from ppow_jax.objectives.supervised import Windows
+from ppow_jax.training.accumulate import each, summed
+from ppow_jax.training.rollout import Rollout, RolloutSettings, rollout, summary
+from ppow_jax.training.scoring import restricted, score
+from ppow_jax.training.train_state import TrainState
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySettings:
+    """Hashable. clip: of the window's ratio. kl_weight: beta of KL(target || drafter). passes: optimizer passes over
+    the rollouts of a step.
+    """
+
+    clip: float
+    kl_weight: float
+    passes: int
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "optimizer", "rollouts", "policy", "greedy_text", "accumulate", "average_decay"),
+    donate_argnames=("state",),
+)
+def train_step(
+    state: TrainState,
+    drafter: Drafter,
+    target_params: dict,
+    batch: PackedBatch,
+    key: Array,
+    *,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    rollouts: RolloutSettings,
+    policy: PolicySettings,
+    greedy_text: bool,
+    accumulate: int = 1,
+    average_decay: float = 0.0,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's.
+
+    accumulate: microbatches that a step is computed in; the results are those of the whole batch. average_decay: of the
+    state's average, if it has one.
+    """
+    layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
+    behaviour = drafter.replace(params=jax.lax.stop_gradient(state.params))
+
+    def roll_out(rows):
+        batch, key_B = rows
+        with jax.named_scope("target"):
+            scored = score(target_params, config, layers, ids_W, batch, greedy_text)
+        with jax.named_scope("rollouts"):
+            windows, measured = rollout(key_B, state.step, behaviour, target_params, config, scored, rollouts)
+        return scored.windows._replace(probability_BxMxW=None), windows, measured
+
+    key_B = jax.random.split(key, batch.tokens_BxT.shape[0])
+    text, windows, measured = each(roll_out, (batch, key_B), accumulate)
+    metrics = summary(windows, measured, text.anchor_mask_BxM)
+    counts = windows.valid_BxX.sum(), _counted(windows).sum()
+    objective = functools.partial(_loss, drafter, target_params, counts, rollouts, policy)
+    rows = text, windows
+    params, opt_state, signs = state.params, state.opt_state, []
+    for _ in range(policy.passes):
+        differentiate = functools.partial(jax.grad(objective, has_aux=True), params)
+        with jax.named_scope("gradient"):
+            gradient, details = summed(differentiate, rows, accumulate)
+            gradient = sharding.constrain(gradient, drafter.config)
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            signs += [details["loss"], optax.tree.norm(gradient)]
+    state = state.advance(params, opt_state, *signs, decay=average_decay)  # all passes of a step, or none
+    metrics |= details | {"gradient_norm": signs[-1], "skipped": state.skipped}
+    return sharding.constrain(state, drafter.config), jax.tree.map(sharding.pin, metrics)
+
+
+def _counted(windows: Rollout) -> Array:
+    return windows.decisive_BxXxK & windows.valid_BxX[..., None]
+
+
+def _loss(
+    drafter,
+    target_params,
+    counts: tuple[Array, Array],
+    rollouts: RolloutSettings,
+    policy: PolicySettings,
+    params,
+    rows: tuple[Windows, Rollout],
+):
+    """-(clipped surrogate) + beta KL(target || drafter) on the tokens that count.
+
+    counts: valid windows, and tokens that count, of the whole batch, of which these rows may be a part.
+    """
+    text, windows = rows
+    drafter = drafter.replace(params=params)
+    B, X, K = windows.token_BxXxK.shape
+    z_BxXxKxW = redraft(drafter, target_params["embed"], text, windows)
+    log_q = jax.nn.log_softmax(z_BxXxKxW / rollouts.rollout_temperature, axis=-1)
+    logp_BxXxK = jnp.take_along_axis(log_q, windows.id_BxXxK[..., None], -1)[..., 0]
+    old_BxXxK = windows.logp_BxXxK
+    if rollouts.verify_temperature > 0:  # the draft probability decides about acceptance, too
+        decided = functools.partial(decision_logp, target_logp=windows.target_logp_BxXxK, accepted=windows.accepted_BxX)
+        logp_BxXxK, old_BxXxK = decided(logp_BxXxK), decided(old_BxXxK)
+    surrogate = clipped_surrogate(
+        logp_BxXxK.reshape(B * X, K),
+        old_BxXxK.reshape(B * X, K),
+        windows.decisive_BxXxK.reshape(B * X, K),
+        windows.advantage_BxX.reshape(-1),
+        windows.valid_BxX.reshape(-1),
+        policy.clip,
+        counts[0],
+    )
+    counted = _counted(windows)
+
+    def mean(x):
+        return jnp.sum(jnp.where(counted, x, 0.0)) / jnp.maximum(counts[1], 1)
+
+    p_BxXxKxW = restricted(windows.hidden_BxXxKxD, transformer.head(target_params)[drafter.target_ids_W])
+    kl = mean(divergence(p_BxXxKxW, z_BxXxKxW))
+    entropy = mean(-jnp.sum(jnp.exp(log_q) * log_q, -1))
+    value = -surrogate.objective + policy.kl_weight * kl
+    return value, {
+        "loss": value,
+        "surrogate": surrogate.objective,
+        "kl": kl,
+        "ratio": surrogate.ratio,
+        "ratio_clipped": surrogate.clipped,
+        "entropy": entropy,
+    }
+
+
+def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout) -> Array:
+    """logits_BxXxKxW of the drafter along windows that were drafted before."""
+    g_BxTxE, kv = supervised.prefix(drafter, embed_VxD, text)
+    keys = [Prefix(kv, supervised.anchor_mask(text, windows.anchor_BxX))]
+    g_BxXxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxX[..., None], 1)
+    position_BxX = jnp.take_along_axis(text.position_BxT, windows.anchor_BxX, 1)
+    chain: tuple = ()
+    token_BxX, outs = windows.root_BxX, []
+    for s in range(windows.token_BxXxK.shape[-1]):
+        embed_BxXxE = drafter.embed(embed_VxD, token_BxX)
+        out, chain = drafting.step(drafter, g_BxXxE, embed_BxXxE, position_BxX + s, keys, chain, first=s == 0)
+        outs.append(out)
+        g_BxXxE, token_BxX = drafting.feed(drafter, out), windows.token_BxXxK[..., s]
+    return drafting.logits(drafter, jnp.stack(outs, 2))
