@@ -13,6 +13,7 @@ from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.training import answers
+from ppow_jax.training.answer_pack import prompt_key
 from ppow_jax.weights import tiny
 
 SETTINGS = answers.AnswerSettings(
@@ -226,3 +227,26 @@ def test_unreadable_settings_are_named(tmp_path):
     (tmp_path / "settings.json").write_text("{")
     with pytest.raises(UserError, match="settings.json: cannot be read"):
         make(tmp_path)
+
+
+def test_known_answers_are_not_made_again(whole, tmp_path, monkeypatch):
+    """A run with a pack of another one generates what the pack lacks alone, and ends with the same answers."""
+    first = [int(e.answer_mask.argmax()) for e in whole[1]]
+    known = {prompt_key(e.tokens[:n]): e.tokens[n:] for e, n in zip(whole[1], first, strict=True)}
+    lost = prompt_key(jobs()[0].prompt)
+    del known[lost]
+    asked, generate_chunk = [], answers._generate_chunk
+
+    def watch(params, config, jobs, *rest):
+        asked.extend(jobs)
+        return generate_chunk(params, config, jobs, *rest)
+
+    monkeypatch.setattr(answers, "_generate_chunk", watch)
+    again = answers.regenerate(tmp_path / "again", params(), CONFIG, jobs(), SETTINGS, known=known)
+    assert [prompt_key(job.prompt) for job in asked] == [lost]
+    same(whole[1], again)
+
+
+def test_a_prompt_that_recurs_is_answered_once():
+    twice = [Conversation((Message("user", "Hello there"),), f"here:{i}") for i in range(3)]
+    assert len(answers.collect_jobs(tokenizer(), twice, SETTINGS, 9)) == 1

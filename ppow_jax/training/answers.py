@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import off
 from ppow_jax.speculation.state import map_leaves
+from ppow_jax.training.answer_pack import Answers, prompt_key
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def collect_jobs(
     """The first `number` prompts, in the order of settings.seed, that fit max_prompt_tokens."""
     order = np.random.default_rng(settings.seed).permutation(len(conversations))
     jobs: list[Job] = []
+    seen: set[bytes] = set()
     for index in order:
         conversation = conversations[index]
         answered = 0
@@ -79,8 +82,10 @@ def collect_jobs(
             prompt = encode_prompt(tokenizer, conversation.messages[: turn + 1])
             if len(prompt) > settings.max_prompt_tokens:
                 break
-            jobs.append(Job(prompt, f"{conversation.source} turn {turn}"))
             answered += 1
+            if (key := prompt_key(prompt)) not in seen:  # a prompt that recurs is answered once
+                seen.add(key)
+                jobs.append(Job(prompt, f"{conversation.source} turn {turn}"))
         if len(jobs) >= number:
             break
     return jobs[:number]
@@ -93,10 +98,12 @@ def regenerate(
     jobs: Sequence[Job],
     settings: AnswerSettings,
     stop: Callable[[], bool] = lambda: False,
+    known: Answers = MappingProxyType({}),
 ) -> list[Example]:
     """Generates, or reads back, the answers to `jobs`; one Example each (the answer's tokens masked).
 
-    directory: the cache. stop: asked every few tokens; True ends early with the chunks that are whole.
+    directory: the cache. stop: asked every few tokens; True ends early with the whole chunks. known: answers of
+    earlier runs, which are taken as they are (`training.answer_pack`).
     Raises UserError when the cache was made with other settings or for other prompts. A broken file is made again.
     """
     directory = files.writable_directory(directory)
@@ -112,13 +119,17 @@ def regenerate(
             if answers[c] is not None or stop():
                 continue
             key = jax.random.fold_in(jax.random.key(settings.seed), c)
-            found = _generate_chunk(params, config, chunk, settings, key, stop)
-            if found is None:
-                break
+            found = [known.get(prompt_key(job.prompt)) for job in chunk]
+            if missing := [i for i, answer in enumerate(found) if answer is None]:
+                made = _generate_chunk(params, config, [chunk[i] for i in missing], settings, key, stop)
+                if made is None:
+                    break
+                for i, answer in zip(missing, made, strict=True):
+                    found[i] = answer
+                new_tokens += sum(map(len, made))
             answers[c] = found
             if distributed.leader():
                 _write(_path(directory, c), found)
-            new_tokens += sum(map(len, found))
             bar.set_postfix(tokens_per_second=round(new_tokens / (time.perf_counter() - begin)), refresh=False)
             bar.update(len(chunk))
     return [

@@ -8,11 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ppow_jax import config as config_lib
+from ppow_jax import distributed
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.conversations import load_conversations
 from ppow_jax.data.encoding import Example, encode_conversation
 from ppow_jax.errors import UserError
 from ppow_jax.training import answers
+from ppow_jax.training.answer_pack import read_packs, write_pack
 from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.targets import Target
@@ -50,6 +52,11 @@ def _answer_settings(settings: TrainSettings) -> answers.AnswerSettings:
     )
 
 
+def _pack_about(settings: TrainSettings) -> dict[str, object]:
+    s = settings
+    return {"target": s.target, "dtype": s.dtype, "max_new_tokens": s.answer_tokens, "temperature": 0.0}
+
+
 class Corpus(NamedTuple):
     """The texts of a run. train: of stage 1. fresh: of stage 2 and its baselines, the same object as `train` unless
     --fresh_answers keeps some apart. held_out: by which checkpoints are chosen. test: None without --test_answers.
@@ -71,9 +78,12 @@ def load_corpus(settings, workdir: Path, target: Target, jobs, stop: StopSignal)
         jobs,
         _answer_settings(s),
         lambda: stop.requested,
+        read_packs(s.answers_from, _pack_about(s)),
     )
     if stop.requested:
         raise Stopped
+    if s.answer_temperature == 0:
+        distributed.by_leader(lambda: write_pack(workdir / "answers.npz", examples, _pack_about(s)))
     held_out, test, fresh, train = split(examples, (s.held_out, s.test_answers, s.fresh_answers), s.seed)
     if s.recorded:
         train += _recorded(s, target)

@@ -67,6 +67,11 @@ class TrainSettings:
     answer_temperature: float = field(0.0, "Temperature of the answers.", low=0, group="Data")
     answer_slots: int = field(64, "Answers decoded at once.", low=1, group="Data")
     answer_chunk: int = field(256, "Answers per file; a killed run loses at most one file.", low=1, group="Data")
+    answers_from: tuple[str, ...] = field(
+        (),
+        "Packs of answers (answers.npz of other workdirs): prompts that they hold are not answered again.",
+        group="Data",
+    )
     recorded: str = field("", "Conversations to mix in as they stand, without decoding.", group="Data")
     num_recorded: int = field(0, "How many of them, at most.", low=0, group="Data")
     cache_features: bool = field(
@@ -246,6 +251,9 @@ class TrainSettings:
         require(self.estimator == "sampled" or self.accumulate == 1, f"--accumulate={self.accumulate}: {rule}")
         require(self.rollout_temperature > 0, f"--rollout_temperature={self.rollout_temperature}: must be above 0")
         self._check_estimator()
+        packed = self.answer_temperature == 0 or not self.answers_from
+        rule = "holds answers at temperature 0; leave it out, or --answer_temperature"
+        require(packed, f"--answers_from={','.join(self.answers_from)}: {rule}")
         rule = "must be above 0 (for greedy acceptance: --acceptance=greedy)"
         require(self.acceptance_temperature > 0, f"--acceptance_temperature={self.acceptance_temperature}: {rule}")
         rule = f"must be at most --row_length={self.row_length}"
@@ -306,6 +314,7 @@ FREE = (
     "workdir",
     "baselines",
     "modes",
+    "answers_from",
     "mesh",
     "accumulate",
     "remat",
