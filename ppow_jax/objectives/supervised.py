@@ -92,11 +92,15 @@ def _ahead(x_BxM: Array, s: int) -> Array:
     return jnp.pad(x_BxM, ((0, 0), (0, s)) + ((0, 0),) * (x_BxM.ndim - 2))[:, s : s + M]
 
 
-def _at_step(windows: Windows, s: int) -> tuple[Array, Array]:
-    """(label_BxM of the anchors' step s, valid_BxM: whether its token belongs to the anchor's answer)."""
+def in_answer(windows: Windows, s: int) -> Array:
+    """[B, M]: whether the token of the anchors' step s belongs to the anchor's answer."""
     valid_BxM = windows.anchor_mask_BxM & _ahead(windows.anchor_mask_BxM, s)
-    valid_BxM &= _ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s
-    return _ahead(windows.label_BxM, s), valid_BxM
+    return valid_BxM & (_ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s)
+
+
+def _at_step(windows: Windows, s: int) -> tuple[Array, Array]:
+    """(label_BxM of the anchors' step s, valid_BxM: see `in_answer`)."""
+    return _ahead(windows.label_BxM, s), in_answer(windows, s)
 
 
 def counts(windows: Windows, steps: int) -> Array:
