@@ -25,13 +25,8 @@ from ppow_jax.training.features import FeatureStore
 N, LONGEST, ROW = 24, 90, 256  # answers that are long enough for drafting to rest and to try again
 CONFIG = dataclasses.replace(world.CONFIG, eos_token_ids=(2,))  # a token that ends some answers, not most
 PARAMS = world.PARAMS
-WAYS = [chain(1), chain(4), tree(3, 3, 10), tree(3, 2, 5), tree(2, 4, 14), tree(4, 1, 3)]
-ADAPTIVE = [
-    adaptive(4),
-    adaptive(3, stopping=Stopping("threshold", 0.3)),
-    adaptive_tree(3, 3, 10),
-    adaptive_tree(2, 4, 7, Stopping("threshold", 0.2)),
-]
+WAYS = [chain(4), tree(3, 3, 10), tree(3, 2, 5), tree(2, 4, 14)]  # two of them from the same drafts
+ADAPTIVE = [adaptive(4), adaptive_tree(3, 3, 10)]
 PRICES = [(FREE, FREE), (CHEAP, 0.02), (0.1, CHEAP), (DEAR, DEAR)]
 
 
@@ -103,10 +98,10 @@ def test_the_answers_are_what_they_are_meant_to_be():
     assert batches().steps_of_epochs(1) > 1 and max(map(len, batches().members(0))) > 2  # rows of several answers
 
 
-@pytest.mark.parametrize("made", [(True, 1), (True, 2), (False, LAYERED)], ids=str)
+@pytest.mark.parametrize("made", [(True, 1), (True, 2)], ids=str)
 def test_windows_of_one_size_are_those_of_decoding(made):
     drafter = world.drafter(*made)
-    ways = WAYS if made == (True, 1) else WAYS[1:3]
+    ways = WAYS if made == (True, 1) else WAYS[:2]
     for way, found in zip(ways, replay_all(drafter, PARAMS, CONFIG, batches(), ways), strict=True):
         wanted = decoded(PARAMS, CONFIG, drafter, batches().examples, way)
         assert_equal(found, wanted)
@@ -118,18 +113,19 @@ def test_windows_of_one_size_are_those_of_decoding(made):
 @pytest.mark.parametrize("made", [(True, 1), (True, 2), (False, LAYERED)], ids=str)
 def test_adaptive_windows_are_those_of_decoding(made):
     drafter = world.drafter(*made)
-    ways, table = (ADAPTIVE, PRICES) if made == (True, 1) else (ADAPTIVE[::2], PRICES[2:3])
-    tables = read_tables(drafter, PARAMS, CONFIG, batches(), ways)
+    table = PRICES if made == (True, 1) else PRICES[2:3]
+    tables = read_tables(drafter, PARAMS, CONFIG, batches(), ADAPTIVE)
     drafted = {}
-    for way in ways:
+    for way in ADAPTIVE:
         for price in table:
             found = simulate(tables, way, prices_of(*price))
             assert_equal(found, decoded(PARAMS, CONFIG, drafter, batches().examples, way, prices_of(*price)))
             drafted[way, price] = found.drafted_N.sum() / found.rounds_N.sum()
-    if len(table) > 1:  # dearer drafts are fewer, and none are made in most rounds of those that are not worth it
-        for way in (adaptive(4), adaptive_tree(3, 3, 10)):
+            assert (found.steps_N > 0).all()  # the first is always tried
+    if len(table) > 1:  # dearer drafts are fewer
+        for way in ADAPTIVE:
             free, cheap, dear, dearest = (drafted[way, price] for price in PRICES)
-            assert free > cheap > dear > dearest > 0
+            assert free > cheap > dear > dearest
 
 
 @pytest.mark.parametrize("rule", ["throughput", "threshold"])

@@ -169,8 +169,9 @@ def read_batch(
 
 def _read_plan(drafter: Drafter, embed_VxD: Array, windows: Windows, g_BxTxE: Array, kv, plan: Plan) -> Table:
     B, M = windows.anchor_BxM.shape
-    size = min(M, max(1, WINDOWS // (B * (plan.shape.branch if plan.shape else 1))))
-    blocks = -(-M // size)
+    blocks = -(-B * M * (plan.shape.branch if plan.shape else 1) // WINDOWS)
+    size = -(-M // min(blocks, M))
+    blocks = -(-M // size)  # all of them needed
 
     def in_blocks(x_BxM: Array) -> Array:
         """[blocks, B, size, ...]."""
