@@ -19,7 +19,7 @@ import numpy as np
 
 from ppow_jax import progress
 from ppow_jax.config import require
-from ppow_jax.evaluation import dialogues, report
+from ppow_jax.evaluation import dialogues, intervals, report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.costs import Costs, measure_costs, measure_prices
 from ppow_jax.evaluation.decoding import TO_THE_END, Decoded, Decoding, decode, require_head, rung, top2_margin
@@ -352,14 +352,14 @@ def _intervals(plain_arm: _Arm, fast_arm: _Arm, resamples: int = 1000) -> dict[s
     columns_NxX = np.array(
         [(f.new_tokens, f.verifications, f.decode_seconds, p.new_tokens, p.decode_seconds) for p, f in pairs], float
     )
-    chosen = np.random.default_rng(0).integers(0, len(pairs), (resamples, len(pairs)))
-    tokens, verifications, seconds, plain_tokens, plain_seconds = columns_NxX[chosen].sum(1).T
+    sums_RxX = intervals.resampled_sums(columns_NxX, resamples, seed=0)
+    tokens, verifications, seconds, plain_tokens, plain_seconds = sums_RxX.T
     with np.errstate(divide="ignore", invalid="ignore"):
         found = {
             "tau_interval": tokens / verifications,
             "speedup_interval": (tokens / seconds) / (plain_tokens / plain_seconds),
         }
-    return {name: np.nanpercentile(x, [2.5, 97.5]).tolist() for name, x in found.items()}
+    return {name: list(intervals.percentiles(x)) for name, x in found.items()}
 
 
 def _differences(target: Target, outputs: Sequence[Output], how: Decoding) -> dict[str, Any]:

@@ -94,16 +94,20 @@ def ahead(x_BxM: Array, s: int) -> Array:
     return jnp.pad(x_BxM, ((0, 0), (0, s)) + ((0, 0),) * (x_BxM.ndim - 2))[:, s : s + M]
 
 
-def _at_step(windows: Windows, s: int) -> tuple[Array, Array]:
-    """(label_BxM of the anchors' step s, valid_BxM: whether its token belongs to the anchor's answer)."""
+def in_answer(windows: Windows, s: int) -> Array:
+    """[B, M]: whether the token of the anchors' step s belongs to the anchor's answer."""
     valid_BxM = windows.anchor_mask_BxM & ahead(windows.anchor_mask_BxM, s)
-    valid_BxM &= ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s
-    return ahead(windows.label_BxM, s), valid_BxM
+    return valid_BxM & (ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s)
 
 
 def last_anchors(windows: Windows) -> Array:
     """[B, M]: the last anchor of each answer."""
-    return windows.anchor_mask_BxM & ~_at_step(windows, 1)[1]
+    return windows.anchor_mask_BxM & ~in_answer(windows, 1)
+
+
+def _at_step(windows: Windows, s: int) -> tuple[Array, Array]:
+    """(label_BxM of the anchors' step s, valid_BxM: see `in_answer`)."""
+    return ahead(windows.label_BxM, s), in_answer(windows, s)
 
 
 def counts(windows: Windows, steps: int) -> Array:

@@ -76,6 +76,10 @@ class Prices(NamedTuple):
         """To a row that decides by itself: what all rows lose in a round, whether or not others draft as well."""
         return Prices(rows * self.step, 1 + rows * (self.verify_N1 - 1))
 
+    def of_step(self, steps: int, widens: bool) -> Array:
+        """Of one more draft step after `steps`. widens: what it drafts is certain to be verified, which counts too."""
+        return self.step + (self.verify_N1[steps + 1] - self.verify_N1[steps] if widens else 0.0)
+
     def of_round(self, steps_B: Array, drafted_B: Array) -> Array:
         """[B]: of rounds with so many draft steps and verified drafts."""
         return self.step * steps_B + self.verify_N1[drafted_B]

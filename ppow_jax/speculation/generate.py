@@ -100,8 +100,8 @@ def _decisions(state: State, speculation: Speculation, sampling: Sampling, price
     def go_on(steps: int, logp_BxX: Array) -> Array:
         if steps == 0:  # the first is always tried: it shows how drafts fare
             return pace.drafts_B & ~state.done_B
-        widening = 0.0 if speculation.shape else prices.verify_N1[steps + 1] - prices.verify_N1[steps]
-        return goes_on(pace, stopping, prices.step + widening, logp_BxX, live_B)
+        price = prices.of_step(steps, widens=speculation.shape is None)
+        return goes_on(pace, stopping, price, logp_BxX, live_B)
 
     if not speculation.shape:
         return {"go_on": lambda steps, logp_Bx1: go_on(steps, logp_Bx1)[:, None], "confident": stopping.head}

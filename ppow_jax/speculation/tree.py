@@ -96,6 +96,20 @@ class Path(NamedTuple):
     index_BxD1: Array
 
 
+class Candidates(NamedTuple):
+    """All C nodes that were drafted for each of B trees, level by level, see `TreeShape.candidates_of`.
+
+    logp_BxC: the drafter's log-probability of the path to the node; -inf where its level was not drafted.
+    token_BxC: target ids. parent_BxC: index among the candidates, from 1; 0 is the root. steps_B: levels that were
+    drafted.
+    """
+
+    logp_BxC: Array
+    token_BxC: Array
+    parent_BxC: Array
+    steps_B: Array
+
+
 def propose_tree(
     drafter: Drafter,
     embed_VxD: Array,
@@ -118,51 +132,81 @@ def propose_tree(
     falling, -inf where there is none -> how many of them a row keeps. By default all rows draft and keep all.
     confident: nodes are judged by the confidence head, see `shared`, not by the drafter's probabilities alone.
     """
-    B, X = root_Bx1.shape[0], shape.branch
+    anchored = g_Bx1xE, root_Bx1, position_Bx1, prefix
+    return _best(*draft_candidates(drafter, embed_VxD, *anchored, shape, go_on, confident), shape, keep)
 
-    def levels(s: int, g_BxMxE, token_BxM, chain, logp_BxM, index_BxM, going_B) -> list[tuple]:
-        """(logp, token, parent, going) of levels s, s+1, .., depth-1: [B, M X] of its candidates, and [B, 1].
 
-        logp_BxM, index_BxM: of the nodes that are expanded; their index counts all candidates, from 1.
+def draft_candidates(
+    drafter: Drafter,
+    embed_VxD: Array,
+    g_BxRxE: Array,
+    root_BxR: Array,
+    position_BxR: Array,
+    prefix: Sequence[Prefix],
+    shape: TreeShape,
+    go_on: Callable[[int, Array], Array] | None = None,
+    confident: bool = False,
+) -> Candidates:
+    """Drafts everything that the trees below R roots per row choose from: B * R trees, row by row.
+
+    The arguments are those of `propose_tree`, of R anchors per row (mask_BxRxL in the prefix).
+    """
+    (B, R), X = root_BxR.shape, shape.branch
+    beams = position_BxR, prefix  # one root's hold for all its nodes
+    if R > 1:
+        beams = jnp.repeat(position_BxR, X, 1), [Prefix(kv, jnp.repeat(mask, X, 1)) for kv, mask in prefix]
+
+    def by_tree(x: Array) -> Array:  # [B, R M, ...] -> [B R, M, ...]
+        return x.reshape(B * R, -1, *x.shape[2:])
+
+    def by_row(x: Array) -> Array:  # and back
+        return x.reshape(B, -1, *x.shape[2:])
+
+    def levels(s: int, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T) -> list[tuple]:
+        """(logp, token, parent, going) of levels s, s+1, .., depth-1: [T, M X] of its candidates, and [T, 1].
+
+        M counts the nodes that are expanded: those of all trees of a row, or of each of the T = B R trees. logp_TxM,
+        index_TxM: of these nodes; their index counts all candidates, from 1.
         """
+        position_BxM, keys = beams if s else (position_BxR, prefix)
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
-        out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_Bx1 + s, prefix, chain, first=s == 0)
+        out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, keys, chain, first=s == 0)
         logits_BxMxW = sharding.whole_logits(drafting.logits(drafter, out))
         top_BxMxX, id_BxMxX = top_k(logits_BxMxW, X)
         top_BxMxX -= jax.nn.logsumexp(logits_BxMxW, -1, keepdims=True)
         if confident:
             top_BxMxX = shared(log_confidence(drafter.params, drafter.norm(out, "norm")), top_BxMxX)
-        logp_BxC = (logp_BxM[..., None] + top_BxMxX).reshape(B, -1)
+        logp_TxC = (logp_TxM[..., None] + by_tree(top_BxMxX)).reshape(B * R, -1)
         if go_on is not None:
-            logp_BxC = jnp.where(going_B[:, None], logp_BxC, -jnp.inf)
-        token_BxC = drafter.target_ids_W[id_BxMxX].reshape(B, -1)
-        mine = logp_BxC, token_BxC, jnp.repeat(index_BxM, X, axis=1), going_B[:, None]
+            logp_TxC = jnp.where(going_T[:, None], logp_TxC, -jnp.inf)
+        token_TxC = drafter.target_ids_W[id_BxMxX].reshape(B * R, -1)
+        mine = logp_TxC, token_TxC, jnp.repeat(index_TxM, X, axis=1), going_T[:, None]
         if s + 1 == shape.depth:
             return [mine]
-        logp_BxM, chosen_BxM = jax.lax.top_k(logp_BxC, X)
-        index_BxM = 1 + shape.candidates_of(s) + chosen_BxM
-        beam_BxM = chosen_BxM // X
-        g_BxMxE = _beams(drafting.feed(drafter, out), beam_BxM)
-        chain = jax.tree.map(lambda x_BxMxX: _beams(x_BxMxX, beam_BxM), chain)
-        token_BxM = jnp.take_along_axis(token_BxC, chosen_BxM, 1)
-        return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, logp_BxM, index_BxM, going_B)]
+        logp_TxM, chosen_TxM = jax.lax.top_k(logp_TxC, X)
+        index_TxM = 1 + shape.candidates_of(s) + chosen_TxM
+        beam_TxM = chosen_TxM // X
+        g_BxMxE = by_row(_beams(by_tree(drafting.feed(drafter, out)), beam_TxM))
+        chain = jax.tree.map(lambda x: by_row(_beams(by_tree(x), beam_TxM)), chain)
+        token_BxM = by_row(jnp.take_along_axis(token_TxC, chosen_TxM, 1))
+        return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T)]
 
-    def further(s: int, g_BxMxE, token_BxM, chain, logp_BxM, index_BxM, going_B) -> list[tuple]:
-        expand = functools.partial(levels, s, g_BxMxE, token_BxM, chain, logp_BxM, index_BxM)
+    def further(s: int, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T) -> list[tuple]:
+        expand = functools.partial(levels, s, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM)
         if go_on is None:
-            return expand(going_B)
-        going_B &= go_on(s, logp_BxM)
-        return jax.lax.cond(going_B.any(), lambda: expand(going_B), lambda: nothing[s:])
+            return expand(going_T)
+        going_T &= go_on(s, logp_TxM)
+        return jax.lax.cond(going_T.any(), lambda: expand(going_T), lambda: nothing[s:])
 
     def blank(C: int) -> tuple:
-        token_BxC, parent_BxC = jnp.zeros((B, C), drafter.target_ids_W.dtype), jnp.zeros((B, C), jnp.int32)
-        return jnp.full((B, C), -jnp.inf), token_BxC, parent_BxC, jnp.zeros((B, 1), bool)
+        token_TxC, parent_TxC = jnp.zeros((B * R, C), drafter.target_ids_W.dtype), jnp.zeros((B * R, C), jnp.int32)
+        return jnp.full((B * R, C), -jnp.inf), token_TxC, parent_TxC, jnp.zeros((B * R, 1), bool)
 
     nothing = [blank(C) for C in (X, *[X**2] * (shape.depth - 1))]
-    root = jnp.zeros((B, 1)), jnp.zeros((B, 1), jnp.int32)
-    drafted = further(0, g_Bx1xE, root_Bx1, (), *root, jnp.ones(B, bool))
+    roots = jnp.zeros((B * R, 1)), jnp.zeros((B * R, 1), jnp.int32)
+    drafted = further(0, g_BxRxE, root_BxR, (), *roots, jnp.ones(B * R, bool))
     logp, token, parent, going = (jnp.concatenate(x, 1) for x in zip(*drafted, strict=True))
-    return _best(logp, token, parent, going.sum(-1), shape, keep)
+    return Candidates(logp, token, parent, going.sum(-1))
 
 
 def shared(log_chance: Array, logp_xX: Array) -> Array:

@@ -1,0 +1,270 @@
+"""Greedy speculative decoding replayed on recorded answers, without decoding.
+
+At temperature 0 the target's text does not depend on the drafter, so that one set of the target's own answers serves
+to compare many drafters and ways to speculate: the target reads the answers once (`training.features` keeps what it
+made of them), the drafter drafts from every place of them at once (`evaluation.replay_tables`), and the rounds follow
+from these drafts one after the other, the decisions of adaptive windows among them, answer by answer as at batch 1.
+
+Counts are those of `evaluation.decoding.decode`, up to the target's rounding: the same answers, read in one pass or in
+many, give logits that differ in their last digits. One thing is left out: drafts of an answer's last round that the
+target would accept behind the end of the answer, of which the answer does not tell. They count in decode's histogram,
+and neither in its tokens nor in its rounds.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppow_jax import sharding
+from ppow_jax.data.batches import Batches
+from ppow_jax.errors import UserError
+from ppow_jax.evaluation.decoding import require_head
+from ppow_jax.evaluation.replay_tables import ChainTable, Plan, Table, TreeTable, plans_of, read_batch
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation.adaptive import Pace, Prices, goes_on, kept, update
+from ppow_jax.speculation.settings import Speculation
+from ppow_jax.training.features import FeatureStore
+
+Array = jax.Array
+
+
+class Replayed(NamedTuple):
+    """What decoding N answers takes; arrays in the order of `batches.examples`.
+
+    tokens_N: tokens that decoding gains, all of an answer but the first, which the prefill makes. rounds_N:
+    verifications. drafted_N: drafted tokens that were verified. steps_N: draft steps. cost_N: of all rounds, in steps
+    of plain decoding; nan without prices. accepted_NxK1: how many rounds accepted 0..K drafts.
+    """
+
+    tokens_N: np.ndarray
+    rounds_N: np.ndarray
+    drafted_N: np.ndarray
+    steps_N: np.ndarray
+    cost_N: np.ndarray
+    accepted_NxK1: np.ndarray
+
+    @property
+    def tau(self) -> float:
+        """Tokens per round, over all answers."""
+        return float(self.tokens_N.sum() / self.rounds_N.sum())
+
+    @property
+    def speedup(self) -> float:
+        """Over plain decoding, as the prices have it; nan without prices."""
+        return float(self.tokens_N.sum() / self.cost_N.sum())
+
+
+class Tables(NamedTuple):
+    """All drafts of one drafter from A anchors: a table per plan (see `replay_tables`), [A, ...].
+
+    start_N, count_N: the anchors of each answer, in the order of `batches.examples`.
+    """
+
+    of: dict[Plan, Table]
+    start_N: np.ndarray
+    count_N: np.ndarray
+
+
+def replay(
+    drafter: Drafter,
+    target_params: dict,
+    config: ModelConfig,
+    batches: Batches,
+    speculation: Speculation,
+    prices: Prices | None = None,
+    features: FeatureStore | None = None,
+) -> Replayed:
+    """One way to speculate; see `replay_all`."""
+    return replay_all(drafter, target_params, config, batches, [speculation], prices, features)[0]
+
+
+def replay_all(
+    drafter: Drafter,
+    target_params: dict,
+    config: ModelConfig,
+    batches: Batches,
+    speculations: Sequence[Speculation],
+    prices: Prices | None = None,
+    features: FeatureStore | None = None,
+) -> list[Replayed]:
+    """What greedy decoding at batch 1 would count in each of some ways to speculate, on the answers of `batches`.
+
+    Ways share the target's pass and, where they draft alike, their drafts: chains of any length, and trees of any depth
+    and size with the same branch.
+
+    Args:
+      config: of the target.
+      batches: the target's own greedy answers, one per example. An example that was cut to fit a row is an answer of
+        that length.
+      prices: of rounds, for as many verified tokens as the widest way has, or more; needed by adaptive windows, which
+        decide by them.
+      features: of these batches, where the target has read them before.
+
+    Raises:
+      UserError: for a way without drafts, prices that are missing or too few, a confidence head that the drafter lacks,
+        features of other batches, or an example with more than one answer.
+    """
+    for way in speculations:
+        _check_prices(way, prices)
+    tables = read_tables(drafter, target_params, config, batches, speculations, features)
+    return [simulate(tables, way, prices) for way in speculations]
+
+
+def read_tables(
+    drafter: Drafter,
+    target_params: dict,
+    config: ModelConfig,
+    batches: Batches,
+    speculations: Sequence[Speculation],
+    features: FeatureStore | None = None,
+) -> Tables:
+    """The drafts that the ways to speculate are replayed from, whatever the prices; see `replay_all`."""
+    for way in speculations:
+        if way.window < 1:
+            raise UserError("a replay without drafts has nothing to count: its window must be at least 1")
+        require_head(drafter, way)
+    if features is not None and features.batches is not batches:
+        raise UserError("the features were made of other batches than those to replay")
+    for example, anchors in zip(batches.examples, batches.anchors, strict=True):
+        if np.any(np.diff(anchors) != 1):
+            raise UserError(f"{example.source}: holds more than one answer; a replay takes examples of one each")
+    plans = plans_of(speculations)
+    count_N = np.array([len(anchors) for anchors in batches.anchors])
+    start_N = np.cumsum(count_N) - count_N
+    found: list[Table] | None = None
+    for step in range(batches.steps_of_epochs(1)):  # epoch 0 holds every example once
+        batch = batches.at(step)
+        cached = None if features is None else tuple(features.at(step, batch))
+        given = sharding.place((batch, cached))
+        tables = sharding.fetch(read_batch(drafter, target_params, *given, config=config, plans=plans))
+        if found is None:
+            found = jax.tree.map(lambda x: np.zeros((count_N.sum(), *x.shape[2:]), x.dtype), list(tables))
+        for b, members in enumerate(batches.members(step)):
+            m = 0
+            for i in members:
+                for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(tables), strict=True):
+                    whole[start_N[i] : start_N[i] + count_N[i]] = part[b, m : m + count_N[i]]
+                m += count_N[i]
+    assert found is not None  # batches hold an example at least
+    return Tables(dict(zip(plans, jax.device_put(found), strict=True)), start_N, count_N)
+
+
+def simulate(tables: Tables, speculation: Speculation, prices: Prices | None = None) -> Replayed:
+    """The rounds of all answers, from tables that hold the drafts of such a way; see `replay_all`."""
+    prices = _check_prices(speculation, prices)
+    table = next((table for plan, table in tables.of.items() if plan.holds(speculation)), None)
+    if table is None:
+        raise UserError(f"the tables were not made for {speculation}")
+    counts = jnp.asarray(tables.start_N, jnp.int32), jnp.asarray(tables.count_N, jnp.int32)
+    sums = jax.device_get(_rounds(table, *counts, prices, speculation=speculation))
+    cost_N = np.full(len(tables.count_N), np.nan) if prices is None else sums.cost_N
+    return Replayed(*sums._replace(cost_N=cost_N))
+
+
+def _check_prices(speculation: Speculation, prices: Prices | None) -> Prices | None:
+    """The prices of as many tokens as the way verifies at most."""
+    if prices is None:
+        if speculation.adaptive:
+            raise UserError("adaptive windows decide by prices, but none are given")
+        return None
+    N1 = speculation.verified + 1
+    if len(prices.verify_N1) < N1:
+        held = len(prices.verify_N1) - 1
+        raise UserError(f"prices of verifying 0..{held} drafted tokens, but {speculation.verified} may be verified")
+    return prices._replace(verify_N1=prices.verify_N1[:N1])
+
+
+class _Round(NamedTuple):
+    """One round of each answer, [N] each: draft steps, verified drafts, accepted ones, the most that could be accepted,
+    and what their chances add up to.
+    """
+
+    steps_N: Array
+    drafted_N: Array
+    accepted_N: Array
+    depth_N: Array
+    expected_N: Array
+
+
+@functools.partial(jax.jit, static_argnames=("speculation",))
+def _rounds(
+    table: Table, start_N: Array, count_N: Array, prices: Prices | None, *, speculation: Speculation
+) -> Replayed:
+    """Rounds of all answers, each deciding by itself, until the longest is through."""
+    one_round = _chain_round if isinstance(table, ChainTable) else _tree_round
+    K1 = speculation.window + 1
+
+    def body(carry):
+        sums, pace = carry
+        at_N = sums.tokens_N
+        live_N = at_N < count_N
+        here = jax.tree.map(lambda x: x[start_N + jnp.minimum(at_N, count_N - 1)], table)
+        found: _Round = one_round(here, speculation, pace, prices)
+        cost_N = 0.0 if prices is None else prices.of_round(found.steps_N, found.drafted_N)
+        if speculation.adaptive:
+            pace = update(pace, found.accepted_N, found.steps_N, found.depth_N, found.expected_N, cost_N)
+        gained_N = jnp.minimum(found.accepted_N + 1, count_N - at_N)
+        accepted_NxK1 = jax.nn.one_hot(found.accepted_N, K1, dtype=jnp.int32)
+        new = Replayed(gained_N, jnp.ones_like(at_N), found.drafted_N, found.steps_N, cost_N, accepted_NxK1)
+
+        def add(total, x):
+            return total + jnp.where(live_N.reshape(-1, *[1] * (total.ndim - 1)), x, 0)
+
+        return jax.tree.map(add, sums, new), pace
+
+    N = len(count_N)
+    none_N = jnp.zeros(N, jnp.int32)
+    nothing = Replayed(none_N, none_N, none_N, none_N, jnp.zeros(N), jnp.zeros((N, K1), jnp.int32))
+    start = nothing, Pace.start(N)
+    return jax.lax.while_loop(lambda carry: (carry[0].tokens_N < count_N).any(), body, start)[0]
+
+
+def _chain_round(here: ChainTable, speculation: Speculation, pace: Pace, prices: Prices | None) -> _Round:
+    logp_NxK = here.logp_AxK[:, : speculation.window]
+    steps_N = _steps(speculation, pace, prices, lambda s: logp_NxK[:, s - 1 : s])
+    taken_NxK = jnp.arange(speculation.window) < steps_N[:, None]
+    expected_N = jnp.where(taken_NxK, jnp.exp(logp_NxK), 0.0).sum(-1)
+    return _Round(steps_N, steps_N, jnp.minimum(here.accepted_A, steps_N), steps_N, expected_N)
+
+
+def _tree_round(here: TreeTable, speculation: Speculation, pace: Pace, prices: Prices | None) -> _Round:
+    assert speculation.shape is not None
+    N = speculation.shape.nodes
+    steps_N = _steps(speculation, pace, prices, lambda s: here.frontier_AxKxX[:, s - 1])
+
+    def drafted(x_NxKxX: Array) -> Array:
+        """After the levels that were drafted."""
+        last_N = jnp.maximum(steps_N - 1, 0)
+        return jnp.take_along_axis(x_NxKxX, last_N[:, None, None], 1)[:, 0]
+
+    best_NxN = drafted(here.best_AxKxN)[:, :N]
+    nodes_N = jnp.full_like(steps_N, N)
+    if speculation.adaptive:
+        assert prices is not None
+        nodes_N = kept(pace, speculation.adaptive, prices.verify_N1, best_NxN)
+        nodes_N = jnp.where(steps_N > 0, jnp.minimum(nodes_N, (best_NxN > -jnp.inf).sum(-1)), 0)
+    kept_NxN = jnp.arange(N) < nodes_N[:, None]
+    depth_N = jnp.where(kept_NxN, drafted(here.level_AxKxN)[:, :N], 0).max(-1)
+    expected_N = jnp.where(kept_NxN, jnp.exp(best_NxN), 0.0).sum(-1)
+    accepted_N = (drafted(here.rank_AxKxK) < nodes_N[:, None]).sum(-1)  # parents come before their children
+    return _Round(steps_N, nodes_N, accepted_N, depth_N, expected_N)
+
+
+def _steps(speculation: Speculation, pace: Pace, prices: Prices | None, logp_NxX) -> Array:
+    """[N]: draft steps of a round. logp_NxX: steps made -> log-chances of what the next one would extend."""
+    K = speculation.window
+    if not speculation.adaptive:
+        return jnp.full(pace.rest_B.shape, K, jnp.int32)
+    assert prices is not None
+    going_N, steps_N = pace.drafts_B, jnp.zeros(pace.rest_B.shape, jnp.int32)
+    for s in range(K):
+        if s:
+            price = prices.of_step(s, widens=speculation.shape is None)
+            going_N &= goes_on(pace, speculation.adaptive, price, logp_NxX(s))
+        steps_N += going_N
+    return steps_N

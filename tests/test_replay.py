@@ -1,0 +1,201 @@
+"""The replay counts what decoding counts, round by round, in every mode."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_world
+import twelve_tokens as world
+from test_confidence import confident
+from twelve_tokens import CHEAP, DEAR, FREE, GREEDY, LAYERED
+
+from ppow_jax.data.batches import Batches
+from ppow_jax.data.encoding import Example
+from ppow_jax.errors import UserError
+from ppow_jax.evaluation.replay import Replayed, read_tables, replay, replay_all, simulate
+from ppow_jax.evaluation.replay_tables import plans_of
+from ppow_jax.speculation import generate
+from ppow_jax.speculation.adaptive import Prices, Stopping
+from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, off, tree
+from ppow_jax.training.features import FeatureStore
+
+N, LONGEST, ROW = 24, 90, 256  # answers that are long enough for drafting to rest and to try again
+CONFIG = dataclasses.replace(world.CONFIG, eos_token_ids=(2,))  # a token that ends some answers, not most
+PARAMS = world.PARAMS
+WAYS = [chain(4), tree(3, 3, 10), tree(3, 2, 5), tree(2, 4, 14)]  # two of them from the same drafts
+ADAPTIVE = [adaptive(4), adaptive_tree(3, 3, 10)]
+PRICES = [(FREE, FREE), (CHEAP, 0.02), (0.1, CHEAP), (DEAR, DEAR)]
+
+
+def prices_of(step: float, token: float, N: int = 14) -> Prices:
+    """token: of verifying one more of up to N drafts."""
+    return Prices.of(step, 1 + token * np.arange(N + 1))
+
+
+@functools.cache
+def examples() -> list[Example]:
+    """The target's greedy answers of at most LONGEST tokens."""
+    prompt_NxP, prompt_N, _ = (x[:N] for x in world.prompts())
+    L = generate.cache_length(world.P, LONGEST, 0)
+    keys = jax.random.split(jax.random.key(0), N)
+    begin = (jnp.asarray(x) for x in (prompt_NxP, prompt_N, prompt_N + LONGEST))
+    state = generate.prefill(PARAMS, CONFIG, None, *begin, keys, K=0, sampling=GREEDY, L=L)
+    state = generate.decode(PARAMS, CONFIG, None, state, LONGEST, speculation=off(), sampling=GREEDY)
+    ends = zip(np.asarray(state.tokens_BxL), prompt_N, np.asarray(state.length_B), strict=True)
+    found = [Example(tokens[:end], np.arange(end) >= start, f"answer {start}") for tokens, start, end in ends]
+    return [example for example in found if example.answer_mask.sum() > 1]
+
+
+@functools.cache
+def batches() -> Batches:
+    return Batches(examples(), seed=3, batch_size=2, row_length=ROW, max_anchors=ROW - 8)
+
+
+def decoded(params, config, drafter, examples, speculation, prices=None, longest=LONGEST) -> Replayed:
+    """What decoding at batch 1 counts; the drafts that it accepts behind an answer's end are left out."""
+    K = speculation.window
+    P = max(int((~example.answer_mask).sum()) for example in examples)
+    if prices is not None:
+        prices = prices._replace(verify_N1=prices.verify_N1[: speculation.verified + 1])
+    found = []
+    for example in examples:
+        start, end = int((~example.answer_mask).sum()), len(example.tokens)
+        prompt_1xP = np.zeros((1, P), np.int32)
+        prompt_1xP[0, :start] = example.tokens[:start]
+        begin = prompt_1xP, np.array([start]), np.array([start + longest]), jax.random.split(jax.random.key(0), 1)
+
+        def run(rounds, begin=begin):
+            L = generate.cache_length(P, longest, K)
+            state = generate.prefill(params, config, drafter, *map(jnp.asarray, begin), K=K, sampling=GREEDY, L=L)
+            how = {"speculation": speculation, "sampling": GREEDY, "prices": prices}
+            state = generate.decode(params, config, drafter, state, rounds, **how)
+            read = state.tokens_BxL, state.length_B, state.histogram_BxK1, state.drafted_B
+            return [np.array(x)[0] for x in read]
+
+        tokens, length, histogram_K1, drafted = run(10_000)
+        np.testing.assert_array_equal(tokens[:length], example.tokens)
+        rounds = histogram_K1.sum()
+        _, before, earlier_K1, _ = run(rounds - 1)
+        assert earlier_K1.sum() == rounds - 1
+        last = min(int((histogram_K1 - earlier_K1).argmax()), end - before)
+        earlier_K1[last] += 1
+        found.append((length - start - 1, rounds, drafted, 0, 0.0, earlier_K1))
+    return Replayed(*(np.array(x) for x in zip(*found, strict=True)))
+
+
+def assert_equal(found: Replayed, wanted: Replayed) -> None:
+    for name in ("tokens_N", "rounds_N", "drafted_N", "accepted_NxK1"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), name)
+
+
+def test_the_answers_are_what_they_are_meant_to_be():
+    lengths = np.array([example.answer_mask.sum() for example in batches().examples])
+    ended = np.array([example.tokens[-1] == 2 for example in batches().examples])
+    assert 3 < ended.sum() < len(ended) - 3 and (lengths[~ended] == LONGEST).all() and lengths[ended].min() < 40
+    assert batches().steps_of_epochs(1) > 1 and max(map(len, batches().members(0))) > 2  # rows of several answers
+
+
+@pytest.mark.parametrize("made", [(True, 1), (True, 2)], ids=str)
+def test_windows_of_one_size_are_those_of_decoding(made):
+    drafter = world.drafter(*made)
+    ways = WAYS if made == (True, 1) else WAYS[:2]
+    for way, found in zip(ways, replay_all(drafter, PARAMS, CONFIG, batches(), ways), strict=True):
+        wanted = decoded(PARAMS, CONFIG, drafter, batches().examples, way)
+        assert_equal(found, wanted)
+        assert (wanted.accepted_NxK1.sum(0)[:2] > 10).all()  # a fair sample
+        np.testing.assert_array_equal(found.steps_N, way.window * found.rounds_N)
+        assert np.isnan(found.cost_N).all() and found.tau == wanted.tokens_N.sum() / wanted.rounds_N.sum()
+
+
+@pytest.mark.parametrize("made", [(True, 1), (True, 2), (False, LAYERED)], ids=str)
+def test_adaptive_windows_are_those_of_decoding(made):
+    drafter = world.drafter(*made)
+    table = PRICES if made == (True, 1) else PRICES[2:3]
+    tables = read_tables(drafter, PARAMS, CONFIG, batches(), ADAPTIVE)
+    drafted = {}
+    for way in ADAPTIVE:
+        for price in table:
+            found = simulate(tables, way, prices_of(*price))
+            assert_equal(found, decoded(PARAMS, CONFIG, drafter, batches().examples, way, prices_of(*price)))
+            drafted[way, price] = found.drafted_N.sum() / found.rounds_N.sum()
+            assert (found.steps_N > 0).all()  # the first is always tried
+    if len(table) > 1:  # dearer drafts are fewer
+        for way in ADAPTIVE:
+            free, cheap, dear, dearest = (drafted[way, price] for price in PRICES)
+            assert free > cheap > dear > dearest
+
+
+@pytest.mark.parametrize("rule", ["throughput", "threshold"])
+def test_windows_that_the_head_ends_are_those_of_decoding(rule):
+    stopping = Stopping(rule, 0.3, head=True)
+    ways = [adaptive(3, stopping=stopping), adaptive_tree(3, 3, 10, stopping)]
+    drafter, prices = confident(True, 1), prices_of(0.01, 0.01)
+    by_drafter = dataclasses.replace(ways[1], adaptive=Stopping(rule, 0.3))
+    *found, other = replay_all(drafter, PARAMS, CONFIG, batches(), [*ways, by_drafter], prices)
+    for way, one in zip(ways, found, strict=True):
+        assert_equal(one, decoded(PARAMS, CONFIG, drafter, batches().examples, way, prices))
+    assert (found[1].drafted_N != other.drafted_N).any()  # the head had its say
+
+
+def test_a_trained_drafter_of_another_target():
+    drafter, params, config = small_world.trained(), small_world.target_params(), small_world.CONFIG
+    ways, prices = [chain(3), adaptive_tree(3, 4, 12)], prices_of(0.05, 0.03)
+    found = replay_all(drafter, params, config, small_world.batches(), ways, prices)
+    for way, one in zip(ways, found, strict=True):
+        given = params, config, drafter, small_world.batches().examples, way, prices, small_world.ANSWER
+        assert_equal(one, decoded(*given))
+    assert found[0].tau > 1.3
+
+
+def test_what_rounds_cost_by_hand():
+    prices = prices_of(0.25, 0.5)
+    fixed, ways = chain(4), [chain(4), adaptive(4)]
+    found, adapted = replay_all(world.drafter(True, 1), PARAMS, CONFIG, batches(), ways, prices)
+    np.testing.assert_allclose(found.cost_N, found.rounds_N * (4 * 0.25 + 1 + 4 * 0.5))
+    assert found.speedup == pytest.approx(found.tau / 4)
+    every_N = adapted.rounds_N + 0.25 * adapted.steps_N + 0.5 * adapted.drafted_N
+    np.testing.assert_allclose(adapted.cost_N, every_N, rtol=1e-6)
+    assert adapted.speedup > found.speedup and fixed.verified == 4
+
+
+def test_how_answers_are_packed_and_who_reads_them_changes_nothing(tmp_path):
+    drafter, ways = world.drafter(True, 1), [chain(4), adaptive_tree(3, 3, 10)]
+    prices = prices_of(0.1, 0.05)
+    alone = Batches(examples(), seed=5, batch_size=1, row_length=128, max_anchors=100)
+    whole = replay_all(drafter, PARAMS, CONFIG, batches(), ways, prices)
+    for one, other in zip(replay_all(drafter, PARAMS, CONFIG, alone, ways, prices), whole, strict=True):
+        assert_equal(one, other)
+    store = FeatureStore(tmp_path, alone, PARAMS, CONFIG, drafter.config.feature_layers)
+    for one, other in zip(replay_all(drafter, PARAMS, CONFIG, alone, ways, prices, store), whole, strict=True):
+        assert_equal(one, other)
+    with pytest.raises(UserError, match="other batches"):
+        replay(drafter, PARAMS, CONFIG, batches(), chain(4), features=store)
+
+
+def test_ways_that_draft_alike_share_their_drafts():
+    plans = plans_of([chain(2), adaptive(5), tree(3, 2, 9), adaptive_tree(3, 4, 7), tree(2, 1, 2)])
+    assert [(p.depth, p.shape and (p.shape.branch, p.shape.depth, p.shape.nodes)) for p in plans] == [
+        (5, None), (4, (3, 4, 9)), (1, (2, 1, 2)),
+    ]  # fmt: skip
+    assert not any(plan.holds(tree(3, 5, 9)) or plan.holds(adaptive(3, stopping=Stopping(head=True))) for plan in plans)
+
+
+def test_what_cannot_be_replayed_is_refused():
+    drafter = world.drafter(True, 1)
+    refused = functools.partial(replay, drafter, PARAMS, CONFIG)
+    with pytest.raises(UserError, match="adaptive windows decide by prices"):
+        refused(batches(), adaptive(3))
+    with pytest.raises(UserError, match=r"verifying 0\.\.2 drafted tokens, but 4 may be verified"):
+        refused(batches(), chain(4), prices_of(0.1, 0.1, N=2))
+    with pytest.raises(UserError, match="window must be at least 1"):
+        refused(batches(), off())
+    with pytest.raises(UserError, match="--confidence=head"):
+        refused(batches(), adaptive(3, stopping=Stopping(head=True)), prices_of(0.1, 0.1))
+    turns = Example(np.arange(8, dtype=np.int32), np.array([0, 1, 1, 0, 0, 1, 1, 1], bool), "dialogue:3")
+    with pytest.raises(UserError, match="dialogue:3: holds more than one answer"):
+        refused(Batches([turns], seed=0, batch_size=1, row_length=8, max_anchors=8), chain(2))
+    with pytest.raises(UserError, match="were not made for"):
+        simulate(read_tables(drafter, PARAMS, CONFIG, batches(), [chain(2)]), chain(3))
