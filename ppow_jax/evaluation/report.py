@@ -61,7 +61,7 @@ _MEANING = (
     "that are token for token the same as plain decoding's."
 )
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -254,7 +254,7 @@ def _time(spent: Mapping[str, Any]) -> str:
 def plot_results(path: str | os.PathLike, report: Report) -> None:
     """Draws tau and speedup per benchmark and arm, and acceptance by position, to a PNG file."""
     arms = [a for a in report["arms"] if a["results"]]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 7), layout="constrained")
         tau, speedup, conditional, marginal = figure.subplots(2, 2).flat
         _bars(tau, arms, "tau", "tokens per verification (tau)")
@@ -263,7 +263,7 @@ def plot_results(path: str | os.PathLike, report: Report) -> None:
         _acceptance(marginal, arms, "marginal_acceptance_by_position", "acceptance of the whole prefix")
         handles, labels = tau.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=max(1, len(labels)))
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_curves(
@@ -283,7 +283,7 @@ def plot_curves(
     for name in names:
         having = [stage for stage in stages if any(name in row and row["stage"] == stage for row in rows)]
         panels += [(name, having)] if name in _SHARED and having else [(name, [stage]) for stage in having]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         lines = max(1, -(-len(panels) // 2))
         figure = Figure(figsize=(10, 2.6 * lines), layout="constrained")
         axes = list(np.atleast_1d(figure.subplots(lines, 2, squeeze=False)).flat)
@@ -291,7 +291,7 @@ def plot_curves(
             _curve(ax, rows, name, having, stages)
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _bars(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
@@ -302,7 +302,7 @@ def _bars(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: str) -> 
         rows = {_label(row, arms): row for row in a["results"]}
         at = [labels.index(label) + (i - (len(arms) - 1) / 2) * width for label in rows]
         values = [_number(row[key]) for row in rows.values()]
-        bars = ax.bar(at, values, width * 0.92, label=a["name"], color=_colour(i))
+        bars = ax.bar(at, values, width * 0.92, label=a["name"], color=colour(i))
         labels_above = ["" if math.isnan(value) else f"{value:.2f}" for value in values]
         ax.bar_label(bars, labels_above, fontsize=7.5, padding=2, rotation=90 if crowded else 0)
     ax.axhline(1, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
@@ -330,7 +330,7 @@ def _acceptance(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: st
         if not lines:
             continue
         for line in lines:
-            ax.plot(range(1, len(line) + 1), line, color=_colour(i), alpha=0.3, linewidth=0.9)
+            ax.plot(range(1, len(line) + 1), line, color=colour(i), alpha=0.3, linewidth=0.9)
         depth = max(map(len, lines))
         padded = np.array([np.pad(line, (0, depth - len(line)), constant_values=np.nan) for line in lines])
         known = np.isfinite(padded)
@@ -338,7 +338,7 @@ def _acceptance(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: st
         ax.plot(
             np.arange(1, depth + 1)[known.any(0)],
             means[known.any(0)],
-            color=_colour(i),
+            color=colour(i),
             marker="o",
             markersize=3.5,
         )
@@ -353,20 +353,20 @@ def _curve(ax: Axes, rows: Sequence[Row], name: str, having: Sequence[str], stag
     for stage in having:
         points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and row.get(name) is not None]
         step, value = np.asarray(points, float).T
-        colour = _colour(stages.index(stage) + 1)
+        mine = colour(stages.index(stage) + 1)
         dense = len(value) > 60
         ax.plot(
             step + offset,
             value,
-            color=colour,
+            color=mine,
             alpha=0.3 if dense else 1,
             linewidth=1,
             marker="" if dense else ".",
         )
         if dense:
-            ax.plot(step + offset, _smooth(value, len(value) // 30), color=colour, linewidth=1.8)
+            ax.plot(step + offset, _smooth(value, len(value) // 30), color=mine, linewidth=1.8)
         if len(having) > 1:
-            ax.text(offset + step[0], 1.0, f" {stage}", color=colour, transform=ax.get_xaxis_transform(), va="top")
+            ax.text(offset + step[0], 1.0, f" {stage}", color=mine, transform=ax.get_xaxis_transform(), va="top")
             if offset:
                 ax.axvline(offset, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
         offset += int(max(row["step"] for row in rows if row["stage"] == stage))
@@ -382,11 +382,13 @@ def _smooth(value: np.ndarray, width: int) -> np.ndarray:
     return total / np.maximum(np.convolve(finite, window, mode="same"), 1)
 
 
-def _colour(index: int) -> str:
+def colour(index: int) -> str:
+    """The colour of an arm by its number."""
     return _COLOURS[index % len(_COLOURS)]
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a figure as a PNG file."""
     FigureCanvasAgg(figure)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=130)

@@ -13,7 +13,10 @@ from ppow_jax.weights.targets import Target
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Settings, directory, models and data of a run, the place of its metrics, and the signal that ends it."""
+    """Settings, directory, models and data of a run, the place of its metrics, and the signal that ends it.
+
+    shared: directory of what runs on the same answers share: the target's features, and measured costs.
+    """
 
     settings: TrainSettings
     workdir: Path
@@ -22,6 +25,7 @@ class Context:
     metrics: MetricsWriter
     stop: StopSignal
     clock: Clock
+    shared: Path
 
     @property
     def greedy_text(self) -> bool:

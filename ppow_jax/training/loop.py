@@ -27,7 +27,7 @@ class Loop:
     """What a stage is made of.
 
     data: index -> batch, on the host. step: (state, index, batch) -> (state, metrics), jitted inside. measure:
-    parameters -> metrics, `score` of which chooses the best checkpoint. skip_nonfinite: bad updates to bear, in the
+    parameters -> metrics, `score` of which chooses the best checkpoint; with select="last" it is the last one. skip_nonfinite: bad updates to bear, in the
     whole stage. position: of the first batch in the data. about: settings and seed, kept with every checkpoint.
     """
 
@@ -39,6 +39,7 @@ class Loop:
     score: str
     checkpoint_every: int
     evaluate_every: int
+    select: str = "best"
     skip_nonfinite: int = 0
     position: int = 0
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -92,7 +93,8 @@ def run(
             log.info("%s: step %d, %s %.3f", loop.stage, done, loop.score, measured[loop.score])
             with clock.on("save"):
                 checkpoints.wait()  # processes save one thing at a time: Orbax's barriers have one name
-                best.offer(done, measured[loop.score], state.best_params)
+                score = done if loop.select == "last" else measured[loop.score]
+                best.offer(done, score, state.best_params)
 
         if done == 0:
             offer()
@@ -123,7 +125,7 @@ def run(
         with clock.on("restore"):
             checkpoints.wait()
             _, params, _ = best.restore(abstract.params)
-        log.info("%s: best %s %.3f at step %d", loop.stage, loop.score, best.score, best.step)
+        log.info("%s: ends with the checkpoint of step %d", loop.stage, best.step)
         return params, done == loop.total
 
 

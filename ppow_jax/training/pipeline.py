@@ -79,7 +79,7 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     with MetricsWriter(workdir, tensorboard=tensorboard) if leader else NoMetrics(workdir) as metrics:
         with clock.stage("answers"):
             corpus = load_corpus(settings, workdir, target, jobs, stop)
-        context = Context(settings, workdir, target, corpus, metrics, stop, clock)
+        context = Context(settings, workdir, target, corpus, metrics, stop, clock, workdir)
         if set(settings.stages) <= {"data"}:
             return
         arms = train_arms(context, start)

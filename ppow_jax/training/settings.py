@@ -8,6 +8,11 @@ from ppow_jax.config import check_fields, field, require, specs
 from ppow_jax.objectives.expected import HORIZONS
 from ppow_jax.speculation.settings import MODES
 
+# What an estimator cannot follow: a value other than the default is refused.
+IGNORED = {
+    "exact": ("eta", "eps", "group", "windows", "clip", "passes"),
+    "sampled": ("horizon", "rivals", "supervised_weight"),
+}
 STAGES = ("data", "supervised", "ppow", "evaluate", "export")
 
 
@@ -29,6 +34,12 @@ class TrainSettings:
     seed: int = field(0, "Seed of data order, initialisation and rollouts.", low=0, group="Run")
     checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, group="Run")
     evaluate_every: int = field(50, "Steps between two measurements of the simulated acceptance.", low=1, group="Run")
+    select: str = field(
+        "best",
+        "The checkpoint that a stage ends with: the best by held-out simulated acceptance length, or the last.",
+        choices=("best", "last"),
+        group="Run",
+    )
     skip_nonfinite: int = field(
         0, "Updates with nan or infinite numbers to skip, per stage, before the run stops.", low=0, group="Run"
     )
@@ -287,12 +298,9 @@ class TrainSettings:
             exact = "--estimator=exact: has a closed form only"
             for name, needed in (("acceptance", "greedy"), ("answer_temperature", 0.0), ("recorded", "")):
                 require(getattr(self, name) == needed, f"{exact} with --{name}={needed}, not {getattr(self, name)}")
-            others, which = ("eta", "eps", "group", "windows", "clip", "passes"), "sampled"
-        else:
-            others, which = ("horizon", "rivals", "supervised_weight"), "exact"
-        for name in others:
+        for name in IGNORED[self.estimator]:
             value = getattr(self, name)
-            rule = f"counts with --estimator={which} only; leave it out"
+            rule = f"has no effect with --estimator={self.estimator}; leave it out"
             require(value == default[name] or (name, value) == ("eta", 0.0), f"--{name}={value}: {rule}")
 
     def check_rows(self, mesh: mesh_shape.MeshShape) -> None:

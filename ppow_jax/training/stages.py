@@ -58,10 +58,15 @@ def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
     return {name: drafter for name, drafter in arms.items() if drafter is not None}
 
 
+def train_stage_2(context: Context, start: Drafter, stage: str) -> Drafter:
+    """What stage `ppow`, or the baseline `cst`, makes of a drafter."""
+    return {"cst": _cst, "ppow": _ppow}[stage](context, start)
+
+
 def _arm(context: Context, stage: str, begin: Drafter, chosen: set[str]) -> Drafter | None:
     """What a stage makes of `begin`; of a stage that was not chosen, its best checkpoint, or None."""
     if stage in chosen:
-        return {"supervised": _supervised, "cst": _cst, "ppow": _ppow}[stage](context, begin)
+        return _supervised(context, begin) if stage == "supervised" else train_stage_2(context, begin, stage)
     if not has_best(context.workdir, stage):
         return None
     with Best(context.workdir / stage / "best") as best:
@@ -149,7 +154,7 @@ def _features(context: Context, drafter: Drafter, batches: Batches, name: str) -
     target, stop = context.target, context.stop
     with context.clock.stage("features"):
         store = FeatureStore(
-            context.workdir / name,
+            context.shared / name,
             batches,
             target.params,
             target.config,
@@ -258,7 +263,7 @@ def _costs(context: Context, drafter: Drafter) -> CostModel:
 
 
 def _measured_costs(context: Context, drafter: Drafter) -> dict[str, float]:
-    s, path = context.settings, context.workdir / "costs.json"
+    s, path = context.settings, context.shared / "costs.json"
     known = path.exists()
     distributed.wait("costs")  # all have looked before one writes
     if not known:
@@ -285,6 +290,7 @@ def _train(
         step=step,
         measure=_measure(context, drafter),
         score="held_out_tau_sim",
+        select=s.select,
         checkpoint_every=s.checkpoint_every,
         evaluate_every=s.evaluate_every,
         skip_nonfinite=s.skip_nonfinite,

@@ -1,5 +1,6 @@
 """The directory of a run: new, or with what an earlier command of the same settings left there."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ppow_jax import config as config_lib
@@ -10,14 +11,14 @@ from ppow_jax.training.settings import FREE, TrainSettings
 TRAINED = ("supervised", "ppow")  # the stages that make a drafter
 
 
-def open_workdir(settings: TrainSettings) -> Path:
-    """Creates the workdir, or checks that it holds a run of the same settings."""
+def open_workdir(settings: TrainSettings, free: Sequence[str] = FREE) -> Path:
+    """Creates the workdir, or checks that it holds a run of the same settings, but for those in `free`."""
     config_lib.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
     workdir = files.writable_directory(settings.workdir)
     flagfile = workdir / "flags.txt"
     if flagfile.exists():
-        before = config_lib.read_flagfile(TrainSettings, flagfile)
-        changed = config_lib.differences(before, settings, ignore=FREE)
+        before = config_lib.read_flagfile(type(settings), flagfile)
+        changed = config_lib.differences(before, settings, ignore=free)
         if changed:
             raise UserError(
                 f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory"

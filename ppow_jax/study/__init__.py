@@ -1,0 +1,1 @@
+"""The study: arms of stage 2 compared from one start, on the same answers, over several seeds."""

@@ -1,0 +1,89 @@
+"""The page of a study: what was compared, the result, and each claim of the paper beside what was found."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+Row = Mapping[str, Any]
+
+
+def markdown(study: Mapping[str, Any], table: str, plots: Sequence[str]) -> str:
+    """The page as Markdown. table: the summary. plots: names of files beside it."""
+    s, arms = study["settings"], {row["arm"]: row for row in study["arms"]}
+    seeds = len(study["seeds"])
+    parts = [
+        "# Study",
+        f"Target {s['target']}, {s['ppow_steps']} steps of each arm from one drafter, {seeds} seeds,"
+        f" windows of {s['window']}. Compared on {study['test_answers']} answers ({study['test_tokens']} tokens) that"
+        " nothing was trained or chosen on,"
+        f" in mode {study['compared_in']}, rounds replayed exactly. Device: {study['device']}, {study['precision']}.",
+        f"Intervals are 95 %, by bootstrap over answers and seeds, paired where arms are compared. tau: tokens per"
+        " verification. Speedup by costs: tau by the measured costs of drafting and verifying, "
+        f"{study['costs']['step']:.3f} plain steps a draft step.",
+        table,
+        "## The claims of the paper",
+        _claims(arms),
+        "## Arms",
+        tabulate(
+            [[row["arm"], row["about"], f"{row['rate']:g}" if row["rate"] else "-"] for row in study["arms"]],
+            ["arm", "what it is", "learning rate"],
+            tablefmt="github",
+            disable_numparse=True,
+        ),
+        "## tau by mode",
+        _by_mode(study["arms"]),
+    ]
+    if any("tau_by_benchmark" in row for row in study["arms"]):
+        parts += ["## Decoded benchmarks", _decoded(study["arms"])]
+    parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+# What the paper says (2605.14978): claim, the better arm, the worse one, its range of the ratio where it gives one.
+CLAIMS = (
+    ("PPOW raises tau over EAGLE-3 (by 5.1 to 7.5 %)", "ppow", "eagle3", (1.051, 1.075)),
+    ("PPOW beats continued supervised training (CST)", "ppow", "cst", None),
+    ("R_dist helps: PPOW without it is worse", "ppow", "ppow_no_rdist", None),
+    ("ADAW helps: PPOW without it is worse", "ppow", "ppow_no_adaw", None),
+    ("Both help: PPOW without both is worse", "ppow", "ppow_neither", None),
+    ("CST rises a little over EAGLE-3", "cst", "eagle3", None),
+)
+
+
+def _claims(arms: Mapping[str, Row]) -> str:
+    """Each claim, and what the arms say about it; those whose arms are missing are left out."""
+    rows = []
+    for claim, better, worse, claimed in CLAIMS:
+        if better in arms and worse in arms:
+            ratio = arms[better]["paired_ratios"][worse]
+            found = f"{ratio['mean']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+            rows.append([claim, f"{better} / {worse}", found, verdict(ratio, claimed)])
+    return tabulate(rows, ["claim", "arms", "ratio of tau", "verdict"], tablefmt="github", disable_numparse=True)
+
+
+def verdict(ratio: Mapping[str, float], claimed: tuple[float, float] | None) -> str:
+    """Whether a claim holds. ratio: paired, with its interval. claimed: the range that the paper gives, if any."""
+    if ratio["high"] < 1:
+        return "does not hold"
+    if ratio["low"] <= 1:
+        return "within noise"
+    if claimed and (ratio["high"] < claimed[0] or ratio["low"] > claimed[1]):
+        return "holds, differs in size"
+    return "holds"
+
+
+def _by_mode(rows: Sequence[Row]) -> str:
+    modes = list(rows[0]["tau_by_mode"])
+    table = [[row["arm"], *(f"{row['tau_by_mode'][mode]['mean']:.3f}" for mode in modes)] for row in rows]
+    return tabulate(table, ["arm", *modes], tablefmt="github", disable_numparse=True)
+
+
+def _decoded(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.get("tau_by_benchmark", {})))
+    table = [
+        [row["arm"], *(f"{row['tau_by_benchmark'][n]:.2f}, {row['speedup_by_benchmark'][n]:.2f}" for n in names)]
+        for row in rows
+        if "tau_by_benchmark" in row
+    ]
+    return tabulate(table, ["tau, speedup", *names], tablefmt="github", disable_numparse=True)

@@ -1,0 +1,226 @@
+"""Runs a study, arm by arm: train, replay on answers that nothing was chosen by, compare. Resumable after every arm."""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppow_jax import config as config_lib
+from ppow_jax import files, sharding
+from ppow_jax.data.batches import Batches
+from ppow_jax.evaluation import measure, replay
+from ppow_jax.evaluation.benchmarks import load_benchmark
+from ppow_jax.evaluation.costs import measure_prices
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.settings import MODES, Speculation, of_mode
+from ppow_jax.study import results
+from ppow_jax.study.arms import Arm, find_arm, settings_of
+from ppow_jax.study.settings import FREE, StudySettings
+from ppow_jax.training.checkpoint import Best
+from ppow_jax.training.clock import Clock
+from ppow_jax.training.context import Context
+from ppow_jax.training.corpus import collect_jobs, load_corpus
+from ppow_jax.training.features import FeatureStore
+from ppow_jax.training.metrics import MetricsWriter
+from ppow_jax.training.preemption import Stopped, StopSignal
+from ppow_jax.training.results import cast
+from ppow_jax.training.stages import train_stage_2
+from ppow_jax.training.start import find_start, keep_start
+from ppow_jax.training.workdir import open_workdir
+from ppow_jax.weights import targets
+from ppow_jax.weights.targets import Target
+
+log = logging.getLogger(__name__)
+TYPICAL_CACHE = 256  # tokens: the cache length at which costs are measured
+
+
+@dataclasses.dataclass(frozen=True)
+class _Study:
+    settings: StudySettings
+    workdir: Path
+    context: Context
+    start: Drafter
+    held_out: FeatureStore
+    test: FeatureStore
+    modes: dict[str, Speculation]
+    prices: Prices
+
+
+def run(settings: StudySettings) -> int:
+    """Runs what is missing of a study, and writes its results after every arm -> exit code."""
+    with StopSignal() as stop:
+        try:
+            study = _open(settings, stop)
+            rates = _tune(study)
+            for seed in settings.seeds:
+                for arm in map(find_arm, settings.arms):
+                    _measured(study, arm, seed, rates.get(arm.family), study.test, study.workdir)
+                    _write(study, rates)
+            _decode(study, rates)
+            _write(study, rates)
+        except Stopped:
+            log.warning("stopped; the same command resumes here")
+            return stop.exit_code
+    print(results.summary_table(json.loads((study.workdir / "study.json").read_text())))
+    print(f"\nstudy: {study.workdir}")
+    return 0
+
+
+def _open(settings: StudySettings, stop: StopSignal) -> _Study:
+    """Reads the models, answers the prompts, keeps features: what all arms share."""
+    workdir = open_workdir(settings, FREE)
+    target = targets.load(settings.target, settings.dtype)
+    start = find_start(settings, workdir, target)
+    config_lib.require(start is not None, "--drafter: a study needs a drafter to start from")
+    jobs = collect_jobs(settings, target)
+    config_lib.write_flagfile(workdir / "flags.txt", settings)
+    files.clear_left_over(workdir)
+    keep_start(start, workdir)
+    corpus = load_corpus(settings, workdir, target, jobs, stop)
+    context = Context(settings, workdir, target, corpus, MetricsWriter(workdir), stop, Clock(), workdir)
+
+    def features(name: str, batches: Batches) -> FeatureStore:
+        layers, params = start.config.feature_layers, target.params
+        store = FeatureStore(workdir / name, batches, params, target.config, layers, lambda: stop.requested)
+        if not store.complete:
+            raise Stopped
+        return store
+
+    stores = features("features_held_out", corpus.held_out), features("features_test", corpus.test)
+    modes = {mode: of_mode(mode, settings.window) for mode in MODES}
+    return _Study(
+        settings, workdir, context, start, *stores, modes, _prices(workdir, target, start, modes, settings.dtype)
+    )
+
+
+def _prices(workdir: Path, target: Target, start: Drafter, modes: dict[str, Speculation], dtype: str) -> Prices:
+    """Costs of drafting and verifying on this device, measured once per study."""
+    path = workdir / "prices.json"
+    if not path.exists():
+        found = measure_prices(target, cast(start, dtype), modes["adaptive"], TYPICAL_CACHE)
+        table = {"step": float(found.step), "verify": np.asarray(found.verify_N1).tolist()}
+        files.write_atomic(path, json.dumps(table))
+    table = json.loads(path.read_text())
+    return Prices.of(table["step"], np.array(table["verify"]))
+
+
+def _tune(study: _Study) -> dict[str, float]:
+    """The learning rate of each family of arms: the best of --rates on the held-out answers, tried with one seed."""
+    s = study.settings
+    if not s.rates:
+        return {}
+    chosen = {}
+    for arm in map(find_arm, s.arms):
+        if arm.stage is None or arm.family in chosen:
+            continue
+        tried = {}
+        for rate in s.rates:
+            found = _measured(study, arm, s.tuning_seed, rate, study.held_out, study.workdir / "tuning" / f"{rate:g}")
+            tried[rate] = results.tau(found, s.compare)
+        chosen[arm.family] = max(tried, key=lambda rate: tried[rate])
+        shown = ", ".join(f"{rate:g}: {tau:.3f}" for rate, tau in tried.items())
+        log.info("%s: learning rate %g (held-out tau %s)", arm.family, chosen[arm.family], shown)
+    return chosen
+
+
+def _measured(
+    study: _Study, arm: Arm, seed: int, rate: float | None, answers: FeatureStore, parent: Path
+) -> dict[str, Any]:
+    """What an arm gains on some answers; trained and replayed once, then read back."""
+    directory = results.arm_directory(parent, arm.name, seed)
+    path = directory / "result.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    log.info("%s, seed %d", arm.name, seed)
+    begin = time.perf_counter()
+    drafter = _trained(study, arm, seed, rate, directory)
+    seconds = time.perf_counter() - begin
+    ways, params = list(study.modes.values()), study.context.target.params
+    mine = cast(drafter, study.settings.dtype)
+    found = replay.replay_all(mine, params, study.context.target.config, answers.batches, ways, study.prices, answers)
+    result = {
+        "arm": arm.name,
+        "seed": seed,
+        "rate": rate,
+        "seconds": seconds,
+        "replayed": {mode: results.counts(x) for mode, x in zip(study.modes, found, strict=True)},
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    files.write_atomic(path, json.dumps(result))
+    shutil.rmtree(directory / (arm.stage or "none") / "checkpoints", ignore_errors=True)  # the best one stays
+    log.info(
+        "%s, seed %d: tau %s",
+        arm.name,
+        seed,
+        {mode: round(x.tau, 3) for mode, x in zip(study.modes, found, strict=True)},
+    )
+    return result
+
+
+def _trained(study: _Study, arm: Arm, seed: int, rate: float | None, directory: Path) -> Drafter:
+    if arm.stage is None:
+        return study.start
+    if (directory / "result.json").exists():
+        with Best(directory / arm.stage / "best") as best:
+            _, params, _ = best.restore(sharding.like(study.start.params))
+        return study.start.replace(params=params)
+    settings, corpus = settings_of(arm, study.settings, seed, rate), study.context.corpus
+    directory.mkdir(parents=True, exist_ok=True)
+    shape = {"batch_size": settings.batch_size, "row_length": settings.row_length, "max_anchors": settings.max_anchors}
+    fresh = Batches(corpus.fresh.examples, seed=seed, **shape)
+    with MetricsWriter(directory) as metrics:
+        context = dataclasses.replace(
+            study.context,
+            settings=settings,
+            workdir=directory,
+            corpus=corpus._replace(fresh=fresh),
+            metrics=metrics,
+            clock=Clock(),
+        )
+        return train_stage_2(context, study.start, arm.stage)
+
+
+def _decode(study: _Study, rates: dict[str, float]) -> None:
+    """Decodes the benchmarks with the drafters of the first seeds, arm by arm."""
+    s, target = study.settings, study.context.target
+    if not s.decode_seeds:
+        return
+    benchmarks = [load_benchmark(name, s.num_prompts, s.seed, s.benchmark_dir) for name in s.benchmarks]
+    for seed, arm in ((seed, find_arm(name)) for seed in s.seeds[: s.decode_seeds] for name in s.arms):
+        path = results.arm_directory(study.workdir, arm.name, seed) / "decoded.json"
+        if path.exists():
+            continue
+        drafter = cast(_trained(study, arm, seed, rates.get(arm.family), path.parent), s.dtype)
+        rows: list[dict[str, Any]] = []
+        for temperature in s.decode_temperatures:
+            rows += measure.evaluate(
+                target,
+                drafter,
+                benchmarks,
+                speculations=[study.modes[s.compare]],
+                temperature=temperature,
+                max_new_tokens=s.max_new_tokens,
+                skip_long_prompts=True,
+                stop=lambda: study.context.stop.requested,
+            )
+            if study.context.stop.requested:
+                raise Stopped
+        files.write_atomic(path, json.dumps(results.plain(rows)))
+
+
+def _write(study: _Study, rates: dict[str, float]) -> None:
+    s = study.settings
+    about = measure.environment(s.dtype) | {
+        "settings": {spec.name: getattr(s, spec.name) for spec in config_lib.specs(StudySettings)},
+        "rates": rates,
+        "costs": json.loads((study.workdir / "prices.json").read_text()),
+        "test_answers": len(study.test.batches.examples),
+        "test_tokens": int(sum(e.answer_mask.sum() for e in study.test.batches.examples)),
+    }
+    results.write(study.workdir, [find_arm(name) for name in s.arms], s.seeds, s.compare, about)

@@ -1,0 +1,54 @@
+"""Every setting of a study; the flags of `experiments.reproduce` are generated from it."""
+
+import dataclasses
+
+from ppow_jax.config import field, require
+from ppow_jax.study.arms import ARMS, find_arm
+from ppow_jax.training.settings import FREE as FREE_IN_TRAINING
+from ppow_jax.training.settings import TrainSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class StudySettings(TrainSettings):
+    """Those of training, and the arms. See `experiments.reproduce --help`. Raises UserError for impossible values."""
+
+    arms: tuple[str, ...] = field(
+        tuple(ARMS),
+        "Arms to compare; NAME:FIELD=VALUE;FIELD=VALUE changes one, such as ppow:eta=0.5;eps=2.",
+        group="Study",
+    )
+    seeds: tuple[int, ...] = field(
+        (0, 1, 2, 3, 4), "Seeds of data order and rollouts, for every arm.", low=0, group="Study"
+    )
+    rates: tuple[float, ...] = field(
+        (),
+        "Learning rates to choose from, for each family of arms, by the held-out answers; none: the given ones.",
+        low=0,
+        group="Study",
+    )
+    tuning_seed: int = field(1000, "Seed of the runs that rates are chosen by.", low=0, group="Study")
+    compare: str = field("adaptive", "Speculation mode that arms are compared and rates chosen in.", group="Study")
+    decode_seeds: int = field(
+        0,
+        "Seeds whose drafters are also decoded with, on --benchmarks, at --decode_temperatures.",
+        low=0,
+        group="Study",
+    )
+    decode_temperatures: tuple[float, ...] = field((0.0, 1.0), "Temperatures of these.", low=0, group="Study")
+
+    select: str = field("last", "The checkpoint of an arm that is compared.", choices=("best", "last"), group="Study")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for arm in self.arms:
+            find_arm(arm)
+        require(len(set(self.arms)) == len(self.arms), f"--arms={','.join(self.arms)}: names an arm twice")
+        require("eagle3" in self.arms, "--arms: must have eagle3, the start that the others are compared with")
+        require(len(self.seeds) > 0, "--seeds: must name one at least")
+        require(
+            self.test_answers > 1, f"--test_answers={self.test_answers}: must be 2 at least; arms are compared on them"
+        )
+        require(self.answer_temperature == 0, "--answer_temperature: must be 0; rounds are replayed on greedy answers")
+
+
+FREE = (*FREE_IN_TRAINING, "arms", "seeds", "decode_seeds", "decode_temperatures")
