@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from ppow_jax.evaluation.intervals import Counts, Estimate, micro_average, paired_difference, paired_ratio
+from ppow_jax.evaluation.intervals import Counts, micro_average, paired_difference, paired_ratio
 from ppow_jax.evaluation.replay import Replayed
 from ppow_jax.files import write_atomic
 from ppow_jax.study import page, plots
 from ppow_jax.study.arms import Arm
+from ppow_jax.training.replays import interval
 
 START, BASELINE = "eagle3", "cst"
 
@@ -79,10 +80,6 @@ def _counts(results: Sequence[Mapping[str, Any]], mode: str, per: str = "rounds"
     return Counts(*(np.array([x[name] for x in replayed], float) for name in ("tokens", per)))
 
 
-def _interval(estimate: Estimate) -> dict[str, float]:
-    return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
-
-
 def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) -> dict[str, Any]:
     """An arm in numbers; differences are paired over answers and seeds."""
     mine = kept[arm.name]
@@ -91,9 +88,9 @@ def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) ->
         "about": arm.about,
         "seeds": list(seeds),
         "rate": mine[0]["rate"],
-        "tau": _interval(micro_average(_counts(mine, mode))),
-        "speedup": _interval(micro_average(_counts(mine, mode, "cost"))),
-        "tau_by_mode": {m: _interval(micro_average(_counts(mine, m))) for m in mine[0]["replayed"]},
+        "tau": interval(micro_average(_counts(mine, mode))),
+        "speedup": interval(micro_average(_counts(mine, mode, "cost"))),
+        "tau_by_mode": {m: interval(micro_average(_counts(mine, m))) for m in mine[0]["replayed"]},
         "tau_by_seed": [tau(result, mode) for result in mine],
         "accepted_histogram": np.sum([r["replayed"]["chain"]["accepted_histogram"] for r in mine], 0).tolist(),
         "seconds": float(np.mean([result["seconds"] for result in mine])),
@@ -101,13 +98,13 @@ def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) ->
     for other, key in ((BASELINE, "cst"), (START, "start")):
         if other in kept and other != arm.name:
             pair = _counts(mine, mode), _counts(kept[other], mode)
-            row[f"paired_difference_to_{key}"] = _interval(paired_difference(*pair))
+            row[f"paired_difference_to_{key}"] = interval(paired_difference(*pair))
             by_mode = {m: (_counts(mine, m), _counts(kept[other], m)) for m in mine[0]["replayed"]}
             row[f"paired_difference_to_{key}_by_mode"] = {
-                m: _interval(paired_difference(*p)) for m, p in by_mode.items()
+                m: interval(paired_difference(*p)) for m, p in by_mode.items()
             }
     others = {name: _counts(results, mode) for name, results in kept.items() if name != arm.name}
-    row["paired_ratios"] = {name: _interval(paired_ratio(_counts(mine, mode), x)) for name, x in others.items()}
+    row["paired_ratios"] = {name: interval(paired_ratio(_counts(mine, mode), x)) for name, x in others.items()}
     return row
 
 
@@ -149,12 +146,12 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return file.getvalue()
 
 
-def shown(interval: Mapping[str, float] | None, digits: int = 3, sign: bool = False) -> str:
+def shown(bounds: Mapping[str, float] | None, digits: int = 3, sign: bool = False) -> str:
     """`2.534 (2.510 to 2.560)`; - where there is none."""
-    if interval is None:
+    if bounds is None:
         return "-"
     one = f"{'+' if sign else ''}.{digits}f"
-    return f"{interval['mean']:{one}} ({interval['low']:{one}} to {interval['high']:{one}})"
+    return f"{bounds['mean']:{one}} ({bounds['low']:{one}} to {bounds['high']:{one}})"
 
 
 def summary_table(study: Mapping[str, Any], style: str = "simple") -> str:

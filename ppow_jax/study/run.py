@@ -8,17 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ppow_jax import config as config_lib
 from ppow_jax import files, sharding
 from ppow_jax.data.batches import Batches
-from ppow_jax.evaluation import measure, replay
+from ppow_jax.evaluation import measure
 from ppow_jax.evaluation.benchmarks import load_benchmark
-from ppow_jax.evaluation.costs import measure_prices
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation.adaptive import Prices
-from ppow_jax.speculation.settings import MODES, Speculation, of_mode
+from ppow_jax.speculation.settings import MODES, of_mode
 from ppow_jax.study import results
 from ppow_jax.study.arms import Arm, find_arm, settings_of
 from ppow_jax.study.settings import FREE, StudySettings
@@ -29,15 +26,14 @@ from ppow_jax.training.corpus import collect_jobs, load_corpus
 from ppow_jax.training.features import FeatureStore
 from ppow_jax.training.metrics import MetricsWriter
 from ppow_jax.training.preemption import Stopped, StopSignal
+from ppow_jax.training.replays import feature_store, measured_prices, replay_modes
 from ppow_jax.training.results import cast
 from ppow_jax.training.stages import train_stage_2
 from ppow_jax.training.start import find_start, keep_start
 from ppow_jax.training.workdir import open_workdir
 from ppow_jax.weights import targets
-from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
-TYPICAL_CACHE = 256  # tokens: the cache length at which costs are measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +44,6 @@ class _Study:
     start: Drafter
     held_out: FeatureStore
     test: FeatureStore
-    modes: dict[str, Speculation]
     prices: Prices
 
 
@@ -85,29 +80,11 @@ def _open(settings: StudySettings, stop: StopSignal) -> _Study:
     corpus = load_corpus(settings, workdir, target, jobs, stop)
     context = Context(settings, workdir, target, corpus, MetricsWriter(workdir), stop, Clock(), workdir)
 
-    def features(name: str, batches: Batches) -> FeatureStore:
-        layers, params = start.config.feature_layers, target.params
-        store = FeatureStore(workdir / name, batches, params, target.config, layers, lambda: stop.requested)
-        if not store.complete:
-            raise Stopped
-        return store
-
-    stores = features("features_held_out", corpus.held_out), features("features_test", corpus.test)
-    modes = {mode: of_mode(mode, settings.window) for mode in MODES}
-    return _Study(
-        settings, workdir, context, start, *stores, modes, _prices(workdir, target, start, modes, settings.dtype)
-    )
-
-
-def _prices(workdir: Path, target: Target, start: Drafter, modes: dict[str, Speculation], dtype: str) -> Prices:
-    """Costs of drafting and verifying on this device, measured once per study."""
-    path = workdir / "prices.json"
-    if not path.exists():
-        found = measure_prices(target, cast(start, dtype), modes["adaptive"], TYPICAL_CACHE)
-        table = {"step": float(found.step), "verify": np.asarray(found.verify_N1).tolist()}
-        files.write_atomic(path, json.dumps(table))
-    table = json.loads(path.read_text())
-    return Prices.of(table["step"], np.array(table["verify"]))
+    layers = start.config.feature_layers
+    held_out = feature_store(context, "features_held_out", corpus.held_out, layers)
+    test = feature_store(context, "features_test", corpus.test, layers)
+    prices = measured_prices(context, cast(start, settings.dtype), of_mode("adaptive", settings.window))
+    return _Study(settings, workdir, context, start, held_out, test, prices)
 
 
 def _tune(study: _Study) -> dict[str, float]:
@@ -141,25 +118,18 @@ def _measured(
     begin = time.perf_counter()
     drafter = _trained(study, arm, seed, rate, directory)
     seconds = time.perf_counter() - begin
-    ways, params = list(study.modes.values()), study.context.target.params
-    mine = cast(drafter, study.settings.dtype)
-    found = replay.replay_all(mine, params, study.context.target.config, answers.batches, ways, study.prices, answers)
+    found = replay_modes(study.context, drafter, MODES, study.prices, answers)
     result = {
         "arm": arm.name,
         "seed": seed,
         "rate": rate,
         "seconds": seconds,
-        "replayed": {mode: results.counts(x) for mode, x in zip(study.modes, found, strict=True)},
+        "replayed": {mode: results.counts(x) for mode, x in found.items()},
     }
     directory.mkdir(parents=True, exist_ok=True)
     files.write_atomic(path, json.dumps(result))
     shutil.rmtree(directory / (arm.stage or "none") / "checkpoints", ignore_errors=True)  # the best one stays
-    log.info(
-        "%s, seed %d: tau %s",
-        arm.name,
-        seed,
-        {mode: round(x.tau, 3) for mode, x in zip(study.modes, found, strict=True)},
-    )
+    log.info("%s, seed %d: tau %s", arm.name, seed, {mode: round(x.tau, 3) for mode, x in found.items()})
     return result
 
 
@@ -203,7 +173,7 @@ def _decode(study: _Study, rates: dict[str, float]) -> None:
                 target,
                 drafter,
                 benchmarks,
-                speculations=[study.modes[s.compare]],
+                speculations=[of_mode(s.compare, s.window)],
                 temperature=temperature,
                 max_new_tokens=s.max_new_tokens,
                 skip_long_prompts=True,

@@ -1,0 +1,75 @@
+"""Trained drafters compared on answers that nothing was trained or chosen on: rounds of decoding, replayed exactly."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppow_jax import distributed, files
+from ppow_jax.data.batches import Batches
+from ppow_jax.evaluation.costs import measure_prices
+from ppow_jax.evaluation.intervals import Counts, Estimate, micro_average, paired_difference, paired_ratio
+from ppow_jax.evaluation.replay import Replayed, replay_all
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.settings import Speculation, of_mode
+from ppow_jax.training.context import Context
+from ppow_jax.training.features import FeatureStore
+from ppow_jax.training.preemption import Stopped
+from ppow_jax.training.results import cast
+
+TYPICAL_CACHE = 256  # tokens: the cache length at which costs are measured
+
+
+def feature_store(context: Context, name: str, batches: Batches, layers: tuple[int, ...]) -> FeatureStore:
+    """The target's features of some answers, kept in the shared directory; raises Stopped where a signal came."""
+    target, stop = context.target, context.stop
+    store = FeatureStore(context.shared / name, batches, target.params, target.config, layers, lambda: stop.requested)
+    if not store.complete:
+        raise Stopped
+    return store
+
+
+def measured_prices(context: Context, drafter: Drafter, speculation: Speculation) -> Prices:
+    """Costs of drafting and verifying here, measured once per shared directory: a resumed run decides alike."""
+    path: Path = context.shared / "prices.json"
+    known = path.exists()
+    distributed.wait("prices")  # all have looked before one writes
+    if not known:
+        found = measure_prices(context.target, drafter, speculation, TYPICAL_CACHE)
+        table = {"step": float(found.step), "verify": np.asarray(found.verify_N1).tolist()}
+        distributed.by_leader(lambda: files.write_atomic(path, json.dumps(table)))
+    table = json.loads(path.read_text())
+    return Prices.of(table["step"], np.array(table["verify"]))
+
+
+def replay_modes(
+    context: Context, drafter: Drafter, modes: Sequence[str], prices: Prices, answers: FeatureStore
+) -> dict[str, Replayed]:
+    """What decoding the answers takes with a drafter, in each mode."""
+    ways = [of_mode(mode, context.settings.window) for mode in modes]
+    mine, target = cast(drafter, context.settings.dtype), context.target
+    found = replay_all(mine, target.params, target.config, answers.batches, ways, prices, answers)
+    return dict(zip(modes, found, strict=True))
+
+
+def interval(estimate: Estimate) -> dict[str, float]:
+    """As result files have it."""
+    return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def compare(arms: Mapping[str, Replayed], start: str) -> dict[str, dict[str, Any]]:
+    """Each arm in one mode: tau, the speedup by costs, and how tau compares with the start's, paired by answers."""
+    rounds = {name: Counts(arm.tokens_N, arm.rounds_N) for name, arm in arms.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, arm in arms.items():
+        found[name] = {
+            "tau": interval(micro_average(rounds[name])),
+            "speedup": interval(micro_average(Counts(arm.tokens_N, arm.cost_N))),
+        }
+        if name != start:
+            found[name]["paired_difference_to_start"] = interval(paired_difference(rounds[name], rounds[start]))
+            found[name]["paired_ratio_to_start"] = interval(paired_ratio(rounds[name], rounds[start]))
+    return found
