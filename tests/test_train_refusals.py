@@ -48,8 +48,6 @@ def refuse(argv, monkeypatch, capsys):
         ({"feature_layers": "1,2"}, "--feature_layers=1,2: three ids"),
         ({"feature_layers": "1,2,9"}, "--feature_layers"),
         ({"stages": "ppow,data"}, "--stages=ppow,data: must be some of"),
-        ({"confidence_head": "false", "confidence_only": "true"}, "--confidence_only: needs --confidence_head"),
-        ({"confidence_head": "true", "confidence_only": "true"}, "--confidence_only: leaves nothing"),
         ({"rollout_temperature": 0}, "--rollout_temperature=0.0: must be above 0"),
         ({"general_cost": "true", "verify_cost": 0, "gamma": 0}, "--verify_cost=0.0: must be above 0"),
         ({"answer_tokens": 2000}, "--answer_tokens=2000: with the prompt, at most 2048"),
