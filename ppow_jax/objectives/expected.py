@@ -29,7 +29,7 @@ from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import inner
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import criticality
-from ppow_jax.objectives.head_loss import DraftRule
+from ppow_jax.objectives.head_loss import SAMPLED, DraftRule
 from ppow_jax.objectives.supervised import DraftStep
 
 Array = jax.Array
@@ -44,7 +44,7 @@ class ExactSettings:
     same draft steps, and decay: the weight in it of a step relative to the one before.
     """
 
-    rule: DraftRule = DraftRule()
+    rule: DraftRule = SAMPLED
     horizon: str = "window"
     divide_by_std: bool = False
     kl_weight: float = 0.0

@@ -34,6 +34,9 @@ class DraftRule:
     rivals: int = 0
 
 
+SAMPLED = DraftRule()  # one token, drawn from the drafter's distribution
+
+
 class HeadLoss(NamedTuple):
     """total: sum of the weighted losses, the one differentiable part. loss_BxM: cross-entropy against p. match_BxM:
     whether the label has the highest logit. overlap_BxM: sum_v min(mass p, q), the acceptance rate of a sampled draft

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
-from ppow_jax.objectives.head_loss import DraftRule, HeadLoss, Wanted, head_loss
+from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, HeadLoss, Wanted, head_loss
 
 Array = jax.Array
 
@@ -134,7 +134,7 @@ def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> 
 
 
 def score_step(
-    drafter: Drafter, step: DraftStep, soft_BxM: Array, hard_BxM: Array | None = None, rule: DraftRule = DraftRule()
+    drafter: Drafter, step: DraftStep, soft_BxM: Array, hard_BxM: Array | None = None, rule: DraftRule = SAMPLED
 ) -> HeadLoss:
     """The losses of one draft step, weighted, and their parts; see `head_loss`."""
     head_WxE = drafter.params["lm_head"]
