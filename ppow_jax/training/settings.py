@@ -279,9 +279,11 @@ class TrainSettings:
             exact = "--estimator=exact: has a closed form only"
             for name, needed in (("acceptance", "greedy"), ("answer_temperature", 0.0), ("recorded", "")):
                 require(getattr(self, name) == needed, f"{exact} with --{name}={needed}, not {getattr(self, name)}")
-            others, which = ("eta", "eps", "group", "windows", "clip", "passes"), "sampled"
+            others, which = ["eta", "eps", "group", "windows", "clip", "passes"], "sampled"
         else:
-            others, which = ("horizon", "rivals", "supervised_weight"), "exact"
+            others, which = ["horizon", "rivals", "supervised_weight"], "exact"
+        rule = f"must be less than --draft_vocab_size={self.draft_vocab_size}"
+        require(self.rivals < self.draft_vocab_size, f"--rivals={self.rivals}: {rule}")
         for name in others:
             value = getattr(self, name)
             rule = f"counts with --estimator={which} only; leave it out"
