@@ -42,15 +42,9 @@ class StoppingFlags:
     stop_threshold: float = field(
         0.1, "The least chance to be accepted that is drafted on, by that rule.", high=1, group="Adaptive windows"
     )
-    confidence: str = field(
-        "drafter",
-        "Where adaptive windows take chances from: the drafter's probabilities, or its confidence head.",
-        choices=("drafter", "head"),
-        group="Adaptive windows",
-    )
 
     def stopping(self) -> "Stopping":
         """The rule that the flags name."""
         from ppow_jax.speculation.adaptive import Stopping
 
-        return Stopping(self.stop_rule, self.stop_threshold, self.confidence == "head")
+        return Stopping(self.stop_rule, self.stop_threshold)

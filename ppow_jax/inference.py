@@ -28,7 +28,7 @@ from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.evaluation import loading
 from ppow_jax.evaluation.costs import measure_prices
-from ppow_jax.evaluation.decoding import TO_THE_END, require_head, rung
+from ppow_jax.evaluation.decoding import TO_THE_END, rung
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
 from ppow_jax.requests import Answer, Batch, Job, Result, Stats, Stop, Text, arrays
@@ -172,7 +172,6 @@ class Model:
             speculation = SPECULATIONS[speculation]
         given = f"speculation={speculation.mode}"
         require(not speculation.window or self.drafter is not None, f"{given}: needs a drafter, but there is none")
-        require_head(self.drafter, speculation)
         return speculation
 
     def prices_of(self, speculation: Speculation, rows: int, greedy: bool) -> Prices | None:

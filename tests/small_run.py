@@ -42,7 +42,6 @@ FLAGS = {  # tiny.flags, made smaller still
     "evaluate_every": 6,
     "num_prompts": 1,
     "max_new_tokens": 8,
-    "confidence_head": "true",
 }
 
 

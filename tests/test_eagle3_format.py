@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import ml_dtypes
@@ -93,6 +94,19 @@ def test_round_trip_is_byte_equal(tmp_path, config, dtype):
     for name, value in params.items():
         np.testing.assert_array_equal(params_2[name], value.astype(params_2[name].dtype))
         assert str(params_2[name].dtype) == dtype
+
+
+@pytest.mark.parametrize("text", ['{"confidence_weight": [0.5], "confidence_bias": 0.2}', "{"])
+def test_a_part_that_earlier_versions_wrote_is_ignored(drafter, caplog, text):
+    before = import_drafter(drafter)
+    (drafter / "confidence_head.json").write_text(text)
+    with caplog.at_level(logging.INFO):
+        after = import_drafter(drafter)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO and f"{drafter / 'confidence_head.json'}: ignored" in record.message
+    assert after.config == before.config and after.params.keys() == before.params.keys()
+    for name, value in before.params.items():
+        np.testing.assert_array_equal(after.params[name], value)
 
 
 def test_what_the_files_say(tmp_path):

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax.objectives.head_loss import DraftRule, Wanted, head_loss
-
-SAMPLED = DraftRule()
+from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, Wanted, head_loss
 
 
 def head_case(seed=0, B=2, M=6, E=8, W=11):

@@ -4,12 +4,15 @@ import logging
 import os
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import small_run
 
 from ppow_jax.errors import UserError
+from ppow_jax.models import drafter as drafting
 from ppow_jax.training import space
+from ppow_jax.training.checkpoint import KEEP
 from ppow_jax.training.corpus import collect_jobs
 from ppow_jax.training.start import new_config
 from ppow_jax.weights import targets
@@ -63,3 +66,28 @@ def test_features_and_answers_are_in_the_estimate(asked):
     assert s1 - s0 == prompts * width
     assert m1 - m0 == (prompts + len(jobs) * settings.answer_tokens) * width
     assert m0 - s0 == len(jobs) * settings.answer_tokens * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "reads"),
+    [
+        ({"stages": "data,ppow", "estimator": "sampled"}, False),  # which needs the target's keys
+        ({"stages": "data,ppow", "estimator": "sampled", "baselines": "cst"}, True),
+        ({"stages": "data,ppow", "estimator": "exact", "group": 8, "windows": 6}, True),
+        ({"stages": "data"}, False),
+    ],
+)
+def test_the_estimate_has_features_where_a_stage_reads_them(asked, changes, reads):
+    _, target, config, jobs = asked
+    kept, without = (small_run.settings("x", cache_features=cache, **changes) for cache in ("true", "false"))
+    surely = [space.needed_bytes(s, config, target, jobs)[0] for s in (kept, without)]
+    width = 4 * target.config.hidden_size * np.dtype(np.float32).itemsize
+    assert surely[0] - surely[1] == (sum(len(job.prompt) for job in jobs) * width if reads else 0)
+
+
+def test_the_average_of_the_parameters_is_in_the_estimate(asked):
+    settings, target, config, jobs = asked
+    params = jax.tree.leaves(jax.eval_shape(lambda key: drafting.init(key, config), jax.random.key(0)))
+    more = small_run.settings("x", average_decay=0.9, baselines="cst"), small_run.settings("x", baselines="cst")
+    (with_it, _), (without, _) = (space.needed_bytes(s, config, target, jobs) for s in more)
+    assert with_it - without == 2 * (KEEP + 1) * 4 * sum(leaf.size for leaf in params)  # of two stages, not of stage 1

@@ -24,7 +24,6 @@ from ppow_jax.speculation.tree import (
     compact,
     follow,
     propose_tree,
-    shared,
 )
 
 
@@ -266,11 +265,6 @@ def test_nothing_is_drafted_where_no_row_goes_on(anchored):
     keep_B, none_B = jnp.array([3, 3]), jnp.zeros(world.ROWS, bool)
     none = propose_tree(*anchored, SHAPE, lambda level, _: none_B, lambda logp_BxN: keep_B)
     assert none.count_B.tolist() == none.steps_B.tolist() == [0, 0]
-
-
-def test_siblings_share_what_the_head_says():
-    logp = jnp.log(jnp.array([[0.3, 0.1, 0.1]]))
-    np.testing.assert_allclose(jnp.exp(shared(jnp.log(jnp.array([0.5])), logp)), [[0.3, 0.1, 0.1]], rtol=1e-6)
 
 
 def test_compaction_keeps_the_path_in_order():

@@ -12,7 +12,6 @@ import numpy as np
 from ppow_jax import sharding
 from ppow_jax.config import require
 from ppow_jax.models import transformer
-from ppow_jax.models.confidence import has_head
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices
@@ -103,13 +102,6 @@ def require_room(target: Target, length: int, how: Decoding, source: str) -> Non
         f"{source}: a prompt of {length} tokens with --max_new_tokens={how.max_new_tokens} and "
         f"--window={how.window} needs {needed} positions, but {target.name} has {limit}",
     )
-
-
-def require_head(drafter: Drafter | None, speculation: Speculation) -> None:
-    """Raises UserError where an adaptive window asks for a confidence head that the drafter does not have."""
-    asked = speculation.adaptive is not None and speculation.adaptive.head
-    rule = "this drafter has none; train one with `experiments.train --confidence_head`"
-    require(not asked or has_head(drafter.params), f"--confidence=head: {rule}")
 
 
 def decode(

@@ -8,7 +8,6 @@ from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import is_vector, validate_fit
-from ppow_jax.weights.confidence_head import load_head
 from ppow_jax.weights.drafters import import_drafter
 from ppow_jax.weights.huggingface import CONFIG
 from ppow_jax.weights.targets import DTYPES, Target
@@ -37,7 +36,7 @@ def find_drafter(name: str | None, target: str) -> Path | None:
 
 
 def load_drafter(directory: str | Path, target: Target, dtype: str = "bfloat16") -> Drafter:
-    """Reads a drafter for `target`, its matrices in `dtype`, its norms and its confidence head, if any, in float32.
+    """Reads a drafter for `target`, its matrices in `dtype`, its norms in float32.
 
     Raises UserError when the files are broken, or made for another target.
     """
@@ -49,7 +48,6 @@ def load_drafter(directory: str | Path, target: Target, dtype: str = "bfloat16")
         name: jnp.asarray(value, jnp.float32 if is_vector(name) else DTYPES[dtype])
         for name, value in stored.params.items()
     }
-    params |= {name: jnp.asarray(value) for name, value in load_head(directory, stored.config.hidden_size).items()}
     own = None if stored.embed_VxE is None else jnp.asarray(stored.embed_VxE)
     drafter = Drafter(
         config=stored.config, params=params, target_ids_W=jnp.asarray(stored.target_ids_W), embed_VxE=own

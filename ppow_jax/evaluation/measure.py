@@ -22,7 +22,7 @@ from ppow_jax.config import require
 from ppow_jax.evaluation import dialogues, intervals, report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.costs import Costs, measure_costs, measure_prices
-from ppow_jax.evaluation.decoding import TO_THE_END, Decoded, Decoding, decode, require_head, rung, top2_margin
+from ppow_jax.evaluation.decoding import TO_THE_END, Decoded, Decoding, decode, rung, top2_margin
 from ppow_jax.evaluation.dialogues import Request
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
@@ -159,8 +159,6 @@ def evaluate(
     ways = [Decoding(way, float(temperature), max_new_tokens, batch_size) for way in speculations]
     require(bool(ways), "--modes: name one at least")
     widest = max(ways, key=lambda how: how.window)
-    for way in speculations:
-        require_head(drafter, way)
     seeds = seeds if temperature else seeds[:1]
     chosen = [(b.name, dialogues.fitting(target, b, widest, skip_long_prompts)) for b in benchmarks]
     prices_of = functools.cache(

@@ -22,7 +22,6 @@ import numpy as np
 from ppow_jax import sharding
 from ppow_jax.data.batches import Batches
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation.decoding import require_head
 from ppow_jax.evaluation.replay_tables import ChainTable, Plan, Table, TreeTable, plans_of, read_batch
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
@@ -106,8 +105,8 @@ def replay_all(
       features: of these batches, where the target has read them before.
 
     Raises:
-      UserError: for a way without drafts, prices that are missing or too few, a confidence head that the drafter lacks,
-        features of other batches, or an example with more than one answer.
+      UserError: for a way without drafts, prices that are missing or too few, features of other batches, or an example
+        with more than one answer.
     """
     for way in speculations:
         _check_prices(way, prices)
@@ -127,7 +126,6 @@ def read_tables(
     for way in speculations:
         if way.window < 1:
             raise UserError("a replay without drafts has nothing to count: its window must be at least 1")
-        require_head(drafter, way)
     if features is not None and features.batches is not batches:
         raise UserError("the features were made of other batches than those to replay")
     for example, anchors in zip(batches.examples, batches.anchors, strict=True):

@@ -37,32 +37,30 @@ FAR = jnp.iinfo(jnp.int32).max  # the rank of a node that was not drafted
 class Plan:
     """What is drafted from each anchor: the widest of all that share it. Hashable: static in every program.
 
-    depth: K. shape: of the tree; None for chains. head: whether the confidence head judges.
+    depth: K. shape: of the tree; None for chains.
     """
 
     depth: int
     shape: TreeShape | None = None
-    head: bool = False
 
     def holds(self, speculation: Speculation) -> bool:
         """Whether `speculation` can be replayed from what this plan drafts."""
-        shape, head = speculation.shape, speculation.adaptive is not None and speculation.adaptive.head
-        if self.head != head or self.depth < speculation.window or (self.shape is None) != (shape is None):
+        shape = speculation.shape
+        if self.depth < speculation.window or (self.shape is None) != (shape is None):
             return False
         return shape is None or (self.shape.branch == shape.branch and self.shape.nodes >= shape.nodes)
 
 
 def plans_of(speculations: Sequence[Speculation]) -> tuple[Plan, ...]:
     """The fewest plans that hold all of some ways to speculate: one for all chains, one for all trees of a branch."""
-    found: dict[tuple, Plan] = {}
+    found: dict[int, Plan] = {}
     for way in speculations:
-        head = way.adaptive is not None and way.adaptive.head
-        key = head, way.shape.branch if way.shape else 0
+        key = way.shape.branch if way.shape else 0
         depth, nodes = way.window, way.shape.nodes if way.shape else 0
         if key in found:
             depth, old = max(depth, found[key].depth), found[key].shape
             nodes = max(nodes, old.nodes if old else 0)
-        found[key] = Plan(depth, TreeShape(way.shape.branch, depth, nodes) if way.shape else None, head)
+        found[key] = Plan(depth, TreeShape(way.shape.branch, depth, nodes) if way.shape else None)
     return tuple(found.values())
 
 
@@ -140,9 +138,9 @@ def _table(drafter: Drafter, embed_VxD: Array, plan: Plan, prefix, g_BxMxE, root
     anchored = drafter, embed_VxD, g_BxMxE, root_BxM, position_BxM, prefix
     wanted_AxK = wanted.reshape(B * M, K)
     if plan.shape:
-        return tree_table(draft_candidates(*anchored, plan.shape, confident=plan.head), wanted_AxK, plan.shape)
+        return tree_table(draft_candidates(*anchored, plan.shape), wanted_AxK, plan.shape)
     unused_B = jax.random.split(jax.random.key(0), B)  # nothing is drawn at temperature 0
-    draft = propose(*anchored, K, Sampling(), unused_B, confident=plan.head)
+    draft = propose(*anchored, K, Sampling(), unused_B)
     match_AxK = draft.token_BxMxK.reshape(B * M, K) == wanted_AxK
     return ChainTable(leading(match_AxK), jnp.cumsum(draft.logp_BxMxK, -1).reshape(B * M, K))
 

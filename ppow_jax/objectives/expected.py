@@ -29,7 +29,7 @@ from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import inner
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import criticality
-from ppow_jax.objectives.head_loss import DraftRule
+from ppow_jax.objectives.head_loss import SAMPLED, DraftRule
 from ppow_jax.objectives.supervised import DraftStep
 
 Array = jax.Array
@@ -44,7 +44,7 @@ class ExactSettings:
     same draft steps, and decay: the weight in it of a step relative to the one before.
     """
 
-    rule: DraftRule = DraftRule()
+    rule: DraftRule = SAMPLED
     horizon: str = "window"
     divide_by_std: bool = False
     kl_weight: float = 0.0
@@ -212,14 +212,15 @@ def priority(steps: list[DraftStep], kl_KxBxM: Array, vocab_size: int) -> Array:
     Of KL(P || Q) it counts what the drafter can reduce, mass(P) KL(P restricted || Q). Positions from the first label
     on that the draft vocabulary lacks cannot be accepted, and count nothing.
     """
-    total, length, reachable = 0.0, 0.0, jnp.ones(steps[0].valid_BxM.shape, bool)
+    used_BxM = steps[0].valid_BxM
+    total = length = jnp.zeros(used_BxM.shape)
+    reachable = jnp.ones(used_BxM.shape, bool)
     for step, kl_BxM in zip(steps, kl_KxBxM, strict=True):
         reachable &= step.valid_BxM & (step.label_BxM >= 0)
         v_BxM = criticality(step.entropy_BxM, step.mass_BxM * jnp.maximum(kl_BxM, 0.0), vocab_size)
         total += jnp.where(reachable, v_BxM, 0.0)
         length += step.valid_BxM
     weight_BxM = total / jnp.maximum(length, 1)
-    used_BxM = steps[0].valid_BxM
     return weight_BxM * used_BxM.sum() / jnp.maximum(jnp.sum(weight_BxM * used_BxM), 1e-9)
 
 

@@ -34,7 +34,7 @@ class DraftRule:
     rivals: int = 0
 
 
-SAMPLED = DraftRule()
+SAMPLED = DraftRule()  # one token, drawn from the drafter's distribution
 
 
 class HeadLoss(NamedTuple):

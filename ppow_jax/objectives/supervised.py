@@ -132,8 +132,9 @@ def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> 
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, keys, chain, first=s == 0)
         g_BxMxE = drafting.feed(drafter, out)
         label_BxM, valid_BxM = _at_step(windows, s)
-        target = (ahead(x, s) for x in (windows.probability_BxMxW, windows.mass_BxM, windows.entropy_BxM))
-        unrolled.append(DraftStep(drafter.norm(out, "norm"), label_BxM, *target, valid_BxM))
+        p_BxMxW, mass_BxM = ahead(windows.probability_BxMxW, s), ahead(windows.mass_BxM, s)
+        entropy_BxM, hidden_BxMxE = ahead(windows.entropy_BxM, s), drafter.norm(out, "norm")
+        unrolled.append(DraftStep(hidden_BxMxE, label_BxM, p_BxMxW, mass_BxM, entropy_BxM, valid_BxM))
     return unrolled
 
 

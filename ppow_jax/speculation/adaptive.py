@@ -1,8 +1,7 @@
 """How long a window should be, decided while it is drafted, and whether to draft at all.
 
 Before each further token, or level of a tree, the drafter decides whether to go on; of a tree it then decides how many
-nodes are verified. Two rules, both over the chances of paths to be accepted: the drafter's own probabilities, or what
-its confidence head says.
+nodes are verified. Two rules, both over the chances of paths to be accepted, which are the drafter's own probabilities.
 
 throughput: what can be gained is worth more than it costs, valued at the tokens per time that decoding reaches now. A
 row learns from its own rounds how far its drafter's chances can be trusted.
@@ -45,12 +44,11 @@ FIRST_REST, LONGEST_REST = 24, 256  # rounds
 class Stopping:
     """When a window ends, see the module. Hashable: static in every program.
 
-    rule: one of RULES. threshold: of the rule of that name. head: take chances from the drafter's confidence head.
+    rule: one of RULES. threshold: of the rule of that name.
     """
 
     rule: str = "throughput"
     threshold: float = 0.1
-    head: bool = False
 
     def __post_init__(self):
         require(self.rule in RULES, f"--stop_rule={self.rule}: must be one of {', '.join(RULES)}")

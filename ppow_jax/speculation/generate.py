@@ -104,9 +104,9 @@ def _decisions(state: State, speculation: Speculation, sampling: Sampling, price
         return goes_on(pace, stopping, price, logp_BxX, live_B)
 
     if not speculation.shape:
-        return {"go_on": lambda steps, logp_Bx1: go_on(steps, logp_Bx1)[:, None], "confident": stopping.head}
+        return {"go_on": lambda steps, logp_Bx1: go_on(steps, logp_Bx1)[:, None]}
     keep = functools.partial(kept, pace, stopping, prices.verify_N1, live_B=live_B)
-    return {"go_on": go_on, "keep": keep, "confident": stopping.head}
+    return {"go_on": go_on, "keep": keep}
 
 
 def verify_window(

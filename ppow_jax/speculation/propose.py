@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from ppow_jax import sharding
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.confidence import log_confidence
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.speculation.sampling import Sampling, draw
 
@@ -50,7 +49,6 @@ def propose(
     sampling: Sampling,
     key_B: Array,
     go_on: Callable[[int, Array], Array] | None = None,
-    confident: bool = False,
 ) -> Draft:
     """Drafts K >= 1 tokens that follow `root`, the token after each anchor.
 
@@ -59,8 +57,7 @@ def propose(
     row, so that a row's drafts do not depend on its neighbours.
 
     go_on: (tokens drafted 0..K-1, their summed logp_BxM) -> which windows draft one more; a window that stopped never
-    goes on. Steps that no window takes are not computed. By default all take all. confident: logp_BxMxK is what the
-    confidence head says.
+    goes on. Steps that no window takes are not computed. By default all take all.
     """
     B, M = root_BxM.shape
 
@@ -71,11 +68,8 @@ def propose(
         logits_BxMxW = sharding.whole_logits(drafting.logits(drafter, out))
         id_BxM, log_q_BxMxW = draw(_at_step(key_B, s), logits_BxMxW, sampling)
         token_BxM, g_BxMxE = drafter.target_ids_W[id_BxM], drafting.feed(drafter, out)
-        if confident:
-            logp_BxM = log_confidence(drafter.params, drafter.norm(out, "norm"))
-        else:
-            z_BxM = jnp.take_along_axis(logits_BxMxW, id_BxM[..., None], -1)[..., 0]
-            logp_BxM = z_BxM - jax.nn.logsumexp(logits_BxMxW, -1)
+        z_BxM = jnp.take_along_axis(logits_BxMxW, id_BxM[..., None], -1)[..., 0]
+        logp_BxM = z_BxM - jax.nn.logsumexp(logits_BxMxW, -1)
         if go_on is None:
             mine = token_BxM, id_BxM, log_q_BxMxW, logp_BxM
         else:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from ppow_jax import sharding
 from ppow_jax.config import require
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.confidence import log_confidence
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
 from ppow_jax.models.vocabulary import top_k
@@ -120,7 +119,6 @@ def propose_tree(
     shape: TreeShape,
     go_on: Callable[[int, Array], Array] | None = None,
     keep: Callable[[Array], Array] | None = None,
-    confident: bool = False,
 ) -> Tree:
     """Drafts a tree below `root`: each level expands the best `branch` nodes of the one before.
 
@@ -130,10 +128,9 @@ def propose_tree(
     go_on: (levels drafted 0..depth-1, logp_BxX of the nodes that the next one would expand) -> which rows draft one
     more; a row that stopped never goes on. Levels that no row drafts are not computed. keep: logp_BxN of the best,
     falling, -inf where there is none -> how many of them a row keeps. By default all rows draft and keep all.
-    confident: nodes are judged by the confidence head, see `shared`, not by the drafter's probabilities alone.
     """
     anchored = g_Bx1xE, root_Bx1, position_Bx1, prefix
-    return _best(*draft_candidates(drafter, embed_VxD, *anchored, shape, go_on, confident), shape, keep)
+    return _best(*draft_candidates(drafter, embed_VxD, *anchored, shape, go_on), shape, keep)
 
 
 def draft_candidates(
@@ -145,7 +142,6 @@ def draft_candidates(
     prefix: Sequence[Prefix],
     shape: TreeShape,
     go_on: Callable[[int, Array], Array] | None = None,
-    confident: bool = False,
 ) -> Candidates:
     """Drafts everything that the trees below R roots per row choose from: B * R trees, row by row.
 
@@ -174,8 +170,6 @@ def draft_candidates(
         logits_BxMxW = sharding.whole_logits(drafting.logits(drafter, out))
         top_BxMxX, id_BxMxX = top_k(logits_BxMxW, X)
         top_BxMxX -= jax.nn.logsumexp(logits_BxMxW, -1, keepdims=True)
-        if confident:
-            top_BxMxX = shared(log_confidence(drafter.params, drafter.norm(out, "norm")), top_BxMxX)
         logp_TxC = (logp_TxM[..., None] + by_tree(top_BxMxX)).reshape(B * R, -1)
         if go_on is not None:
             logp_TxC = jnp.where(going_T[:, None], logp_TxC, -jnp.inf)
@@ -207,14 +201,6 @@ def draft_candidates(
     drafted = further(0, g_BxRxE, root_BxR, (), *roots, jnp.ones(B * R, bool))
     logp, token, parent, going = (jnp.concatenate(x, 1) for x in zip(*drafted, strict=True))
     return Candidates(logp, token, parent, going.sum(-1))
-
-
-def shared(log_chance: Array, logp_xX: Array) -> Array:
-    """Log-probabilities [..., X] of siblings of which one is right with a chance e^log_chance [...].
-
-    They share it as the drafter's own probabilities, e^logp, stand to each other.
-    """
-    return log_chance[..., None] + jax.nn.log_softmax(logp_xX)
 
 
 def _beams(x_BxMxX: Array, beam_BxM: Array) -> Array:

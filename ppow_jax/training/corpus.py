@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
+T = TypeVar("T", Example, answers.Job)
 
 
 def collect_jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
@@ -34,6 +35,7 @@ def collect_jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
             f"--data={settings.data}: {len(jobs)} prompts of at most {settings.max_prompt_tokens} tokens, "
             f"but --held_out={settings.held_out} are kept aside"
         )
+    _check_parts(settings, jobs)
     return jobs
 
 
@@ -84,7 +86,8 @@ def load_corpus(settings, workdir: Path, target: Target, jobs, stop: StopSignal)
         raise Stopped
     if s.answer_temperature == 0:
         distributed.by_leader(lambda: write_pack(workdir / "answers.npz", examples, _pack_about(s)))
-    held_out, test, fresh, train = split(examples, (s.held_out, s.test_answers, s.fresh_answers), s.seed)
+    *kept, train = split(examples, _kept(s), s.seed)
+    held_out, test, fresh = kept
     if s.recorded:
         train += _recorded(s, target)
 
@@ -99,25 +102,42 @@ def load_corpus(settings, workdir: Path, target: Target, jobs, stop: StopSignal)
     return Corpus(main, own or main, batches(held_out), batches(test) if test else None)
 
 
-def split(examples: list[Example], numbers: Sequence[int], seed: int) -> list[list[Example]]:
+def _kept(settings: TrainSettings) -> tuple[int, int, int]:
+    return settings.held_out, settings.test_answers, settings.fresh_answers
+
+
+def _check_parts(settings: TrainSettings, jobs: list[answers.Job]) -> None:
+    """Raises UserError where a part of the answers that is asked for, or stage 1, would get none."""
+    *kept, train = split(jobs, _kept(settings), settings.seed)
+    named = zip(("held_out", "test_answers", "fresh_answers"), _kept(settings), kept, strict=True)
+    missing = [f"--{name}={number}" for name, number, part in named if number and not part]
+    if not train and not settings.recorded and ("supervised" in settings.stages or not settings.fresh_answers):
+        missing.append("training")
+    number = len({_conversation(job) for job in jobs})
+    rule = f"{len(jobs)} answers of {number} conversations, of which each goes to one part as a whole"
+    config_lib.require(not missing, f"--data={settings.data}: leaves nothing for {' and '.join(missing)}; {rule}")
+
+
+def split(examples: Sequence[T], numbers: Sequence[int], seed: int) -> list[list[T]]:
     """Parts of about so many examples each, whole conversations, and what is left: one part more than numbers.
 
     A part that is asked for has one conversation at least.
     """
     conversations = sorted({_conversation(e) for e in examples})
     order = np.random.default_rng(seed).permutation(len(conversations))
-    part_of, begin = {}, 0
+    part_of: dict[str, int] = {}
+    begin = 0
     for part, number in enumerate(numbers):
         share = max(1, round(number * len(conversations) / len(examples))) if number else 0
         part_of |= {conversations[i]: part for i in order[begin : begin + share]}
         begin += share
-    parts: list[list[Example]] = [[] for _ in range(len(numbers) + 1)]
+    parts: list[list[T]] = [[] for _ in range(len(numbers) + 1)]
     for example in examples:
         parts[part_of.get(_conversation(example), len(numbers))].append(example)
     return parts
 
 
-def _conversation(example: Example) -> str:
+def _conversation(example: Example | answers.Job) -> str:
     return example.source.rsplit(" turn ", 1)[0]
 
 

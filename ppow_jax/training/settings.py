@@ -298,6 +298,8 @@ class TrainSettings:
             exact = "--estimator=exact: has a closed form only"
             for name, needed in (("acceptance", "greedy"), ("answer_temperature", 0.0), ("recorded", "")):
                 require(getattr(self, name) == needed, f"{exact} with --{name}={needed}, not {getattr(self, name)}")
+        rule = f"must be less than --draft_vocab_size={self.draft_vocab_size}"
+        require(self.rivals < self.draft_vocab_size, f"--rivals={self.rivals}: {rule}")
         for name in IGNORED[self.estimator]:
             value = getattr(self, name)
             rule = f"has no effect with --estimator={self.estimator}; leave it out"

@@ -34,17 +34,25 @@ def needed_bytes(
     drafter = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     baselines = settings.baselines if "ppow" in settings.stages else ()
     trained = [stage for stage in TRAINED if stage in settings.stages] + list(baselines)
-    # One more than is kept: the old one goes when the new one is whole.
-    stage = (KEEP + 1) * (1 + _MOMENTS) * drafter + (KEEP_BEST + 1) * drafter
-    surely = len(trained) * stage + 2 * drafter + _SLACK
+    surely = sum(_checkpoints(settings, stage) for stage in trained) * drafter + 2 * drafter + _SLACK
     answers = len(jobs) * settings.answer_tokens if "data" in settings.stages else 0
     at_most = surely + answers * _TOKEN
-    if settings.cache_features and "supervised" in settings.stages:
+    exact = "ppow" in settings.stages and settings.estimator == "exact"
+    if settings.cache_features and ("supervised" in settings.stages or "cst" in baselines or exact):
         tokens = sum(len(job.prompt) for job in jobs)
         width = 4 * target.config.hidden_size * jnp.dtype(DTYPES[settings.dtype]).itemsize
         surely += tokens * width
         at_most += (tokens + len(jobs) * settings.answer_tokens) * width
     return surely, at_most
+
+
+def _checkpoints(settings: TrainSettings, stage: str) -> int:
+    """How many times a stage writes as much as the parameters, at once: what is kept, and one more of each.
+
+    The old one goes when the new one is whole.
+    """
+    averages = settings.average_decay > 0 and stage != "supervised"
+    return (KEEP + 1) * (1 + _MOMENTS + averages) + (KEEP_BEST + 1)
 
 
 def check_space(settings: TrainSettings, workdir: Path, config: DrafterConfig, target: Target, jobs: Sequence[Job]):

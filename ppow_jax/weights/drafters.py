@@ -1,6 +1,7 @@
 """EAGLE-3 drafters in and out of files, in the flat format and in the speculators format."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,12 @@ from ppow_jax.models.drafter_config import DrafterConfig, parameter_shapes
 from ppow_jax.weights import drafter_tensors, flat, speculators, vocabulary_map
 from ppow_jax.weights import huggingface as hf
 
+log = logging.getLogger(__name__)
+
 FORMATS = ("flat", "speculators")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 _TARGET_KEY = "target_name_or_path"  # in the flat format, for people
+_FORMER = "confidence_head.json"  # a part of drafters that versions up to 2026-11-29 wrote and read
 
 
 class StoredDrafter(NamedTuple):
@@ -100,7 +104,7 @@ def import_drafter(
 
     Names may begin with `midlayer.` or `layers.0.`, and with `model.` before that; weights may lie in safetensors, one
     or several, or in a `.bin` file, which takes torch. Draft ids that are not in the order of target ids are sorted,
-    the rows of the head with them.
+    the rows of the head with them. `confidence_head.json`, which earlier versions wrote, is ignored.
 
     Args:
       num_target_layers: N of the target. Files that do not say which layers feed them use the default choice for
@@ -114,6 +118,8 @@ def import_drafter(
     """
     directory = Path(directory)
     json_config = hf.read_json(directory / hf.CONFIG)
+    if (directory / _FORMER).exists():
+        log.info("%s: ignored, drafters no longer have this part", directory / _FORMER)
     stored, problems = drafter_tensors.open_tensors(directory)
     config = describe(json_config, stored.keys(), num_target_layers, str(directory / hf.CONFIG))
     V, W = config.vocab_size, config.draft_vocab_size
