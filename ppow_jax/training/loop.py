@@ -28,8 +28,8 @@ class Loop:
 
     data: index -> batch, on the host. step: (state, index, batch) -> (state, metrics), jitted inside. measure:
     parameters -> metrics, `score` of which chooses the best checkpoint; with select="last" it is the last one.
-    skip_nonfinite: maximum number of skipped non-finite updates, in the whole stage. position: of the first batch in the
-    data. about: settings and seed, kept with every checkpoint.
+    skip_nonfinite: maximum number of skipped non-finite updates, in the whole stage. position: of the first batch in
+    the data. about: settings and seed, kept with every checkpoint.
     """
 
     stage: str

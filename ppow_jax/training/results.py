@@ -4,8 +4,8 @@ import json
 import logging
 import zlib
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import config as config_lib
@@ -13,16 +13,15 @@ from ppow_jax import distributed, files, sharding
 from ppow_jax.evaluation import report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
-from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.drafter_config import is_vector
+from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.settings import of_mode
 from ppow_jax.training.context import Context
 from ppow_jax.training.metrics import read_metrics
 from ppow_jax.training.preemption import Stopped
+from ppow_jax.training.replays import compare, feature_store, measured_prices, replay_modes
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.card import write_card
 from ppow_jax.weights.drafters import best_format, export_drafter
-from ppow_jax.weights.targets import DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +36,7 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
     conditions = zlib.crc32(repr((about, s.target, speculations, s.max_new_tokens, benchmarks)).encode())
     settings = {spec.name: getattr(s, spec.name) for spec in config_lib.specs(TrainSettings)}
     former, done = former_arms(workdir), []
+    replayed = _replayed(context, arms)
     for name, drafter in arms.items():
         made_of = {"drafter": checksum(drafter), "conditions": conditions}
         arm = former.get(name, {})
@@ -56,8 +56,13 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
             if not rows:
                 raise Stopped
             arm = report.arm(name, rows) | made_of
-        done.append(arm)
-        result = about | {"settings": settings, "arms": done, "time": context.clock.summary() | _parts(workdir)}
+        done.append(arm | (replayed.get(name) or {}))
+        headline = report.headline(done) if len(done) == len(arms) else ""
+        result = (
+            {"headline": headline}
+            | about
+            | {"settings": settings, "arms": done, "time": context.clock.summary() | _parts(workdir)}
+        )
         distributed.by_leader(lambda: report.write_json(workdir / "report.json", result))  # noqa: B023  (called at once)
     distributed.by_leader(lambda: _report(workdir, result))
 
@@ -68,8 +73,24 @@ def _report(workdir: Path, result: dict) -> None:
     shown = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
     report.plot_curves(curves, read_metrics(workdir / "metrics.jsonl"), shown)
     report.write_markdown(workdir / "report.md", result, plots)
+    print(f"{result['headline']}\n" if result["headline"] else "")
     print(report.result_table(result))
     print(f"\nreport and plots: {workdir}")
+
+
+def _replayed(context: Context, arms: dict[str, Drafter]) -> dict[str, dict[str, Any]]:
+    """Per arm the rounds that --modes take on --test_answers, and how they compare with the first arm's."""
+    s, test = context.settings, context.corpus.test
+    if test is None:
+        return {}
+    first, *_ = arms.values()
+    log.info("replaying %d answers with every arm", len(test.examples))
+    store = feature_store(context, "features_test", test, first.config.feature_layers)
+    prices = measured_prices(context, cast(first, s.dtype), of_mode("adaptive", s.window))
+    found = {name: replay_modes(context, drafter, s.modes, prices, store) for name, drafter in arms.items()}
+    start = next(iter(arms))
+    compared = {mode: compare({name: modes[mode] for name, modes in found.items()}, start) for mode in s.modes}
+    return {name: {"replayed": {mode: rows[name] for mode, rows in compared.items()}} for name in arms}
 
 
 def _parts(workdir: Path) -> dict[str, dict]:
@@ -107,12 +128,6 @@ def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
 
     distributed.by_leader(lambda: files.replace_directory(workdir / name, write))
     log.info("exported %s: %s", arm, workdir / name)
-
-
-def cast(drafter: Drafter, dtype: str) -> Drafter:
-    """The drafter as decoding wants it: matrices in `dtype`, norms in float32."""
-    params = {k: v if is_vector(k) else jnp.asarray(v, DTYPES[dtype]) for k, v in drafter.params.items()}
-    return drafter.replace(params=params, mixed=False)
 
 
 def former_arms(workdir: Path) -> dict[str, dict]:

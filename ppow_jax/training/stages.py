@@ -14,7 +14,7 @@ from ppow_jax import config as config_lib
 from ppow_jax import distributed, files, sharding
 from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.evaluation.measure import measure_costs
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.objectives.expected import ExactSettings
 from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.rewards import CostModel
@@ -26,7 +26,7 @@ from ppow_jax.training.features import Cached, FeatureStore
 from ppow_jax.training.optimizers import make_optimizer
 from ppow_jax.training.preemption import Stopped
 from ppow_jax.training.profile import Profile
-from ppow_jax.training.results import cast, export_arm
+from ppow_jax.training.results import export_arm
 from ppow_jax.training.rollout import RolloutSettings
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import new_drafter
