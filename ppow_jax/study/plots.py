@@ -45,7 +45,7 @@ def _curves(ax, study, curves: Curves) -> None:
 
 
 def _acceptance(ax, study) -> None:
-    """The chain's conditional acceptance by position."""
+    """Conditional acceptance by position, of chains where they were replayed."""
     for i, row in enumerate(study["arms"]):
         at_least = np.cumsum(np.asarray(row["accepted_histogram"], float)[::-1])[::-1]
         conditional = at_least[1:] / np.maximum(at_least[:-1], 1)
@@ -57,7 +57,7 @@ def _acceptance(ax, study) -> None:
             color=report.colour(i),
             label=row["arm"],
         )
-    ax.set(title="Acceptance of a chain by position, all before accepted", xlabel="position in the window")
+    ax.set(title="Acceptance by position, all before accepted", xlabel="position in the window")
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     ax.legend(fontsize=8)
 

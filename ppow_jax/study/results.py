@@ -65,7 +65,8 @@ def write(
 
 
 def _results(workdir: Path, arm: Arm, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
-    paths = {seed: arm_directory(workdir, arm.name, seed) / "result.json" for seed in seeds}
+    its = {seed: seed if arm.stage else seeds[0] for seed in seeds}  # the start has no seed
+    paths = {seed: arm_directory(workdir, arm.name, its[seed]) / "result.json" for seed in seeds}
     return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
 
@@ -83,6 +84,7 @@ def _counts(results: Sequence[Mapping[str, Any]], mode: str, per: str = "rounds"
 def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) -> dict[str, Any]:
     """An arm in numbers; differences are paired over answers and seeds."""
     mine = kept[arm.name]
+    chain = "chain" if "chain" in mine[0]["replayed"] else mode
     row = {
         "arm": arm.name,
         "about": arm.about,
@@ -92,7 +94,7 @@ def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) ->
         "speedup": interval(micro_average(_counts(mine, mode, "cost"))),
         "tau_by_mode": {m: interval(micro_average(_counts(mine, m))) for m in mine[0]["replayed"]},
         "tau_by_seed": [tau(result, mode) for result in mine],
-        "accepted_histogram": np.sum([r["replayed"]["chain"]["accepted_histogram"] for r in mine], 0).tolist(),
+        "accepted_histogram": np.sum([r["replayed"][chain]["accepted_histogram"] for r in mine], 0).tolist(),
         "seconds": float(np.mean([result["seconds"] for result in mine])),
     }
     for other, key in ((BASELINE, "cst"), (START, "start")):

@@ -15,7 +15,7 @@ from ppow_jax.evaluation import measure
 from ppow_jax.evaluation.benchmarks import load_benchmark
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.adaptive import Prices
-from ppow_jax.speculation.settings import MODES, of_mode
+from ppow_jax.speculation.settings import of_mode
 from ppow_jax.study import results
 from ppow_jax.study.arms import Arm, find_arm, settings_of
 from ppow_jax.study.settings import FREE, StudySettings
@@ -98,7 +98,7 @@ def _tune(study: _Study) -> dict[str, float]:
         tried = {}
         for rate in s.rates:
             found = _measured(study, arm, s.tuning_seed, rate, study.held_out, study.workdir / "tuning" / f"{rate:g}")
-            tried[rate] = results.tau(found, s.compare)
+            tried[rate] = results.tau(found, s.modes[0])
         chosen[arm.family] = max(tried, key=lambda rate: tried[rate])
         shown = ", ".join(f"{rate:g}: {tau:.3f}" for rate, tau in tried.items())
         log.info("%s: learning rate %g (held-out tau %s)", arm.family, chosen[arm.family], shown)
@@ -109,6 +109,8 @@ def _measured(
     study: _Study, arm: Arm, seed: int, rate: float | None, answers: FeatureStore, parent: Path
 ) -> dict[str, Any]:
     """What an arm gains on some answers; trained and replayed once, then read back."""
+    if arm.stage is None and seed != study.settings.seeds[0]:  # the start has no seed
+        return _measured(study, arm, study.settings.seeds[0], rate, answers, parent) | {"seed": seed}
     directory = results.arm_directory(parent, arm.name, seed)
     path = directory / "result.json"
     if path.exists():
@@ -117,7 +119,7 @@ def _measured(
     begin = time.perf_counter()
     drafter = _trained(study, arm, seed, rate, directory)
     seconds = time.perf_counter() - begin
-    found = replay_modes(study.context, drafter, MODES, study.prices, answers)
+    found = replay_modes(study.context, drafter, study.settings.modes, study.prices, answers)
     result = {
         "arm": arm.name,
         "seed": seed,
@@ -172,7 +174,7 @@ def _decode(study: _Study, rates: dict[str, float]) -> None:
                 target,
                 drafter,
                 benchmarks,
-                speculations=[of_mode(s.compare, s.window)],
+                speculations=[of_mode(s.modes[0], s.window)],
                 temperature=temperature,
                 max_new_tokens=s.max_new_tokens,
                 skip_long_prompts=True,
@@ -192,4 +194,4 @@ def _write(study: _Study, rates: dict[str, float]) -> None:
         "test_answers": len(study.test.batches.examples),
         "test_tokens": int(sum(e.answer_mask.sum() for e in study.test.batches.examples)),
     }
-    results.write(study.workdir, [find_arm(name) for name in s.arms], s.seeds, s.compare, about)
+    results.write(study.workdir, [find_arm(name) for name in s.arms], s.seeds, s.modes[0], about)

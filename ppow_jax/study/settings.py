@@ -3,6 +3,7 @@
 import dataclasses
 
 from ppow_jax.config import field, require
+from ppow_jax.speculation.settings import MODES
 from ppow_jax.study.arms import ARMS, find_arm
 from ppow_jax.training.settings import FREE as FREE_IN_TRAINING
 from ppow_jax.training.settings import TrainSettings
@@ -27,7 +28,12 @@ class StudySettings(TrainSettings):
         group="Study",
     )
     tuning_seed: int = field(1000, "Seed of the runs that rates are chosen by.", low=0, group="Study")
-    compare: str = field("adaptive", "Speculation mode that arms are compared and rates chosen in.", group="Study")
+    modes: tuple[str, ...] = field(
+        ("adaptive", "chain", "tree"),
+        "Speculation modes whose rounds are replayed; arms are compared in the first one.",
+        choices=MODES,
+        group="Study",
+    )
     decode_seeds: int = field(
         0,
         "Seeds whose drafters are also decoded with, on --benchmarks, at --decode_temperatures.",
@@ -43,6 +49,7 @@ class StudySettings(TrainSettings):
         for arm in self.arms:
             find_arm(arm)
         require(len(set(self.arms)) == len(self.arms), f"--arms={','.join(self.arms)}: names an arm twice")
+        require(len(self.modes) > 0, "--modes: must name one at least")
         require("eagle3" in self.arms, "--arms: must have eagle3, the start that the others are compared with")
         require(len(self.seeds) > 0, "--seeds: must name one at least")
         require(

@@ -1,5 +1,6 @@
 """The optimizer of both stages."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,17 +39,24 @@ def optimizer(
     size by a factor of a thousand: its step is divided by the size of the channel, which is Adam on features of unit
     size without changing the drafter's format.
     """
-    warmup = min(warmup, steps - 1)
+    scale = None if channel_scale_F is None else np.asarray(channel_scale_F, np.float32).tobytes()
+    return _made(settings.optimizer, settings.clip_norm, tuple(names), peak, steps, min(warmup, steps - 1), scale)
+
+
+@functools.lru_cache(32)  # equal ones are one object, so that runs that differ by their seed share their programs
+def _made(
+    kind: str, clip_norm: float, names: tuple[str, ...], peak: float, steps: int, warmup: int, scale: bytes | None
+) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, peak / 10)
     update = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
-    if settings.optimizer == "muon":
+    if kind == "muon":
         muon = optax.contrib.muon(
             schedule, consistent_rms=0.2, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
         )  # a step as large as Adam's (2502.16982)
         labels = {name: "muon" if name.split(".")[-1] in _MUON else "adamw" for name in names}
         update = optax.partition({"muon": muon, "adamw": update}, labels)
-    parts = [optax.clip_by_global_norm(settings.clip_norm), update]
-    if channel_scale_F is not None:
-        inverse_F = np.asarray(1.0 / channel_scale_F, np.float32)
+    parts = [optax.clip_by_global_norm(clip_norm), update]
+    if scale is not None:
+        inverse_F = 1.0 / np.frombuffer(scale, np.float32)
         parts.append(optax.stateless(lambda updates, _: updates | {"fc": updates["fc"] * inverse_F}))
     return optax.chain(*parts)
