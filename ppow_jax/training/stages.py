@@ -310,10 +310,10 @@ def _train(
 
 
 def _measure(context: Context, drafter: Drafter):
-    """parameters -> simulated acceptance on the held-out answers."""
-    s = context.settings
-    number = context.corpus.held_out.steps_of_epochs(1)
-    batches = [sharding.place(context.corpus.held_out.at(i)) for i in range(number)]
+    """parameters -> simulated acceptance on the held-out answers; the target reads them once where features are kept."""
+    s, held_out = context.settings, context.corpus.held_out
+    data = _data(context, drafter, held_out, "features_held_out", 0, s.cache_features)
+    batches = [sharding.place(data.at(i)) for i in range(held_out.steps_of_epochs(1))]
 
     def measure(params: dict) -> dict:
         return supervised.evaluate(

@@ -102,13 +102,14 @@ def _evaluate_batch(
     drafter: Drafter,
     target_params: dict,
     batch: PackedBatch,
+    cached: tuple[Array, Array] | None,
     *,
     config: ModelConfig,
     K: int,
     greedy_text: bool,
 ):
     layers = drafter.config.feature_layers
-    windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text).windows
+    windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text, cached).windows
     scores = supervised.training_time_test(drafter, target_params["embed"], windows, K, decay=1.0)
     return jax.tree.map(sharding.pin, supervised.Totals.of(scores))
 
@@ -116,15 +117,18 @@ def _evaluate_batch(
 def evaluate(
     drafter: Drafter,
     target_params: dict,
-    batches: list[PackedBatch],
+    batches: list[tuple[PackedBatch, tuple[Array, Array] | None]],
     *,
     config: ModelConfig,
     K: int,
     greedy_text: bool,
 ) -> dict[str, Any]:
-    """Simulated greedy-chain tau of windows of K tokens on held-out batches, with its parts by step."""
+    """Simulated greedy-chain tau of windows of K tokens on held-out batches, with its parts by step.
+
+    batches: each with the target's features of it where they are kept (`training.features`), or None.
+    """
     sums = [
-        _evaluate_batch(drafter, target_params, batch, config=config, K=K, greedy_text=greedy_text)
+        _evaluate_batch(drafter, target_params, *batch, config=config, K=K, greedy_text=greedy_text)
         for batch in batches
     ]
     totals = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
