@@ -6,11 +6,13 @@ import jax.numpy as jnp
 
 from ppow_jax import sharding
 from ppow_jax.errors import UserError
+from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import is_vector, validate_fit
 from ppow_jax.weights.confidence_head import load_head
 from ppow_jax.weights.drafters import import_drafter
 from ppow_jax.weights.huggingface import CONFIG
+from ppow_jax.weights.padded_vocabulary import fit_vocabulary
 from ppow_jax.weights.targets import DTYPES, Target
 
 AUTO = "auto"
@@ -42,8 +44,12 @@ def load_drafter(directory: str | Path, target: Target, dtype: str = "bfloat16")
     Raises UserError when the files are broken, or made for another target.
     """
     stored = import_drafter(
-        directory, num_target_layers=target.config.num_layers, target_embed_VxD=sharding.fetch(target.params["embed"])
+        directory,
+        num_target_layers=target.config.num_layers,
+        target_embed_VxD=sharding.fetch(target.params["embed"]),
+        target_head=lambda: sharding.fetch(transformer.head(target.params)),
     )
+    stored = fit_vocabulary(stored, target.config.vocab_size, target.tokenizer, f"--drafter={directory}")
     validate_fit(stored.config, target.config, f"--drafter={directory}")
     params = {
         name: jnp.asarray(value, jnp.float32 if is_vector(name) else DTYPES[dtype])

@@ -183,11 +183,11 @@ def _entry(rope: Any, place: str) -> dict[str, Any]:
 def _theta(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], where: str) -> float:
     """rope_theta, from wherever it is given; 10000 if nowhere."""
     places = {"": config, **entries}
-    named = {
-        f"{key}.rope_theta".removeprefix("."): positive_float(values, "rope_theta", f"{where}: {key}".removesuffix(": "))
-        for key, values in places.items()
-        if values.get("rope_theta") is not None
-    }
+    named: dict[str, float] = {}
+    for key, values in places.items():
+        if values.get("rope_theta") is not None:
+            place = f"{where}: {key}" if key else where
+            named[f"{key}.rope_theta".lstrip(".")] = positive_float(values, "rope_theta", place)
     least = min(named.values(), default=math.inf)
     if least <= 1 and any(rope["rope_type"] == "yarn" for rope in entries.values()):
         raise UserError(f"{where}: rope_theta = {least} must be above 1 for rope_type 'yarn'")

@@ -9,6 +9,7 @@ from ppow_jax import config as config_lib
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.conversations import load_conversations
 from ppow_jax.data.encoding import Example, encode_conversation
+from ppow_jax.data.known_ids import require_known
 from ppow_jax.errors import UserError
 from ppow_jax.training import answers
 from ppow_jax.training.context import Stopped
@@ -26,6 +27,8 @@ def collect_jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
     config_lib.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
     conversations = load_conversations(settings.data)
     jobs = answers.collect_jobs(target.tokenizer, conversations, _answer_settings(settings), settings.num_answers)
+    for job in jobs:
+        require_known(job.prompt, target.config.vocab_size, job.source, target.tokenizer)
     if len(jobs) <= settings.held_out:
         raise UserError(
             f"--data={settings.data}: {len(jobs)} prompts of at most {settings.max_prompt_tokens} tokens, "
@@ -51,6 +54,7 @@ def _answer_settings(settings: TrainSettings) -> answers.AnswerSettings:
 
 def load_batches(settings, workdir: Path, target: Target, jobs, stop: StopSignal) -> tuple[Batches, Batches]:
     """The training and the held-out batches; answers that are missing are generated."""
+    recorded = _recorded(settings, target) if settings.recorded else []  # what is wrong with them comes before answers
     examples = answers.regenerate(
         workdir / "answers",
         target.params,
@@ -62,8 +66,7 @@ def load_batches(settings, workdir: Path, target: Target, jobs, stop: StopSignal
     if stop.requested:
         raise Stopped
     held_out, train = split(examples, settings.held_out, settings.seed)
-    if settings.recorded:
-        train += _recorded(settings, target)
+    train += recorded
     shape = {
         "batch_size": settings.batch_size,
         "row_length": settings.row_length,
@@ -90,4 +93,7 @@ def _conversation(example: Example) -> str:
 def _recorded(settings: TrainSettings, target: Target) -> list[Example]:
     conversations = load_conversations(settings.recorded, settings.num_recorded or None)
     encoded = (encode_conversation(target.tokenizer, c, settings.row_length) for c in conversations)
-    return [example for example in encoded if example is not None]
+    examples = [example for example in encoded if example is not None]
+    for example in examples:
+        require_known(example.tokens, target.config.vocab_size, example.source, target.tokenizer)
+    return examples

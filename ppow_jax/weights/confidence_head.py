@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ppow_jax.errors import UserError
-from ppow_jax.files import write_atomic
+from ppow_jax.files import mistaken, write_atomic
 from ppow_jax.models import confidence
 
 FILE = "confidence_head.json"
@@ -36,10 +36,11 @@ def load_head(directory: str | Path, width: int) -> dict[str, np.ndarray]:
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8-sig"))
         head = {name: np.asarray(stored[name], np.float32) for name in confidence.NAMES}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a confidence head ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = mistaken(path) or f"not a confidence head ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {reason}") from None
     for name, value in head.items():
         shape = confidence.shapes(width)[name]
         if value.shape != shape:
