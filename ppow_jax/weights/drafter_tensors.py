@@ -12,6 +12,7 @@ from ppow_jax.weights import torch_file
 
 EMBED = "embed_tokens.weight"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_WRAPPERS = ("_orig_mod.", "module.", "model.")  # of torch.compile and of data parallelism, and of transformers
 _FIRST = "midlayer."  # the first layer's names in the flat format; `layers.0.` in the speculators format
 _TOP = {"fc": "fc.weight", "norm": "norm.weight", "lm_head": "lm_head.weight"}
 _LAYER = {
@@ -91,7 +92,7 @@ def speculators_name(flat_name: str) -> str:
 def open_tensors(directory: Path) -> tuple[dict[str, hf.StoredTensor], list[str]]:
     """(tensors under the names of the flat format, what is wrong with their names).
 
-    Names may begin with `midlayer.` or `layers.0.`, and with `model.` before that.
+    Names may begin with `midlayer.` or `layers.0.`, and with `model.` or torch's wrappers before that.
 
     Raises:
       UserError: for missing or broken files, and for a `.bin` file where torch is not installed.
@@ -99,7 +100,9 @@ def open_tensors(directory: Path) -> tuple[dict[str, hf.StoredTensor], list[str]
     files, problems = _open(directory)
     result: dict[str, hf.StoredTensor] = {}
     for name, tensor in files.items():
-        short = name.removeprefix("model.")
+        short = name
+        for wrapper in _WRAPPERS:
+            short = short.removeprefix(wrapper)
         short = _FIRST + short.removeprefix("layers.0.") if short.startswith("layers.0.") else short
         if hf.is_buffer(short) or short in _LEFT_OUT:
             continue

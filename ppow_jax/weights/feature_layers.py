@@ -59,8 +59,8 @@ def _ids(config: Mapping[str, Any], key: str, where: str) -> list[int]:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise UserError(f"{where}: {key} = {ids!r} must be a list of layer ids")
     if len(ids) in NUMBERS:
-        count = NUMBERS[len(ids)]
-        raise UserError(f"{where}: {key} = {ids!r}: {count} features are not supported, only three ascending ids")
+        count = NUMBERS[len(ids)] + (" feature is" if len(ids) == 1 else " features are")
+        raise UserError(f"{where}: {key} = {ids!r}: {count} not supported, only three ascending ids")
     return ids
 
 
