@@ -77,7 +77,7 @@ def verify(settings: VerifySettings) -> int:
 
     directory = _check_directory(settings.directory)
     target = targets.load(settings.target, settings.dtype)
-    drafter = load_drafter(directory, target, settings.dtype)
+    drafter = load_drafter(directory, target, settings.dtype, where=str(directory))
     found = self_check.self_check(target, drafter, settings.window, settings.max_new_tokens)
     lines = [
         ("files", "read; sizes, vocabulary and layers fit the target"),

@@ -91,13 +91,14 @@ def _turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("flag", ["data", "recorded"])
+@pytest.mark.parametrize("flag", ["data", "recorded", "benchmarks"])
 def test_train(directory, tmp_path, capsys, nothing_computed, flag):
     records = [{"messages": _turns(f"hello {i}", "well <extra>")} for i in range(9)]
-    if flag == "data":
+    if flag != "recorded":
         records = [{"prompt": f"say <extra> {i}"} for i in range(9)]
     path = lines(tmp_path / "chats.jsonl", *records)
     flags = {"target": directory, "workdir": tmp_path / "w", flag: path, "max_prompt_tokens": 80, "answer_tokens": 8}
+    flags |= {"stages": "data,supervised,evaluate"}
     flags = {"num_answers": 8, "held_out": 1, "row_length": 96, "feature_layers": "0,1,2"} | flags
     tiny = Path(__file__).parents[1] / "experiments" / "configs" / "tiny.flags"
     argv = (f"--flagfile={tiny}", *(f"--{name}={value}" for name, value in flags.items()))

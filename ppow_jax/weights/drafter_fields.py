@@ -92,7 +92,7 @@ def target_width(
     width: the drafter's own, which the target's mostly is, too. of_target: the target's, None where it is not at hand.
     Raises UserError where fc takes another number of features than three.
     """
-    shape = tensors[FC].shape if isinstance(tensors, Mapping) and FC in tensors else ()
+    shape: tuple[int, ...] = tensors[FC].shape if isinstance(tensors, Mapping) and FC in tensors else ()
     columns = shape[1] if len(shape) == 2 and shape[0] == width else 0
     D = reading.positive_int(config, "target_hidden_size", where, default=_guess_width(columns, width, of_target))
     count, left = divmod(columns, D)

@@ -276,8 +276,9 @@ def _stored(file: Any, name: str, mapped: _Mapped) -> StoredTensor:
 
 def open_directory(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """All tensors of all shards, and what is wrong with the shards among each other."""
+    problems: list[str] = []
     if (directory / WEIGHTS).exists():
-        stored, problems = open_safetensors(directory / WEIGHTS), []
+        stored = open_safetensors(directory / WEIGHTS)
     elif (directory / INDEX).exists():
         stored, problems = open_shards(directory / INDEX, open_safetensors)
     else:
