@@ -69,7 +69,7 @@ def verify(settings: VerifySettings) -> int:
 
     A drafter that is read with wrong layer ids, a wrong vocabulary or for another target loads all the same, and its
     output is right; only fewer of its tokens are accepted, or hardly any. That is refused, with what is likely to be
-    wrong: target layers one lower and one higher are tried in any case.
+    wrong: every other reading of its target layers is tried in any case.
     """
     from ppow_jax.evaluation import self_check
     from ppow_jax.evaluation.loading import load_drafter
@@ -77,7 +77,7 @@ def verify(settings: VerifySettings) -> int:
 
     directory = _check_directory(settings.directory)
     target = targets.load(settings.target, settings.dtype)
-    drafter = load_drafter(directory, target, settings.dtype)
+    drafter = load_drafter(directory, target, settings.dtype, where=str(directory))
     found = self_check.self_check(target, drafter, settings.window, settings.max_new_tokens)
     lines = [
         ("files", "read; sizes, vocabulary and layers fit the target"),
@@ -125,8 +125,10 @@ class ConvertSettings:
 
 def convert(settings: ConvertSettings) -> None:
     """Writes a drafter in another format, with its model card; every weight stays the same unless --dtype is given."""
+    from ppow_jax.models import transformer
     from ppow_jax.models.drafter_config import validate_fit
     from ppow_jax.weights import card, drafters, targets
+    from ppow_jax.weights.padded_vocabulary import fit_vocabulary
 
     source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
     target = None if settings.target is None else targets.load(settings.target)
@@ -134,8 +136,13 @@ def convert(settings: ConvertSettings) -> None:
         source,
         num_target_layers=None if target is None else target.config.num_layers,
         target_embed_VxD=None if target is None else target.params["embed"],
+        target_head=None if target is None else lambda: transformer.head(target.params),
+        headless=target is None,
     )
+    has_head = "lm_head" in stored.params
+    require(has_head, f"{source}: has no head of its own: name the target whose head it uses, --target")
     if target is not None:
+        stored = fit_vocabulary(stored, target.config.vocab_size, target.tokenizer, str(source))
         validate_fit(stored.config, target.config, str(source))
     drafters.export_drafter(
         output,

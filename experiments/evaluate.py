@@ -134,7 +134,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _measure(settings: Settings) -> dict[str, Any]:
-    from ppow_jax.evaluation import loading, report
+    from ppow_jax.evaluation import dialogues, loading, report
     from ppow_jax.evaluation import measure as measuring
     from ppow_jax.evaluation.benchmarks import load_benchmark
     from ppow_jax.weights import targets
@@ -150,6 +150,7 @@ def _measure(settings: Settings) -> dict[str, Any]:
         for name in settings.chosen
     ]
     target = targets.load(settings.target, settings.dtype)
+    dialogues.require_known_texts(target, benchmarks)
     drafter = loading.load_drafter(directory, target, settings.dtype)
     rows = []
     with _line_writer(settings.dump_outputs) as write:

@@ -42,6 +42,23 @@ def reserve(file: IO[bytes], size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
+def mistaken(path: pathlib.Path) -> str | None:
+    """What a file holds in place of what its name says, and what to do; None for none of the known mistakes.
+
+    Git without LFS leaves pointers, a browser's "save as" leaves web pages, and an interrupted download nothing.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200)
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "is a Git LFS pointer, not the file itself: run `git lfs pull` in its directory, or download the file"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not the file itself: download the file from behind that page"
+    return "is empty: download the file again" if not start else None
+
+
 def writable_directory(path: str | os.PathLike) -> pathlib.Path:
     """Creates the directory at `path` where it is missing, and returns its absolute path.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ppow_jax import sharding
 from ppow_jax.config import require
+from ppow_jax.data.known_ids import require_known
 from ppow_jax.evaluation.decoding import rung
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
@@ -83,7 +84,10 @@ class Request:
         ids, config = self.prompt_ids, target.config
         require(len(ids) > 0, f"{self.name}: has no tokens")
         known = np.issubdtype(ids.dtype, np.integer) and (ids >= 0).all() and (ids < config.vocab_size).all()
-        require(bool(known), f"{self.name}: token ids must be whole numbers of 0..{config.vocab_size - 1}")
+        rule = f"{self.name}: token ids must be whole numbers of 0..{config.vocab_size - 1}"
+        if not known and np.issubdtype(ids.dtype, np.integer):
+            require_known(ids, config.vocab_size, rule, target.tokenizer)
+        require(bool(known), rule)
         most = config.max_position_embeddings
         require(len(ids) <= most, f"{self.name}: it has {len(ids)} tokens, but {target.name} has {most} positions")
         rule = f"{self.name}: max_new_tokens={self.max_new_tokens}: must be at least 1"

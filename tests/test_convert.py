@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import convert
 from ppow_jax import cli
-from ppow_jax.evaluation import self_check
+from ppow_jax.evaluation import decoding, self_check
 from ppow_jax.models import transformer
 from ppow_jax.models.families import Experts
 from ppow_jax.training import initialise
@@ -173,6 +173,56 @@ def test_layers_off_by_one_are_tried():
     assert len(self_check._shifted(config, 3)) == 1  # there is no layer above the highest
 
 
+def test_every_reading_of_the_layers_is_tried():
+    config = dataclasses.replace(world.drafter().config, feature_layers=(3, 5, 20))
+    readings = self_check._readings(config, 30)
+    wanted = [(4, 6, 21), (2, 4, 19), (2, 15, 27), (1, 14, 26)]
+    assert [x.feature_layers for x in readings.values()] == wanted
+    assert list(readings)[2:] == [
+        "the usual target layers, inputs of 2, 15, 27,",
+        "the usual target layers, one lower, inputs of 1, 14, 26,",
+    ]
+    usual = dataclasses.replace(config, feature_layers=(2, 15, 27))
+    assert [x.feature_layers for x in self_check._readings(usual, 30).values()] == [(3, 16, 28), (1, 14, 26)]
+
+
+def test_the_best_reading_is_found_by_its_tau(monkeypatch):
+    """All of them are compared, though another one is better already."""
+    accepted = {(3, 5, 6): 1, (4, 6, 7): 6, (2, 4, 5): 2, (2, 3, 4): 8, (1, 2, 3): 3}  # of 10 tokens, per reading
+    config = dataclasses.replace(world.drafter().config, feature_layers=(3, 5, 6))
+    deep = dataclasses.replace(target(), config=dataclasses.replace(world.CONFIG, num_layers=7))
+
+    def decode(target_, drafter, prompts, how, ids):
+        n = 0 if drafter is None else accepted[drafter.config.feature_layers]
+        counts = np.array([[10 - n, n, 0, 0, 0]] * len(prompts))
+        answer = np.asarray(world.drafter().target_ids_W)  # all of it in the draft vocabulary
+        return decoding.Decoded([answer] * len(prompts), counts, 40, 1.0, 1.0)
+
+    monkeypatch.setattr(self_check.decoding, "decode", decode)
+    monkeypatch.setattr(self_check, "encode_prompt", lambda *_: np.arange(3))
+    check = self_check.self_check(deep, world.drafter().replace(config=config))
+    assert check.tau == pytest.approx(1.1) and not check.passed
+    assert sorted(round(tau, 2) for tau in check.otherwise.values()) == [1.2, 1.3, 1.6, 1.8]
+    first, *others = check.advice().splitlines()
+    assert first == "  - with the usual target layers, inputs of 2, 3, 4, tau is 1.80: that is how it was trained"
+    assert len(others) == 3 and "higher, inputs of 4, 6, 7, tau is 1.60, which is better too" in others[0]
+
+
+def test_a_drafter_that_uses_its_targets_head(tmp_path, small, capsys):
+    """inspect says so, convert needs the target for it, and then writes the head."""
+    config = initialise.drafter_config(world.CONFIG, 61, world.FEATURE_LAYERS)
+    export_drafter(tmp_path / "d", config, models.drafter_params(config), np.arange(61), dtype="float32")
+    tensors = load_file(tmp_path / "d" / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, tmp_path / "d" / "model.safetensors")
+    assert run("inspect", tmp_path / "d") == 0 and "head of the target" in capsys.readouterr().out
+    argv = ("convert", "--format=speculators", f"--output={tmp_path / 'out'}", tmp_path / "d")
+    assert run(*argv) == 2
+    assert "has no head of its own: name the target whose head it uses, --target" in capsys.readouterr().err
+    assert run(*argv, "--target=small") == 0
+    head = transformer.head(target().params)
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"], head)
+
+
 def test_what_a_check_makes_of_its_figures():
     check = self_check.SelfCheck(1.5, 10, 40, 4, 4, 0.9, {"layers one lower": 1.53, "layers one higher": 1.2})
     assert check.passed and not check.better
@@ -195,7 +245,8 @@ def test_verify_finds_a_wrong_vocabulary(tmp_path, small, capsys):
 
 def test_verify_refuses_what_does_not_fit(tmp_path, small, capsys):
     assert run("verify", "--target=small", SHIPPED) == 2
-    assert "must be three ascending ids of 0..3 (the target has 3 layers)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "must be three ascending ids of 0..3 (the target has 3 layers)" in said and "--drafter" not in said
 
 
 # Help and mistakes.

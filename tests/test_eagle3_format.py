@@ -288,7 +288,7 @@ def test_missing_norm_before_residual_is_false(drafter):
         ({"draft_vocab_size": "6"}, "draft_vocab_size = '6' must be a positive integer"),
         ({"hidden_size": 16}, "fc.weight: has shape"),
         ({"target_hidden_size": 16}, r"fc.weight: has shape \[8, 24\], the config asks for \[8, 48\]"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers = 2 is not supported, only 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0 must be an integer of 1..4096"),
         ({"fc_norm": True}, "fc_norm = True, but the weights lack fc_norm.0"),
         ({"norm_before_fc": True}, "norm_before_fc = True, but the weights lack input_norm.weight"),
         ({"norm_before_residual": "no"}, "norm_before_residual = 'no' must be true or false"),

@@ -122,6 +122,7 @@ def test_which_layers_have_experts():
 @pytest.mark.parametrize(
     ("config", "changes", "said"),
     [
+        (LLAMA, {"layer_types": ["sliding_attention"] * 30}, "only 'full_attention' in every layer"),
         (QWEN2, {"use_sliding_window": "no"}, "use_sliding_window = 'no' must be true or false"),
         (QWEN2, {"use_sliding_window": True}, "sliding_window = None must be a positive integer"),
         (QWEN2, {"use_sliding_window": True, "sliding_window": 0}, "sliding_window = 0"),

@@ -290,7 +290,8 @@ def test_simulated_length_is_what_greedy_decoding_counts():
     whole = steps_left == K
     assert whole.sum() > 40 and accepted[whole].max() == K and accepted[whole].min() == 0  # a fair sample
 
-    measured = supervised.evaluate(drafter, world.target_params(), [(batch, None)], config=world.CONFIG, K=K, greedy_text=True)
+    batches = [(batch, None)]
+    measured = supervised.evaluate(drafter, world.target_params(), batches, config=world.CONFIG, K=K, greedy_text=True)
     assert measured["held_out_tau_sim"] == pytest.approx(float(tau), rel=1e-6)
 
 

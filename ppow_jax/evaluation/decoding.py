@@ -11,6 +11,7 @@ import numpy as np
 
 from ppow_jax import sharding
 from ppow_jax.config import require
+from ppow_jax.data.known_ids import require_known
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
@@ -119,6 +120,8 @@ def decode(
     makes its random key. rounds: stop early (one round compiles all there is). prices: of an
     adaptive window, see `costs.measure_prices`. Times include any compilation.
     """
+    for number, prompt in enumerate(prompts):
+        require_known(prompt, target.config.vocab_size, f"prompt {number}", target.tokenizer)
     batch = _batch(prompts, ids, how)
     speculation, config = how.speculation if drafter else off(), target.config
     L = how.cache_length(max(map(len, prompts)))

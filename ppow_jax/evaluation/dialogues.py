@@ -10,6 +10,7 @@ import numpy as np
 from ppow_jax.config import require
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
+from ppow_jax.data.known_ids import require_known
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.evaluation.decoding import Decoding, require_room
@@ -55,7 +56,7 @@ def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> 
     for prompt in benchmark.prompts:
         messages = [m for turn in prompt.turns for m in (Message("user", turn), Message("assistant", ""))]
         answered = (len(prompt.turns) - 1) * how.max_new_tokens
-        length = len(encode_prompt(target.tokenizer, messages[:-1])) + answered
+        length = len(_prompt_ids(target, messages[:-1], prompt.source)) + answered
         try:
             require_room(target, length, how, prompt.source)
         except UserError as error:
@@ -69,6 +70,19 @@ def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> 
     if left_out:
         log.warning("%s: %d prompts left out, they are too long", benchmark.name, left_out)
     return kept
+
+
+def require_known_texts(target: Target, benchmarks: Sequence[Benchmark]) -> None:
+    """Raises UserError, naming the prompt, for a turn of which the target has no embedding of a token."""
+    for prompt in (prompt for benchmark in benchmarks for prompt in benchmark.prompts):
+        for turn in prompt.turns:
+            _prompt_ids(target, [Message("user", turn)], prompt.source)
+
+
+def _prompt_ids(target: Target, messages: Sequence[Message], source: str) -> np.ndarray:
+    tokens = encode_prompt(target.tokenizer, messages)
+    require_known(tokens, target.config.vocab_size, source, target.tokenizer)
+    return tokens
 
 
 def batches(
@@ -88,8 +102,8 @@ def batches(
         dialogues = [dialogue for dialogue in dialogues if len(dialogue.prompt.turns) > turn]
         for dialogue in dialogues[:]:
             dialogue.messages.append(Message("user", dialogue.prompt.turns[turn]))
-            tokens = encode_prompt(target.tokenizer, dialogue.messages)
             try:  # `fitting` counted answers as they are made; read again, a text can take more tokens
+                tokens = _prompt_ids(target, dialogue.messages, dialogue.prompt.source)
                 require_room(target, len(tokens), how, dialogue.prompt.source)
             except UserError as error:
                 log.warning("left out: %s", error)

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 
 from ppow_jax import sharding
 from ppow_jax.errors import UserError
+from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import is_vector, validate_fit
 from ppow_jax.weights.drafters import import_drafter
 from ppow_jax.weights.huggingface import CONFIG
+from ppow_jax.weights.padded_vocabulary import fit_vocabulary
 from ppow_jax.weights.targets import DTYPES, Target
 
 AUTO = "auto"
@@ -35,15 +37,22 @@ def find_drafter(name: str | None, target: str) -> Path | None:
     return path
 
 
-def load_drafter(directory: str | Path, target: Target, dtype: str = "bfloat16") -> Drafter:
+def load_drafter(
+    directory: str | Path, target: Target, dtype: str = "bfloat16", where: str | None = None
+) -> Drafter:
     """Reads a drafter for `target`, its matrices in `dtype`, its norms in float32.
 
-    Raises UserError when the files are broken, or made for another target.
+    Raises UserError when the files are broken, or made for another target; it names `where`, by default --drafter.
     """
+    where = f"--drafter={directory}" if where is None else where
     stored = import_drafter(
-        directory, num_target_layers=target.config.num_layers, target_embed_VxD=sharding.fetch(target.params["embed"])
+        directory,
+        num_target_layers=target.config.num_layers,
+        target_embed_VxD=sharding.fetch(target.params["embed"]),
+        target_head=lambda: sharding.fetch(transformer.head(target.params)),
     )
-    validate_fit(stored.config, target.config, f"--drafter={directory}")
+    stored = fit_vocabulary(stored, target.config.vocab_size, target.tokenizer, where)
+    validate_fit(stored.config, target.config, where)
     params = {
         name: jnp.asarray(value, jnp.float32 if is_vector(name) else DTYPES[dtype])
         for name, value in stored.params.items()

@@ -7,7 +7,7 @@ from typing import Any, Self
 from ppow_jax.errors import UserError
 from ppow_jax.models.families import FAMILIES, Experts, experts_to_hf
 from ppow_jax.models.reading import boolean, positive_float, positive_int, refuse_options
-from ppow_jax.models.rope import Scaling, read_rope
+from ppow_jax.models.rope import Scaling, positions, read_rope
 
 MAX_LAYERS = 4096
 
@@ -63,13 +63,15 @@ class ModelConfig:
         refuse_options(config, where, supported)
         vocab_size = positive_int(config, "vocab_size", where)
         num_layers = positive_int(config, "num_hidden_layers", where, limit=MAX_LAYERS)
+        layer = layer_fields(config, where, family.head_dim)
+        layer["max_position_embeddings"] = positions(layer["max_position_embeddings"], layer["rope_scaling"])
         return cls(
             architecture=architecture,
             vocab_size=vocab_size,
             num_layers=num_layers,
             tie_word_embeddings=boolean(config, "tie_word_embeddings", where, default=False),
             eos_token_ids=_eos_token_ids(config, vocab_size, where),
-            **layer_fields(config, where, family.head_dim),
+            **layer,
             **family.read(config, num_layers, where),
         )
 

@@ -43,6 +43,9 @@ class Family:
 
 
 def _llama(config: Mapping[str, Any], num_layers: int, where: str) -> dict[str, Any]:
+    kinds = config.get("layer_types")  # transformers' class has no windows, but servers take them from here
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise UserError(f"{where}: layer_types = {kinds!r} is not supported, only 'full_attention' in every layer")
     bias = boolean(config, "attention_bias", where, default=False)
     return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": boolean(config, "mlp_bias", where, default=False)}
 

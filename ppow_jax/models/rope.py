@@ -6,6 +6,7 @@ sharpens attention (2309.00071), and factors given one by one (GGUF's `rope_freq
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -14,9 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.errors import UserError
-from ppow_jax.models.reading import boolean, positive_float, positive_int, refuse_options
+from ppow_jax.models.reading import MAX_SIZE, boolean, positive_float, positive_int, refuse_options
 
+log = logging.getLogger(__name__)
 Array = jax.Array
+_ENTRIES = ("rope_scaling", "rope_parameters")
+_SCALES = ("factor", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "mrope_section")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,37 +120,81 @@ def read_rope(
 ) -> tuple[float, Scaling | None]:
     """(rope_theta, scaling or None) of a config of transformers 4 or 5.
 
-    transformers 5 writes `rope_parameters` with theta inside; 4 wrote `rope_theta` beside `rope_scaling`.
+    transformers 5 writes `rope_parameters` with theta inside; 4 wrote `rope_theta` beside `rope_scaling`. Where both
+    are there, the one that scales counts, not one of type `default`; nulls count as absent.
 
     Raises:
-      UserError: for an unknown rule, rules per kind of layer, and values that are missing or impossible.
+      UserError: for an unknown rule, rules per kind of layer, two entries that contradict each other, and values that
+        are missing or impossible.
     """
-    theta, scaling = config.get("rope_theta"), None
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key)
-        if rope is None:
-            continue
-        if not isinstance(rope, Mapping):
-            raise UserError(f"{where}: {key} = {rope!r} must be an object or null")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in list(_RULES) or any(isinstance(value, Mapping) for value in rope.values()):
-            supported = ", ".join(map(repr, _RULES))
-            raise UserError(f"{where}: {key} = {rope!r} is not supported, only one rope_type of {supported}")
-        place = f"{where}: {key}"
-        refuse_options(rope, place, {"partial_rotary_factor": (1, 1.0)})
-        theta = rope.get("rope_theta", theta)
-        values = {"original_max_position_embeddings": max_position_embeddings} | _given(rope)
-        if config.get("original_max_position_embeddings") is not None:  # the config's own comes first, if it has one
-            values["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-        scaling = _RULES[kind](values, place, head_dim)
-    theta = positive_float({"rope_theta": theta}, "rope_theta", where, default=10000.0)
-    if isinstance(scaling, Yarn) and theta <= 1:
-        raise UserError(f"{where}: rope_theta = {theta} must be above 1 for rope_type 'yarn'")
-    return theta, scaling
+    entries = {key: _entry(config[key], f"{where}: {key}") for key in _ENTRIES if config.get(key) is not None}
+    scaling = {key: rope for key, rope in entries.items() if rope["rope_type"] != "default"}
+    rules = [{name: value for name, value in rope.items() if name != "rope_theta"} for rope in scaling.values()]
+    if len(rules) == 2 and rules[0] != rules[1]:
+        raise UserError(f"{where}: rope_scaling and rope_parameters contradict each other; delete the wrong one")
+    theta = _theta(config, entries, where)
+    for key, rope in scaling.items():
+        original = config.get("original_max_position_embeddings")  # the config's own comes first, if it has one
+        original = rope.get("original_max_position_embeddings") if original is None else original
+        if original is None and rope["rope_type"] in ("llama3", "yarn"):
+            original = max_position_embeddings
+            log.warning(
+                "%s: %s has no original_max_position_embeddings: max_position_embeddings = %d is taken for it",
+                where, key, original,
+            )  # fmt: skip
+        rule = _RULES[rope["rope_type"]](
+            rope | {"original_max_position_embeddings": original}, f"{where}: {key}", head_dim
+        )
+        return theta, rule
+    return theta, None
 
 
-def _given(rope: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in rope.items() if value is not None}
+def positions(max_position_embeddings: int, scaling: Scaling | None) -> int:
+    """How many positions a model has: YaRN's factor times the original ones, where the config names fewer.
+
+    Files name the original number, a rounded one or the whole: Qwen documents all three.
+    """
+    if not isinstance(scaling, Yarn):
+        return max_position_embeddings
+    stretched = min(scaling.factor * scaling.original_max_position_embeddings, float(MAX_SIZE))
+    return max(max_position_embeddings, int(stretched))
+
+
+def _entry(rope: Any, place: str) -> dict[str, Any]:
+    """The values that are given in an entry, with its `rope_type`."""
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{place} = {rope!r} must be an object or null")
+    given = {key: value for key, value in rope.items() if value is not None}
+    kinds = [given.pop(key) for key in ("rope_type", "type") if key in given]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise UserError(f"{place}: rope_type = {kinds[0]!r} and type = {kinds[1]!r} contradict; delete the wrong one")
+    kind = kinds[0] if kinds else "default"
+    if kind not in list(_RULES) or any(isinstance(value, Mapping) for value in given.values()):
+        supported = ", ".join(map(repr, _RULES))
+        raise UserError(f"{place} = {rope!r} is not supported, only one rope_type of {supported}")
+    refuse_options(given, place, {"partial_rotary_factor": (1, 1.0)})
+    scales = [key for key in _SCALES if given.get(key, 1.0) != 1.0]
+    if kind == "default" and scales:
+        named = "rope_type 'default'" if kinds else "no rope_type"
+        raise UserError(f"{place}: {scales[0]} = {given[scales[0]]!r} with {named}; name the type that scales by it")
+    return given | {"rope_type": kind}
+
+
+def _theta(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], where: str) -> float:
+    """rope_theta, from wherever it is given; 10000 if nowhere."""
+    places = {"": config, **entries}
+    named: dict[str, float] = {}
+    for key, values in places.items():
+        if values.get("rope_theta") is not None:
+            place = f"{where}: {key}" if key else where
+            named[f"{key}.rope_theta".lstrip(".")] = positive_float(values, "rope_theta", place)
+    least = min(named.values(), default=math.inf)
+    if least <= 1 and any(rope["rope_type"] == "yarn" for rope in entries.values()):
+        raise UserError(f"{where}: rope_theta = {least} must be above 1 for rope_type 'yarn'")
+    if len(set(named.values())) > 1:
+        both = " and ".join(f"{name} = {value:g}" for name, value in named.items())
+        raise UserError(f"{where}: {both} contradict each other; delete the wrong one")
+    return next(iter(named.values()), 10000.0)
 
 
 def _linear(rope: Mapping[str, Any], where: str, head_dim: int) -> Linear:

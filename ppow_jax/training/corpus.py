@@ -12,6 +12,7 @@ from ppow_jax import distributed
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.conversations import load_conversations
 from ppow_jax.data.encoding import Example, encode_conversation
+from ppow_jax.data.known_ids import require_known
 from ppow_jax.errors import UserError
 from ppow_jax.training import answers
 from ppow_jax.training.answer_pack import read_packs, write_pack
@@ -30,6 +31,8 @@ def collect_jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
     config_lib.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
     conversations = load_conversations(settings.data)
     jobs = answers.collect_jobs(target.tokenizer, conversations, _answer_settings(settings), settings.num_answers)
+    for job in jobs:
+        require_known(job.prompt, target.config.vocab_size, job.source, target.tokenizer)
     if len(jobs) <= settings.held_out:
         raise UserError(
             f"--data={settings.data}: {len(jobs)} prompts of at most {settings.max_prompt_tokens} tokens, "
@@ -73,6 +76,7 @@ class Corpus(NamedTuple):
 def load_corpus(settings, workdir: Path, target: Target, jobs, stop: StopSignal) -> Corpus:
     """Every text of the run as batches; answers that are missing are generated."""
     s = settings
+    recorded = _recorded(s, target) if s.recorded else []  # faults in them are told before hours of answering
     examples = answers.regenerate(
         workdir / "answers",
         target.params,
@@ -88,8 +92,7 @@ def load_corpus(settings, workdir: Path, target: Target, jobs, stop: StopSignal)
         distributed.by_leader(lambda: write_pack(workdir / "answers.npz", examples, _pack_about(s)))
     *kept, train = split(examples, _kept(s), s.seed)
     held_out, test, fresh = kept
-    if s.recorded:
-        train += _recorded(s, target)
+    train += recorded
 
     def batches(examples: list[Example]) -> Batches:
         shape = {"batch_size": s.batch_size, "row_length": s.row_length, "max_anchors": s.max_anchors}
@@ -144,4 +147,7 @@ def _conversation(example: Example | answers.Job) -> str:
 def _recorded(settings: TrainSettings, target: Target) -> list[Example]:
     conversations = load_conversations(settings.recorded, settings.num_recorded or None)
     encoded = (encode_conversation(target.tokenizer, c, settings.row_length) for c in conversations)
-    return [example for example in encoded if example is not None]
+    examples = [example for example in encoded if example is not None]
+    for example in examples:
+        require_known(example.tokens, target.config.vocab_size, example.source, target.tokenizer)
+    return examples

@@ -7,6 +7,7 @@ from ppow_jax import config as config_lib
 from ppow_jax import distributed, files, sharding
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, load_benchmark
+from ppow_jax.evaluation.dialogues import require_known_texts
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context
@@ -67,6 +68,7 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     target = targets.load(settings.target, settings.dtype)
     if settings.scan_layers:
         target = targets.stacked(target)
+    require_known_texts(target, benchmarks)
     start = find_start(settings, workdir, target)
     jobs = collect_jobs(settings, target)
     check_space(settings, workdir, start.config if start else new_config(settings, target), target, jobs)

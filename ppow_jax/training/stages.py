@@ -310,7 +310,7 @@ def _train(
 
 
 def _measure(context: Context, drafter: Drafter):
-    """parameters -> simulated acceptance on the held-out answers; the target reads them once where features are kept."""
+    """parameters -> simulated acceptance on held-out answers; the target reads them once where features are kept."""
     s, held_out = context.settings, context.corpus.held_out
     data = _data(context, drafter, held_out, "features_held_out", 0, s.cache_features)
     batches = [sharding.place(data.at(i)) for i in range(held_out.steps_of_epochs(1))]

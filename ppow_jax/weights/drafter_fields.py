@@ -1,27 +1,33 @@
 """What the config files of both drafter formats have in common."""
 
-from collections.abc import Mapping, Set
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ppow_jax.errors import UserError
 from ppow_jax.models import config as models
 from ppow_jax.models import reading
-from ppow_jax.models.drafter_config import DrafterConfig, check_feature_layers, default_feature_layers
-from ppow_jax.weights.drafter_tensors import EMBED, FC_NORMS, NORM_BEFORE_FC, O_BIAS
+from ppow_jax.models.drafter_config import DrafterConfig
+from ppow_jax.weights.drafter_tensors import EMBED, FC, FC_NORMS, NORM_BEFORE_FC, O_BIAS, Q_BIAS
+from ppow_jax.weights.feature_layers import NUMBERS
 
-LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+log = logging.getLogger(__name__)
+LEAST_DEPTH = 7  # layers of a target; drafters have fewer
 _ONLY = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1, 1.0),
     "quantization_config": (),
+    "num_aux_hidden_states": (3,),
+    "num_eagle_features": (3,),
 }
 
 
-def layer_from_json(config: Mapping[str, Any], tensors: Set[str], where: str) -> dict[str, Any]:
+def layer_from_json(config: Mapping[str, Any], tensors: Collection[str], where: str) -> dict[str, Any]:
     """The fields of DrafterConfig that say what its layers look like."""
     reading.refuse_options(config, where, _ONLY)
-    bias = reading.boolean(config, "attention_bias", where, default=False)
+    refuse_windows(config, where)
+    bias = reading.boolean(config, "attention_bias", where, default=Q_BIAS in tensors)
     bias = reading.boolean(config, "qkv_bias", where, default=bias) or bias
     result = models.layer_fields(config, where)
     return result | {
@@ -37,18 +43,103 @@ def layer_to_json(config: DrafterConfig) -> dict[str, Any]:
     return result | ({"qkv_bias": True} if config.attention_bias and not config.output_bias else {})
 
 
+def refuse_windows(config: Mapping[str, Any], where: str) -> None:
+    """Raises UserError where a config asks for attention to a window, which drafters here do not have.
+
+    A window at least as long as all positions is none.
+    """
+    kinds, window = config.get("layer_types"), config.get("sliding_window")
+    named = kinds if isinstance(kinds, list) else [] if kinds is None else [kinds]
+    key, value = "sliding_window", window
+    if any(kind != "full_attention" for kind in named):
+        key, value = "layer_types", kinds
+    elif config.get("attention_chunk_size") is not None:
+        key, value = "attention_chunk_size", config["attention_chunk_size"]
+    elif not reading.boolean(config, "use_sliding_window", where, default=window is not None):
+        return
+    elif type(window) is int and window >= reading.positive_int(config, "max_position_embeddings", where, default=2048):
+        return
+    raise UserError(
+        f"{where}: {key} = {value!r}: sliding windows are not supported in drafters, only full attention"
+        " (where it was trained without one, set use_sliding_window to false)"
+    )
+
+
+def num_layers(
+    config: Mapping[str, Any], tensors: Collection[str], where: str, several: bool, of_target: int | None
+) -> int:
+    """The layers of which there are weights: configs often name the target's number.
+
+    several: the format has drafters of several layers. A number that may be such a drafter's own (fewer than
+    LEAST_DEPTH, not of_target, the target's) then stands, so that what is lost of its weights is missed.
+    """
+    count = 1
+    while count < models.MAX_LAYERS and any(name.startswith(f"layers.{count}.") for name in tensors):
+        count += 1
+    named = reading.positive_int(config, "num_hidden_layers", where, default=count, limit=models.MAX_LAYERS)
+    if several and count < named < LEAST_DEPTH and named != of_target:
+        return named
+    if named != count:
+        log.warning("%s: num_hidden_layers = %d, but there are weights of %d: taken as %d", where, named, count, count)
+    return count
+
+
+def target_width(
+    config: Mapping[str, Any], tensors: Collection[str], width: int, of_target: int | None, where: str
+) -> int:
+    """Width of the target's features: of the config, else of the target at hand, else what fc.weight leaves.
+
+    width: the drafter's own, which the target's mostly is, too. of_target: the target's, None where it is not at hand.
+    Raises UserError where fc takes another number of features than three.
+    """
+    shape: tuple[int, ...] = tensors[FC].shape if isinstance(tensors, Mapping) and FC in tensors else ()
+    columns = shape[1] if len(shape) == 2 and shape[0] == width else 0
+    D = reading.positive_int(config, "target_hidden_size", where, default=_guess_width(columns, width, of_target))
+    count, left = divmod(columns, D)
+    if count in NUMBERS and count != 1 and not left:
+        raise UserError(
+            f"{where}: {FC} of shape {list(shape)} takes {NUMBERS[count]} features of width {D} from the target:"
+            f" {NUMBERS[count]} features are not supported, only three"
+        )
+    if config.get("target_hidden_size") is None and D != width:
+        log.info("%s: target_hidden_size is not given: %d, by the shape of %s", where, D, FC)
+    return D
+
+
+def _guess_width(columns: int, width: int, of_target: int | None) -> int:
+    if columns in (0, 3 * width):
+        return width
+    if of_target is not None and columns % of_target == 0:
+        return of_target
+    if columns % width == 0 and columns // width in (1, 2, 4, 5):
+        return width
+    return width if columns % 3 else columns // 3
+
+
 def vocabulary_sizes(
-    target: Mapping[str, Any], drafter: Mapping[str, Any], where: str, default: int | None = None
+    target: Mapping[str, Any],
+    drafter: Mapping[str, Any],
+    tensors: Collection[str],
+    where: str,
+    default: int | None = None,
 ) -> dict[str, Any]:
-    """V and W; `target` is the object that holds vocab_size, `drafter` the one with draft_vocab_size."""
+    """V and W; `target` is the object that holds vocab_size, `drafter` the one with draft_vocab_size.
+
+    Without draft_vocab_size it is the length of d2t, else `default`, else V.
+    """
     V = reading.positive_int(target, "vocab_size", where)
-    W = reading.positive_int(drafter, "draft_vocab_size", where, default=V if default is None else default)
+    default = V if default is None else default
+    if isinstance(tensors, Mapping) and len(tensors["d2t"].shape if "d2t" in tensors else ()) == 1:
+        default = max(1, tensors["d2t"].shape[0])
+    W = reading.positive_int(drafter, "draft_vocab_size", where, default=default)
     if W > V:
         raise UserError(f"{where}: draft_vocab_size = {W} must not exceed vocab_size = {V}")
     return {"vocab_size": V, "draft_vocab_size": W}
 
 
-def norms(config: Mapping[str, Any], tensors: Set[str], where: str, norm_output: bool | None = None) -> dict[str, Any]:
+def norms(
+    config: Mapping[str, Any], tensors: Collection[str], where: str, norm_output: bool | None = None
+) -> dict[str, Any]:
     """The norms around fc, which config and file must agree upon, and what is fed back.
 
     norm_output: what a file without that key means; None: the same as fc_norm (EAGLE-3.1 has both).
@@ -62,22 +153,3 @@ def norms(config: Mapping[str, Any], tensors: Set[str], where: str, norm_output:
         raise UserError(f"{where}: the weights have both {FC_NORMS[0]} and {NORM_BEFORE_FC}; only one can be")
     default = found["fc_norm"] if norm_output is None else norm_output
     return found | {"norm_output": reading.boolean(config, "norm_output", where, default=default)}
-
-
-def layer_ids(
-    config: Mapping[str, Any], key: str, shift: int, num_layers: int | None, where: str
-) -> tuple[int, ...] | None:
-    """The target layers that `config` names, as ids of inputs; None where it names none."""
-    ids = config.get(LAYER_IDS)
-    if ids is None:
-        return None
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise UserError(f"{where}: {key} = {ids!r} must be a list of layer ids")
-    layers = tuple(i + shift for i in ids)
-    check_feature_layers(layers, num_layers, f"{where}: {key} = {ids}")
-    return layers
-
-
-def default_layers(num_layers: int | None) -> tuple[int, ...]:
-    """EAGLE-3's own choice for a target of that depth, which files that name no layers mean; () if it is not known."""
-    return () if num_layers is None else default_feature_layers(num_layers)

@@ -1,4 +1,4 @@
-"""Names of a drafter's tensors in files, and the files themselves: safetensors, one or sharded, or a torch `.bin`."""
+"""Names of a drafter's tensors in files, and the files themselves: safetensors or torch's `.bin`, one or sharded."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,8 @@ from ppow_jax.weights import huggingface as hf
 from ppow_jax.weights import torch_file
 
 EMBED = "embed_tokens.weight"
-PICKLED = "pytorch_model.bin"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_WRAPPERS = ("_orig_mod.", "module.", "model.")  # of torch.compile and of data parallelism, and of transformers
 _FIRST = "midlayer."  # the first layer's names in the flat format; `layers.0.` in the speculators format
 _TOP = {"fc": "fc.weight", "norm": "norm.weight", "lm_head": "lm_head.weight"}
 _LAYER = {
@@ -34,7 +35,8 @@ _LAYER = {
 }
 FC_NORMS = tuple(f"fc_norm.{i}.weight" for i in range(3))  # EAGLE-3.1
 NORM_BEFORE_FC = "input_norm.weight"
-O_BIAS, Q_NORM = _FIRST + _LAYER["o_bias"], _FIRST + _LAYER["q_norm"]
+FC, LM_HEAD = _TOP["fc"], _TOP["lm_head"]
+O_BIAS, Q_BIAS, Q_NORM = (_FIRST + _LAYER[name] for name in ("o_bias", "q_bias", "q_norm"))
 _LEFT_OUT = ("verifier_norm.weight", "verifier_lm_head.weight")  # the target's own, which speculators may keep
 
 
@@ -47,6 +49,15 @@ def names(config: DrafterConfig) -> dict[str, tuple[str, ...]]:
         scope = _FIRST if n == 0 else f"layers.{n}."
         result |= {layer_name(n, name): (scope + theirs,) for name, theirs in _LAYER.items()}
     return {ours: result[ours] for ours in parameter_shapes(config)}
+
+
+def said_of_biases(problems: list[str]) -> list[str]:
+    """The problems of `tensor_problems`, with what it means where a bias is unknown."""
+    unknown = ".bias: unknown tensor"
+    return [
+        f"{text} (a bias in {text.removesuffix(unknown)} is not supported)" if text.endswith(unknown) else text
+        for text in problems
+    ]
 
 
 def stored_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
@@ -67,8 +78,9 @@ def to_tensors(config: DrafterConfig, params: Mapping[str, np.ndarray]) -> dict[
 
 
 def from_tensors(config: DrafterConfig, stored: Mapping[str, hf.StoredTensor]) -> dict[str, np.ndarray]:
-    """Reads the parameters, in the dtype of the file."""
-    read = {ours: [stored[name].read() for name in theirs] for ours, theirs in names(config).items()}
+    """Reads the parameters that are there, in the dtype of the file."""
+    found = {ours: theirs for ours, theirs in names(config).items() if set(theirs) <= stored.keys()}
+    read = {ours: [stored[name].read() for name in theirs] for ours, theirs in found.items()}
     return {ours: np.stack(parts) if len(parts) > 1 else parts[0] for ours, parts in read.items()}
 
 
@@ -80,7 +92,7 @@ def speculators_name(flat_name: str) -> str:
 def open_tensors(directory: Path) -> tuple[dict[str, hf.StoredTensor], list[str]]:
     """(tensors under the names of the flat format, what is wrong with their names).
 
-    Names may begin with `midlayer.` or `layers.0.`, and with `model.` before that.
+    Names may begin with `midlayer.` or `layers.0.`, and with `model.` or torch's wrappers before that.
 
     Raises:
       UserError: for missing or broken files, and for a `.bin` file where torch is not installed.
@@ -88,7 +100,9 @@ def open_tensors(directory: Path) -> tuple[dict[str, hf.StoredTensor], list[str]
     files, problems = _open(directory)
     result: dict[str, hf.StoredTensor] = {}
     for name, tensor in files.items():
-        short = name.removeprefix("model.")
+        short = name
+        for wrapper in _WRAPPERS:
+            short = short.removeprefix(wrapper)
         short = _FIRST + short.removeprefix("layers.0.") if short.startswith("layers.0.") else short
         if hf.is_buffer(short) or short in _LEFT_OUT:
             continue
@@ -110,4 +124,6 @@ def _open(directory: Path) -> tuple[dict[str, hf.StoredTensor], list[str]]:
         return hf.open_directory(directory)
     if (directory / PICKLED).exists():
         return torch_file.open_tensors(directory / PICKLED), []
-    raise UserError(f"{directory}: holds none of {hf.WEIGHTS}, {hf.INDEX}, {PICKLED}")
+    if (directory / PICKLED_INDEX).exists():
+        return hf.open_shards(directory / PICKLED_INDEX, torch_file.open_tensors)
+    raise UserError(f"{directory}: holds none of {hf.WEIGHTS}, {hf.INDEX}, {PICKLED}, {PICKLED_INDEX}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ from ppow_jax.weights import drafter_tensors, flat, speculators, vocabulary_map
 from ppow_jax.weights import huggingface as hf
 
 log = logging.getLogger(__name__)
-
 FORMATS = ("flat", "speculators")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 _TARGET_KEY = "target_name_or_path"  # in the flat format, for people
@@ -98,19 +97,27 @@ def export_drafter(
 
 
 def import_drafter(
-    directory: str | Path, *, num_target_layers: int | None = None, target_embed_VxD: Any = None
+    directory: str | Path,
+    *,
+    num_target_layers: int | None = None,
+    target_embed_VxD: Any = None,
+    target_head: Callable[[], Any] | None = None,
+    headless: bool = False,
 ) -> StoredDrafter:
     """Reads a drafter, ours or anyone's, of either format.
 
-    Names may begin with `midlayer.` or `layers.0.`, and with `model.` before that; weights may lie in safetensors, one
-    or several, or in a `.bin` file, which takes torch. Draft ids that are not in the order of target ids are sorted,
-    the rows of the head with them. `confidence_head.json`, which earlier versions wrote, is ignored.
+    Names may begin with `midlayer.` or `layers.0.`, and with `model.` before that; weights may lie in safetensors or
+    in `.bin` files, which take torch, one or several with an index. Draft ids that are not in the order of target ids
+    are sorted, the rows of the head with them. How far files may stray from the formats: docs/drafter_files.md.
+    `confidence_head.json`, which earlier versions wrote, is ignored.
 
     Args:
       num_target_layers: N of the target. Files that do not say which layers feed them use the default choice for
         that depth; without N, such a drafter has no feature_layers, and can only be written again.
       target_embed_VxD: the target's embedding: a copy of it in the files is left out. Without it, an embedding in the
         files counts as the drafter's own.
+      target_head: gives the target's head [V, D], which drafters of a whole vocabulary use if their files have none.
+      headless: read such a drafter without a head where target_head is None, rather than refuse it.
 
     Raises:
       UserError: for a config that is not supported, broken or missing files, and for unknown, missing, duplicated,
@@ -121,12 +128,18 @@ def import_drafter(
     if (directory / _FORMER).exists():
         log.info("%s: ignored, drafters no longer have this part", directory / _FORMER)
     stored, problems = drafter_tensors.open_tensors(directory)
-    config = describe(json_config, stored.keys(), num_target_layers, str(directory / hf.CONFIG))
+    width = None if target_embed_VxD is None else np.shape(target_embed_VxD)[1]
+    config = describe(json_config, stored, num_target_layers, str(directory / hf.CONFIG), width)
     V, W = config.vocab_size, config.draft_vocab_size
 
     expected = drafter_tensors.stored_shapes(config)
     expected |= {name: shape for name, shape in {"d2t": (W,), "t2d": (V,)}.items() if name in stored}
-    problems += hf.tensor_problems(stored, expected, {"d2t": ("I64", "I32"), "t2d": ("BOOL",)})
+    borrowed = drafter_tensors.LM_HEAD not in stored
+    if borrowed and W == V:
+        del expected[drafter_tensors.LM_HEAD]
+    problems += drafter_tensors.said_of_biases(
+        hf.tensor_problems(stored, expected, {"d2t": ("I64", "I32"), "t2d": ("BOOL",)})
+    )
     if not {"d2t", "t2d"} & stored.keys() and W != V:
         problems.append(f"d2t: missing (without d2t and t2d, draft_vocab_size {W} must equal vocab_size {V})")
     hf.raise_problems(str(directory), problems)
@@ -135,12 +148,40 @@ def import_drafter(
     embed = stored[drafter_tensors.EMBED].read() if config.own_embed else None
     values = params if embed is None else params | {"embed_tokens": embed}
     problems = [f"{name}: not finite" for name, value in values.items() if not np.isfinite(value).all()]
-    ids_W, order_W = vocabulary_map.from_tensors(stored, V, W, problems)
+    ids_W, order_W = vocabulary_map.from_tensors(stored, V, W, problems, str(directory))
     hf.raise_problems(str(directory), problems)
-    params["lm_head"] = params["lm_head"][order_W]
+    if borrowed:
+        tied = json_config.get("tie_word_embeddings") is True
+        head = _borrowed_head(config, embed, target_embed_VxD, target_head, tied, str(directory))
+        params |= {} if head is None else {"lm_head": head}
+        if head is None and not headless:
+            raise UserError(
+                f"{directory}: the tensors do not fit the config:\n  {drafter_tensors.LM_HEAD}: missing (the target's"
+                " head serves where the target is at hand)"
+            )
+    else:
+        params["lm_head"] = params["lm_head"][order_W]
     if embed is not None and target_embed_VxD is not None and _same(embed, target_embed_VxD):
         config, embed = dataclasses.replace(config, own_embed=False), None
     return StoredDrafter(config, params, ids_W, embed, format_of(json_config), _target_name(json_config))
+
+
+def _borrowed_head(
+    config: DrafterConfig, embed_VxE: Any, target_embed_VxD: Any, target_head: Any, tied: bool, where: str
+) -> np.ndarray | None:
+    """The head of a whole vocabulary whose files have none: the embedding if they are tied, else the target's head."""
+    if tied:
+        what, head = "embedding (they are tied)", target_embed_VxD if embed_VxE is None else embed_VxE
+    else:
+        what, head = "target's head", target_head and target_head()
+    if head is None:
+        return None
+    head, E = np.asarray(head), config.hidden_size
+    if head.shape[1] != E or len(head) < config.draft_vocab_size:
+        shape = f"{list(head.shape)}, not {[config.draft_vocab_size, E]}"
+        raise UserError(f"{where}: {drafter_tensors.LM_HEAD}: missing, and the {what} has shape {shape}")
+    log.warning("%s has no %s: the %s serves as it", where, drafter_tensors.LM_HEAD, what)
+    return head[: config.draft_vocab_size]
 
 
 def best_format(config: DrafterConfig) -> str:
@@ -154,11 +195,15 @@ def format_of(json_config: Mapping[str, Any]) -> str:
 
 
 def describe(
-    json_config: Mapping[str, Any], tensors: Set[str], num_target_layers: int | None, where: str
+    json_config: Mapping[str, Any],
+    tensors: Collection[str],
+    num_target_layers: int | None,
+    where: str,
+    target_width: int | None = None,
 ) -> DrafterConfig:
-    """The drafter of a config.json and its tensors' names (of the flat format); see `flat.from_json`."""
+    """The drafter of a config.json and its tensors, or their names (of the flat format); see `flat.from_json`."""
     read = flat.from_json if format_of(json_config) == "flat" else speculators.from_json
-    return read(json_config, tensors, num_target_layers, where)
+    return read(json_config, tensors, num_target_layers, where, target_width)
 
 
 def _target_name(json_config: Mapping[str, Any]) -> str | None:
@@ -176,11 +221,13 @@ def _cast(value: Any, dtype: str | None, what: str) -> np.ndarray:
 
 
 def _same(embed_VxE: np.ndarray, target_VxD: Any) -> bool:
-    """Whether an embedding is the target's, up to the rounding of either's precision."""
-    if embed_VxE.shape != np.shape(target_VxD):
+    """Whether an embedding is the target's, up to the rounding of either's precision and rows of padding."""
+    if embed_VxE.shape[1:] != np.shape(target_VxD)[1:]:
         return False
-    for start in range(0, len(embed_VxE), 8192):  # in parts: a float32 copy of both whole ones could be gigabytes
-        ours, theirs = (np.asarray(x[start : start + 8192]).astype(np.float32) for x in (embed_VxE, target_VxD))
+    rows = min(len(embed_VxE), len(target_VxD))
+    for start in range(0, rows, 8192):  # in parts: a float32 copy of both whole ones could be gigabytes
+        part = slice(start, min(start + 8192, rows))
+        ours, theirs = (np.asarray(x[part]).astype(np.float32) for x in (embed_VxE, target_VxD))
         if not np.allclose(ours, theirs, rtol=1e-2, atol=1e-4):
             return False
     return True

@@ -4,15 +4,24 @@ Layer ids: in `eagle_config`, layers are named by their *output* (SGLang and Spe
 vLLM reads, by their *input*, as ours are. Both are written.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ppow_jax.errors import UserError
 from ppow_jax.models import reading
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.weights import drafter_fields as fields
+from ppow_jax.weights.drafter_tensors import Q_NORM
+from ppow_jax.weights.feature_layers import LAYER_IDS, read_layers
 
 _ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
+_EAGLE: dict[str, tuple[Any, ...]] = {  # Model-Optimizer's switches, of which there is one kind here
+    "use_aux_hidden_state": (True,),
+    "use_input_layernorm_in_first_layer": (True,),
+    "use_last_layernorm": (True,),
+    "use_mtp_layernorm": (False,),
+    "parallel_draft_step": (0, 1),
+}
 
 
 def to_json(config: DrafterConfig, where: str) -> dict[str, Any]:
@@ -36,8 +45,8 @@ def to_json(config: DrafterConfig, where: str) -> dict[str, Any]:
         "eagle_config": {"use_aux_hidden_state": True},
     }
     if config.feature_layers:
-        result[fields.LAYER_IDS] = list(config.feature_layers)
-        result["eagle_config"] = {fields.LAYER_IDS: [i - 1 for i in config.feature_layers]} | result["eagle_config"]
+        result[LAYER_IDS] = list(config.feature_layers)
+        result["eagle_config"] = {LAYER_IDS: [i - 1 for i in config.feature_layers]} | result["eagle_config"]
     if config.target_hidden_size != config.hidden_size:
         result["target_hidden_size"] = config.target_hidden_size
     if config.fc_norm or config.norm_output:  # the two switches by which servers know EAGLE-3.1
@@ -54,12 +63,20 @@ def reason_against(config: DrafterConfig) -> str | None:
     return "the flat format has no norms of queries and keys" if config.qk_norm else None
 
 
-def from_json(config: Mapping[str, Any], tensors: Set[str], num_layers: int | None, where: str) -> DrafterConfig:
+def from_json(
+    config: Mapping[str, Any],
+    tensors: Collection[str],
+    num_layers: int | None,
+    where: str,
+    target_width: int | None = None,
+) -> DrafterConfig:
     """Reads a config.json.
 
     Args:
-      tensors: names in the file, in the flat spelling: some parts are told by their presence alone.
+      tensors: names in the file, in the flat spelling: some parts are told by their presence alone. With the tensors
+        themselves (a mapping), what the config leaves out follows from their shapes.
       num_layers: of the target, for files that do not say which layers feed them; None leaves feature_layers empty.
+      target_width: the target's hidden_size, where it is at hand.
 
     Raises:
       UserError: for anything missing, impossible or not supported.
@@ -68,29 +85,23 @@ def from_json(config: Mapping[str, Any], tensors: Set[str], num_layers: int | No
     if not isinstance(names, list) or len(names) != 1 or names[0] not in _ARCHITECTURES:
         supported = ", ".join(_ARCHITECTURES)
         raise UserError(f"{where}: architectures = {names!r} is not supported, only one of {supported}")
-    reading.refuse_options(config, where, {"num_hidden_layers": (1,)})
     layer = fields.layer_from_json(config, tensors, where)
     return DrafterConfig(
         **layer,
-        **fields.vocabulary_sizes(config, config, where),
+        **fields.vocabulary_sizes(config, config, tensors, where),
         **fields.norms(config, tensors, where),
-        target_hidden_size=reading.positive_int(config, "target_hidden_size", where, default=layer["hidden_size"]),
-        feature_layers=_feature_layers(config, num_layers, where),
+        num_layers=fields.num_layers(config, tensors, where, False, num_layers),
+        qk_norm=Q_NORM in tensors,
+        target_hidden_size=fields.target_width(config, tensors, layer["hidden_size"], target_width, where),
+        feature_layers=read_layers(config, _eagle_config(config, where), num_layers, where),
         norm_before_residual=reading.boolean(config, "norm_before_residual", where, default=False),
     )
 
 
-def _feature_layers(config: Mapping[str, Any], num_layers: int | None, where: str) -> tuple[int, ...]:
+def _eagle_config(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     eagle = config.get("eagle_config")
     eagle = {} if eagle is None else eagle
     if not isinstance(eagle, dict):
         raise UserError(f"{where}: eagle_config = {eagle!r} must be an object")
-    reading.refuse_options(eagle, f"{where}: eagle_config", {"use_aux_hidden_state": (True,)})
-    by_output = fields.layer_ids(eagle, "eagle_config." + fields.LAYER_IDS, 1, num_layers, where)
-    by_input = fields.layer_ids(config, fields.LAYER_IDS, 0, num_layers, where)
-    if by_output and by_input and by_output != by_input:
-        raise UserError(
-            f"{where}: {fields.LAYER_IDS} = {list(by_input)} (inputs of layers) contradicts"
-            f" eagle_config.{fields.LAYER_IDS} = {[i - 1 for i in by_output]} (outputs of layers, one less)"
-        )
-    return by_output or by_input or fields.default_layers(num_layers)
+    reading.refuse_options(eagle, f"{where}: eagle_config", _EAGLE)
+    return eagle

@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if model != "gpt2" or pre not in _PRE_TOKENIZERS:
         raise UserError(
             f"{path}: tokenizer {model!r} with pre-tokenizer {pre!r} is not supported "
-            f"(supported: 'gpt2' with {sorted(_PRE_TOKENIZERS)}); name another with --tokenizer"
+            f"(supported: 'gpt2' with {sorted(_PRE_TOKENIZERS)}); take the model's directory in Hugging Face's form"
         )
     tokens, types, merges = get("tokens"), get("token_type"), get("merges")
     for key, value in {"tokens": tokens, "token_type": types, "merges": merges}.items():

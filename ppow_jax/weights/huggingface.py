@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ppow_jax.errors import UserError
+from ppow_jax.files import mistaken
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.weights import layout
@@ -143,10 +144,13 @@ def find_directory(directory_or_name: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError, with the line if the text is malformed."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
+        other = mistaken(path)
+        if other:
+            raise UserError(f"{path}: {other}") from None
+        if isinstance(error, json.JSONDecodeError):
+            raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
         raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
@@ -160,7 +164,8 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
             mapped = _Mapped(path)
             return {name: _stored(file, name, mapped) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({_reason(error)})") from None
+        other = mistaken(path)
+        raise UserError(f"{path}: {other or f'not a readable safetensors file ({_reason(error)})'}") from None
 
 
 def tensor_problems(
@@ -272,23 +277,33 @@ def _stored(file: Any, name: str, mapped: _Mapped) -> StoredTensor:
 def open_directory(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """All tensors of all shards, and what is wrong with the shards among each other."""
     problems: list[str] = []
-    stored: dict[str, StoredTensor] = {}
     if (directory / WEIGHTS).exists():
         stored = open_safetensors(directory / WEIGHTS)
     elif (directory / INDEX).exists():
-        weight_map = read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-            raise UserError(f"{directory / INDEX}: weight_map must map tensor names to file names")
-        for shard in sorted(set(weight_map.values())):
-            for name, tensor in open_safetensors(directory / shard).items():
-                if name in stored:
-                    problems.append(f"{name}: duplicated, in {shard} and an earlier shard")
-                elif weight_map.get(name, shard) != shard:
-                    problems.append(f"{name}: lies in {shard}, the index says {weight_map[name]}")
-                stored[name] = tensor
+        stored, problems = open_shards(directory / INDEX, open_safetensors)
     else:
         raise UserError(f"{directory}: holds neither {WEIGHTS} nor {INDEX} (other formats are not read)")
     return {name: tensor for name, tensor in stored.items() if not is_buffer(name)}, problems
+
+
+def open_shards(
+    index: Path, read: Callable[[Path], dict[str, StoredTensor]]
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """The tensors of all files that an index names, each opened by `read`, and what is wrong among them."""
+    stored: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+        raise UserError(f"{index}: weight_map must map tensor names to file names")
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in read(index.parent / shard).items():
+            if name in stored:
+                problems.append(f"{name}: duplicated, in {shard} and an earlier shard")
+            elif weight_map.get(name, shard) != shard:
+                problems.append(f"{name}: lies in {shard}, the index says {weight_map[name]}")
+            stored[name] = tensor
+    lost = sorted(name for name in weight_map.keys() - stored.keys() if not is_buffer(name))
+    return stored, problems + [f"{name}: not in {weight_map[name]}, where the index says it is" for name in lost]
 
 
 def is_buffer(name: str) -> bool:

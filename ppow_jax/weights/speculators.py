@@ -5,15 +5,15 @@ its transformers class may be absent; it may be a Llama layer or a Qwen3 one (wi
 layers are named by their *input*.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ppow_jax.errors import UserError
-from ppow_jax.models import config as models
 from ppow_jax.models import reading
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.weights import drafter_fields as fields
 from ppow_jax.weights.drafter_tensors import Q_NORM
+from ppow_jax.weights.feature_layers import LAYER_IDS, read_layers
 
 _ARCHITECTURES = ("Eagle3DraftModel", "Eagle3Speculator", "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 _LAYER = "transformer_layer_config"
@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of the transformers classes, where t
         "max_position_embeddings": 32768,
     },
 }
-_NUM_LAYERS, _DRAFT_VOCAB_SIZE = 32, 32000  # defaults again
+_DRAFT_VOCAB_SIZE = 32000  # a default again
 
 
 def to_json(config: DrafterConfig, target_name: str | None, target_architecture: str | None) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def to_json(config: DrafterConfig, target_name: str | None, target_architecture:
         "fc_norm": config.fc_norm,
         "norm_output": config.norm_output,
         "target_hidden_size": None if config.target_hidden_size == config.hidden_size else config.target_hidden_size,
-        fields.LAYER_IDS: list(config.feature_layers) or None,
+        LAYER_IDS: list(config.feature_layers) or None,
         "tie_word_embeddings": False,
         _LAYER: layer,
         "speculators_config": {
@@ -76,7 +76,13 @@ def is_speculators(config: Mapping[str, Any]) -> bool:
     return any(key in config for key in ("speculators_model_type", "speculators_config", _LAYER))
 
 
-def from_json(config: Mapping[str, Any], tensors: Set[str], num_layers: int | None, where: str) -> DrafterConfig:
+def from_json(
+    config: Mapping[str, Any],
+    tensors: Collection[str],
+    num_layers: int | None,
+    where: str,
+    target_width: int | None = None,
+) -> DrafterConfig:
     """Reads a config.json; see `flat.from_json`. A missing norm_before_residual means true, as in vLLM."""
     if config.get("speculators_model_type") != "eagle3":
         kind = config.get("speculators_model_type")
@@ -91,21 +97,16 @@ def from_json(config: Mapping[str, Any], tensors: Set[str], num_layers: int | No
     kind = layer.get("model_type", "qwen3" if Q_NORM in tensors else "llama")
     if kind not in list(_DEFAULTS):
         raise UserError(f"{inner}: model_type = {kind!r} is not supported, only {' or '.join(_DEFAULTS)}")
-    if any(str(x) != "full_attention" for x in _list(layer.get("layer_types"))) or layer.get("use_sliding_window"):
-        raise UserError(f"{inner}: sliding windows are not supported in drafters, only full attention")
     layer = _DEFAULTS[kind] | {key: value for key, value in layer.items() if value is not None}
     described = fields.layer_from_json(layer, tensors, inner)
     return DrafterConfig(
         **described,
-        **fields.vocabulary_sizes(layer, config, where, default=_DRAFT_VOCAB_SIZE),
+        **fields.vocabulary_sizes(layer, config, tensors, where, default=_DRAFT_VOCAB_SIZE),
         **fields.norms(config, tensors, where, norm_output=False),
-        num_layers=reading.positive_int(
-            layer, "num_hidden_layers", inner, default=_NUM_LAYERS, limit=models.MAX_LAYERS
-        ),
+        num_layers=fields.num_layers(layer, tensors, inner, True, num_layers),
         qk_norm=kind == "qwen3",
-        target_hidden_size=reading.positive_int(config, "target_hidden_size", where, default=described["hidden_size"]),
-        feature_layers=fields.layer_ids(config, fields.LAYER_IDS, 0, num_layers, where)
-        or fields.default_layers(num_layers),
+        target_hidden_size=fields.target_width(config, tensors, described["hidden_size"], target_width, where),
+        feature_layers=read_layers(config, {}, num_layers, where),
         norm_before_residual=reading.boolean(config, "norm_before_residual", where, default=True),
     )
 
@@ -116,7 +117,3 @@ def target_of(config: Mapping[str, Any]) -> str | None:
     for key in ("speculators_config", "verifier", "name_or_path"):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, str) else None
-
-
-def _list(value: Any) -> list:
-    return value if isinstance(value, list) else []

@@ -27,7 +27,7 @@ def drafter_lines(directory: Path) -> list[tuple[str, str]]:
     Raises:
       UserError: see `drafters.import_drafter`.
     """
-    stored = drafters.import_drafter(directory)
+    stored = drafters.import_drafter(directory, headless=True)
     config, params = stored.config, stored.params
     count = sum(value.size for value in params.values())
     dtypes = sorted({str(value.dtype) for value in params.values()})
@@ -38,7 +38,7 @@ def drafter_lines(directory: Path) -> list[tuple[str, str]]:
         ("kind", f"EAGLE-3{'.1' if config.fc_norm and config.norm_output else ''} drafter"),
         ("format", f"{stored.format}, names {drafter_tensors.spelling(directory)}*, {', '.join(_files(directory))}"),
         ("target", stored.target_name or "not named in the files"),
-        ("parameters", f"{_count(count)} ({', '.join(dtypes)}), head {_count(params['lm_head'].size)}"),
+        ("parameters", f"{_count(count)} ({', '.join(dtypes)}), head {_head(params)}"),
         ("layers", f"{config.num_layers}{', later ones are plain decoder layers' if config.num_layers > 1 else ''}"),
         ("width", _widths(config)),
         ("attention", _attention(config, config.attention_bias)),
@@ -81,6 +81,10 @@ def _files(directory: Path) -> list[str]:
 
 def _count(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
+
+
+def _head(params: Mapping[str, np.ndarray]) -> str:
+    return _count(params["lm_head"].size) if "lm_head" in params else "of the target"
 
 
 def _widths(config: DrafterConfig) -> str:

@@ -14,7 +14,7 @@ from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.models import stack, transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.weights import gguf, gguf_tokenizer, huggingface, tiny
+from ppow_jax.weights import gguf, gguf_tokenizer, huggingface, tiny, tokenizer_files
 from ppow_jax.weights.layout import Put, put_whole
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -65,13 +65,10 @@ def _from_gguf(name: str, path: Path, dtype, put: Put) -> Target:
 
 
 def _from_directory(name: str, dtype, put: Put) -> Target:
-    from transformers import AutoTokenizer
-
-    config, params = huggingface.load_target(name, dtype, put)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(huggingface.find_directory(name))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--target={name}: its tokenizer cannot be read ({error})") from None
+    directory = huggingface.find_directory(name)
+    checked, _ = huggingface.open_target(directory)
+    tokenizer = tokenizer_files.load_tokenizer(directory, checked.vocab_size)  # before weights, which take long
+    config, params = huggingface.load_target(directory, dtype, put)
     return _with_chat_end(Target(name, config, params, tokenizer))
 
 

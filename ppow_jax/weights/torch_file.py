@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from ppow_jax.errors import UserError
+from ppow_jax.files import mistaken
 from ppow_jax.weights.huggingface import StoredTensor
 
 _DTYPES = {
@@ -27,6 +28,9 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
       UserError: without torch, for a broken file, or one that holds anything but named tensors.
     """
+    other = mistaken(path)
+    if other:
+        raise UserError(f"{path}: {other}")
     if importlib.util.find_spec("torch") is None:
         raise UserError(
             f"{path}: reading it takes torch (pip install 'ppow_jax[torch]');"

@@ -1,10 +1,14 @@
 """The draft vocabulary as EAGLE-3 files hold it: `d2t`, offsets of draft ids, and `t2d`, a mask over target ids."""
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
 
 from ppow_jax.weights.huggingface import StoredTensor
+
+log = logging.getLogger(__name__)
+_MANY = 16  # draft tokens, from which on chance does not separate all of them
 
 
 def to_tensors(target_ids_W: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
@@ -15,15 +19,16 @@ def to_tensors(target_ids_W: np.ndarray, vocab_size: int) -> dict[str, np.ndarra
 
 
 def from_tensors(
-    stored: Mapping[str, StoredTensor], V: int, W: int, problems: list[str]
+    stored: Mapping[str, StoredTensor], V: int, W: int, problems: list[str], where: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """(target ids ascending int32 [W], order of the file's rows that makes them so); adds to `problems`.
 
-    Without d2t the mask tells the ids; without both, draft ids are target ids.
+    Without d2t the mask tells the ids; without both, draft ids are target ids. A d2t that makes no sense as offsets,
+    but does as the ids themselves, is read as these, and `where` and that are logged.
     """
     mask_V = stored["t2d"].read() if "t2d" in stored else None
     if "d2t" in stored:
-        ids_W = stored["d2t"].read().astype(np.int64) + np.arange(W)
+        ids_W = _target_ids(stored["d2t"].read().astype(np.int64), mask_V, V, where)
     elif mask_V is not None:
         ids_W = np.flatnonzero(mask_V)
     else:
@@ -37,6 +42,27 @@ def from_tensors(
     elif mask_V is not None and not np.array_equal(np.flatnonzero(mask_V), sorted_W):
         problems.append("t2d: marks other tokens than d2t names")
     return sorted_W.astype(np.int32), order_W
+
+
+def _target_ids(d2t_W: np.ndarray, mask_V: np.ndarray | None, V: int, where: str) -> np.ndarray:
+    """The ids of a d2t of offsets, as the formats have it, or of one that holds the ids themselves.
+
+    The mask decides. Without one, and where both could be, it is the ids if they ascend throughout from a vocabulary of
+    some size on: as offsets, no two ids would then be neighbours, and most ids of a real vocabulary are.
+    """
+
+    def possible(ids_W: np.ndarray) -> bool:
+        sorted_W = np.sort(ids_W)
+        return ascending(sorted_W, V) and (mask_V is None or np.array_equal(np.flatnonzero(mask_V), sorted_W))
+
+    offsets_W = d2t_W + np.arange(len(d2t_W))
+    if not possible(d2t_W):
+        return offsets_W
+    climbs = mask_V is None and len(d2t_W) >= _MANY and bool((np.diff(d2t_W) > 0).all())
+    if possible(offsets_W) and not climbs:
+        return offsets_W
+    log.warning("%s: d2t holds target ids, not offsets from draft ids: read as ids", where)
+    return d2t_W
 
 
 def ascending(ids_W: np.ndarray, V: int) -> bool:
