@@ -27,6 +27,7 @@ OTHERS = {  # programs of others, and their flags that texts may name
 }
 SETTINGS = {
     "convert": ("InspectSettings", "VerifySettings", "ConvertSettings"),
+    "reproduce": ("StudySettings",),
     "train": ("TrainSettings",),
 }
 
