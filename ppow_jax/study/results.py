@@ -101,6 +101,8 @@ def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) ->
         if other in kept and other != arm.name:
             pair = _counts(mine, mode), _counts(kept[other], mode)
             row[f"paired_difference_to_{key}"] = interval(paired_difference(*pair))
+            paid = _counts(mine, mode, "cost"), _counts(kept[other], mode, "cost")
+            row[f"paired_speedup_ratio_to_{key}"] = interval(paired_ratio(*paid))
             by_mode = {m: (_counts(mine, m), _counts(kept[other], m)) for m in mine[0]["replayed"]}
             row[f"paired_difference_to_{key}_by_mode"] = {
                 m: interval(paired_difference(*p)) for m, p in by_mode.items()
@@ -165,9 +167,18 @@ def summary_table(study: Mapping[str, Any], style: str = "simple") -> str:
             shown(row.get("paired_difference_to_cst"), sign=True),
             shown(row.get("paired_difference_to_start"), sign=True),
             shown(row["speedup"], 2),
+            shown(row.get("paired_speedup_ratio_to_cst")),
             f"{row['seconds']:.0f}",
         ]
         for row in study["arms"]
     ]
-    heads = ["arm", f"tau ({study['compared_in']})", "less cst", "less the start", "speedup by costs", "seconds"]
+    heads = [
+        "arm",
+        f"tau ({study['compared_in']})",
+        "less cst",
+        "less the start",
+        "speedup by costs",
+        "by cst's",
+        "seconds",
+    ]
     return tabulate(table, heads, tablefmt=style, disable_numparse=True)

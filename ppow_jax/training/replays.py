@@ -62,13 +62,15 @@ def interval(estimate: Estimate) -> dict[str, float]:
 def compare(arms: Mapping[str, Replayed], start: str) -> dict[str, dict[str, Any]]:
     """Each arm in one mode: tau, the speedup by costs, and how tau compares with the start's, paired by answers."""
     rounds = {name: Counts(arm.tokens_N, arm.rounds_N) for name, arm in arms.items()}
+    costs = {name: Counts(arm.tokens_N, arm.cost_N) for name, arm in arms.items()}
     found: dict[str, dict[str, Any]] = {}
-    for name, arm in arms.items():
+    for name in arms:
         found[name] = {
             "tau": interval(micro_average(rounds[name])),
-            "speedup": interval(micro_average(Counts(arm.tokens_N, arm.cost_N))),
+            "speedup": interval(micro_average(costs[name])),
         }
         if name != start:
             found[name]["paired_difference_to_start"] = interval(paired_difference(rounds[name], rounds[start]))
             found[name]["paired_ratio_to_start"] = interval(paired_ratio(rounds[name], rounds[start]))
+            found[name]["paired_speedup_ratio_to_start"] = interval(paired_ratio(costs[name], costs[start]))
     return found
