@@ -175,7 +175,7 @@ def test_ways_that_draft_alike_share_their_drafts():
     assert [(p.depth, p.shape and (p.shape.branch, p.shape.depth, p.shape.nodes)) for p in plans] == [
         (5, None), (4, (3, 4, 9)), (1, (2, 1, 2)),
     ]  # fmt: skip
-    assert not any(plan.holds(tree(3, 5, 9)) or plan.holds(adaptive(3, stopping=Stopping(head=True))) for plan in plans)
+    assert not any(plan.holds(tree(3, 5, 9)) or plan.holds(chain(6)) for plan in plans)
 
 
 def test_what_cannot_be_replayed_is_refused():
@@ -187,8 +187,6 @@ def test_what_cannot_be_replayed_is_refused():
         refused(batches(), chain(4), prices_of(0.1, 0.1, N=2))
     with pytest.raises(UserError, match="window must be at least 1"):
         refused(batches(), off())
-    with pytest.raises(UserError, match="--confidence=head"):
-        refused(batches(), adaptive(3, stopping=Stopping(head=True)), prices_of(0.1, 0.1))
     turns = Example(np.arange(8, dtype=np.int32), np.array([0, 1, 1, 0, 0, 1, 1, 1], bool), "dialogue:3")
     with pytest.raises(UserError, match="dialogue:3: holds more than one answer"):
         refused(Batches([turns], seed=0, batch_size=1, row_length=8, max_anchors=8), chain(2))

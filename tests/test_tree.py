@@ -22,6 +22,7 @@ from ppow_jax.speculation.tree import (
     TreeShape,
     ancestors,
     compact,
+    draft_candidates,
     follow,
     propose_tree,
 )
@@ -265,6 +266,26 @@ def test_nothing_is_drafted_where_no_row_goes_on(anchored):
     keep_B, none_B = jnp.array([3, 3]), jnp.zeros(world.ROWS, bool)
     none = propose_tree(*anchored, SHAPE, lambda level, _: none_B, lambda logp_BxN: keep_B)
     assert none.count_B.tolist() == none.steps_B.tolist() == [0, 0]
+
+
+def test_trees_of_many_roots_are_those_of_each(anchored):
+    """Three roots per row, of which `anchored` is the second."""
+    drafter, embed, *one = anchored
+    windows = world.scored_batch(drafter.target_ids_W, world.batch()).windows
+    g_BxTxE, _ = supervised.prefix(drafter, embed, windows)
+    anchor_BxR = windows.anchor_BxM[:, 3:6]
+    g_BxRxE, root_BxR, position_BxR = (
+        jnp.take_along_axis(x, index, 1)
+        for x, index in (
+            (g_BxTxE, anchor_BxR[..., None]), (windows.tokens_BxT, anchor_BxR + 1), (windows.position_BxT, anchor_BxR)
+        )
+    )  # fmt: skip
+    prefix = [Prefix(one[3][0].kv, supervised.anchor_mask(windows, anchor_BxR))]
+    three = jax.jit(lambda *x: draft_candidates(drafter, embed, *x, SHAPE))(g_BxRxE, root_BxR, position_BxR, prefix)
+    single = draft_candidates(drafter, embed, *one, SHAPE)
+    assert three.logp_BxC.shape == (world.ROWS * 3, SHAPE.candidates)
+    for found, wanted in zip(three, single, strict=True):
+        np.testing.assert_allclose(found.reshape(world.ROWS, 3, *found.shape[1:])[:, 1], wanted, rtol=1e-4)
 
 
 def test_compaction_keeps_the_path_in_order():

@@ -159,9 +159,8 @@ def simulate(tables: Tables, speculation: Speculation, prices: Prices | None = N
     if table is None:
         raise UserError(f"the tables were not made for {speculation}")
     counts = jnp.asarray(tables.start_N, jnp.int32), jnp.asarray(tables.count_N, jnp.int32)
-    sums = jax.device_get(_rounds(table, *counts, prices, speculation=speculation))
-    cost_N = np.full(len(tables.count_N), np.nan) if prices is None else sums.cost_N
-    return Replayed(*sums._replace(cost_N=cost_N))
+    found = Replayed(*jax.device_get(_rounds(table, *counts, prices, speculation=speculation)))
+    return found if prices else found._replace(cost_N=np.full(len(tables.count_N), np.nan))
 
 
 def _check_prices(speculation: Speculation, prices: Prices | None) -> Prices | None:
@@ -192,34 +191,32 @@ class _Round(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("speculation",))
 def _rounds(
     table: Table, start_N: Array, count_N: Array, prices: Prices | None, *, speculation: Speculation
-) -> Replayed:
-    """Rounds of all answers, each deciding by itself, until the longest is through."""
+) -> tuple[Array, ...]:
+    """Rounds of all answers, each deciding by itself, until the longest is through: the fields of `Replayed`."""
     one_round = _chain_round if isinstance(table, ChainTable) else _tree_round
-    K1 = speculation.window + 1
+    N, K1 = len(count_N), speculation.window + 1
+    none_N, free_N = jnp.zeros(N, jnp.int32), jnp.zeros(N)
 
     def body(carry):
         sums, pace = carry
-        at_N = sums.tokens_N
+        at_N = sums[0]
         live_N = at_N < count_N
         here = jax.tree.map(lambda x: x[start_N + jnp.minimum(at_N, count_N - 1)], table)
         found: _Round = one_round(here, speculation, pace, prices)
-        cost_N = 0.0 if prices is None else prices.of_round(found.steps_N, found.drafted_N)
+        cost_N = prices.of_round(found.steps_N, found.drafted_N) if prices else free_N
         if speculation.adaptive:
             pace = update(pace, found.accepted_N, found.steps_N, found.depth_N, found.expected_N, cost_N)
         gained_N = jnp.minimum(found.accepted_N + 1, count_N - at_N)
         accepted_NxK1 = jax.nn.one_hot(found.accepted_N, K1, dtype=jnp.int32)
-        new = Replayed(gained_N, jnp.ones_like(at_N), found.drafted_N, found.steps_N, cost_N, accepted_NxK1)
 
         def add(total, x):
             return total + jnp.where(live_N.reshape(-1, *[1] * (total.ndim - 1)), x, 0)
 
-        return jax.tree.map(add, sums, new), pace
+        new = gained_N, none_N + 1, found.drafted_N, found.steps_N, cost_N, accepted_NxK1
+        return tuple(map(add, sums, new)), pace
 
-    N = len(count_N)
-    none_N = jnp.zeros(N, jnp.int32)
-    nothing = Replayed(none_N, none_N, none_N, none_N, jnp.zeros(N), jnp.zeros((N, K1), jnp.int32))
-    start = nothing, Pace.start(N)
-    return jax.lax.while_loop(lambda carry: (carry[0].tokens_N < count_N).any(), body, start)[0]
+    nothing = none_N, none_N, none_N, none_N, free_N, jnp.zeros((N, K1), jnp.int32)
+    return jax.lax.while_loop(lambda carry: (carry[0][0] < count_N).any(), body, (nothing, Pace.start(N)))[0]
 
 
 def _chain_round(here: ChainTable, speculation: Speculation, pace: Pace, prices: Prices | None) -> _Round:
@@ -231,7 +228,6 @@ def _chain_round(here: ChainTable, speculation: Speculation, pace: Pace, prices:
 
 
 def _tree_round(here: TreeTable, speculation: Speculation, pace: Pace, prices: Prices | None) -> _Round:
-    assert speculation.shape is not None
     N = speculation.shape.nodes
     steps_N = _steps(speculation, pace, prices, lambda s: here.frontier_AxKxX[:, s - 1])
 
@@ -243,7 +239,6 @@ def _tree_round(here: TreeTable, speculation: Speculation, pace: Pace, prices: P
     best_NxN = drafted(here.best_AxKxN)[:, :N]
     nodes_N = jnp.full_like(steps_N, N)
     if speculation.adaptive:
-        assert prices is not None
         nodes_N = kept(pace, speculation.adaptive, prices.verify_N1, best_NxN)
         nodes_N = jnp.where(steps_N > 0, jnp.minimum(nodes_N, (best_NxN > -jnp.inf).sum(-1)), 0)
     kept_NxN = jnp.arange(N) < nodes_N[:, None]
@@ -258,7 +253,6 @@ def _steps(speculation: Speculation, pace: Pace, prices: Prices | None, logp_NxX
     K = speculation.window
     if not speculation.adaptive:
         return jnp.full(pace.rest_B.shape, K, jnp.int32)
-    assert prices is not None
     going_N, steps_N = pace.drafts_B, jnp.zeros(pace.rest_B.shape, jnp.int32)
     for s in range(K):
         if s:
