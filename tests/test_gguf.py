@@ -87,7 +87,9 @@ def write(path: Path, config=CONFIG, kind=Type.F32, architecture="llama", fields
     values |= dict(tensors)
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in entries.items():
-        if isinstance(value, int):
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
             writer.add_uint32(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
@@ -284,7 +286,13 @@ def test_pre_tokenizers_differ_where_digits_meet_blanks(tmp_path):
 
 
 BROKEN_TOKENIZERS = {
-    "sentencepiece": ({"model": "llama"}, ["'llama'"]),
+    "sentencepiece without scores": ({"model": "llama"}, ["'llama'", "scores", "missing"]),
+    "unknown kind": ({"model": "t5"}, ["'t5'", "'gpt2'", "'llama'"]),
+    "tokens are numbers": ({"tokens": [1, 2]}, ["tokens", "list of texts"]),
+    "types are texts": ({"token_type": ["a"]}, ["token_type", "list of numbers"]),
+    "one text for the tokens": ({"tokens": "abc"}, ["tokens", "list of texts"]),
+    "pre-tokenizer is a number": ({"pre": 3}, ["pre", "3", "a text"]),
+    "add_bos_token is a number": ({"add_bos_token": 1}, ["add_bos_token", "true or false"]),
     "pre-tokenizer": ({"pre": "unheard-of"}, ["'unheard-of'"]),
     "no model": ({"model": None}, ["None"]),
     "no tokens": ({"tokens": None}, ["tokens"]),

@@ -18,9 +18,7 @@ _BLANKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _OTHERS = rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_BLANKS}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _HEAD = r"[^\r\n\p{L}\p{N}]?"
-_TEKKEN = (
-    rf"{_HEAD}{_UPPER}*{_LOWER}+|{_HEAD}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}"
-)
+_TEKKEN = rf"{_HEAD}{_UPPER}*{_LOWER}+|{_HEAD}{_UPPER}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_BLANKS}"
 _CJK = r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _ASIAN = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 _DEEPSEEK_WORDS = (
@@ -83,14 +81,13 @@ def rule_of(file: GgufFile, tokens: list[str]) -> Rule:
             f"{file.path}: pre-tokenizer tokenizer.ggml.pre = {name!r} is not supported (supported: "
             f"{', '.join(sorted(RULES))}); take the original model's directory, with its tokenizer.json, as the target"
         )
-    architecture = file.get("general.architecture", None)
-    guess = _FAMILIES.get(architecture) if isinstance(architecture, str) else None
-    guess = guess or ("llama-bpe" if any(map(_LLAMA3_TOKENS, tokens)) else "gpt-2")
+    architecture = file.text("general.architecture")
+    guess = _FAMILIES.get(architecture) or ("llama-bpe" if any(map(_LLAMA3_TOKENS, tokens)) else "gpt-2")
     log.warning(
         "%s: tokenizer.ggml.pre is %s: text is cut into words by the rule %r, %s",
         file.path,
         "missing" if not name else f"{name!r}, which names no rule",
         guess,
-        f"that of {architecture}" if guess == _FAMILIES.get(architecture) else "a guess: convert the model anew",
+        f"that of {architecture}" if architecture in _FAMILIES else "a guess: convert the model anew",
     )
     return RULES[guess]

@@ -141,6 +141,4 @@ def _add_begin(file: GgufFile, tokenizer: Any, default: bool, begin: int | None,
             log.warning("%s: %s is true, but no BOS token is named: texts get none", file.path, key)
         return
     token = {"id": "BOS", "ids": [begin], "tokens": [names[begin]]}
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="BOS $A", pair="BOS $A $B", special_tokens=[token]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="BOS $A", pair="BOS $A $B", special_tokens=[token])
