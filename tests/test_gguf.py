@@ -77,15 +77,18 @@ def metadata(config: ModelConfig) -> dict:
     }
 
 
-def write(path: Path, config=CONFIG, kind=Type.F32, architecture="llama", fields=(), tensors=()) -> Path:
-    """Writes a model; `fields` and `tensors` change or (by None) remove entries. Norms stay float32."""
+def write(path: Path, config=CONFIG, kind=Type.F32, architecture="llama", fields=(), tensors=(), split=0) -> Path:
+    """Writes a model; `fields` and `tensors` change or (by None) remove entries. Norms stay float32.
+
+    split: tensors of a part, where the model is written in several; their names are the writer's.
+    """
     entries = metadata(config) | dict(fields)
     values = named(models.target_params(config))
     for name in values:
         if ".attn_q." in name or ".attn_k." in name:
             values[name] = interleaved(values[name], len(values[name]) // config.head_dim)
     values |= dict(tensors)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     for key, value in entries.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
