@@ -1,5 +1,8 @@
 """Text of an answer's tokens, as it stands behind its prompt, and the texts and tokens that stop an answer."""
 
+import itertools
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +10,8 @@ import numpy as np
 
 from ppow_jax.config import require
 
-_UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 _TAIL = 16  # tokens of the prompt that are decoded with the answer, at least
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of a vocabulary with byte fallback
 
 
 class AnswerText:
@@ -20,30 +23,39 @@ class AnswerText:
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] | np.ndarray):
         self._tokenizer = tokenizer
-        prompt, count = np.asarray(prompt_ids).tolist(), _TAIL
-        while True:  # a tail of the prompt that has text, so that no blank is the first character
-            self._before = prompt[-count:]
-            self._head = self._decode(self._before).rstrip(_UNFINISHED)
-            if self._head or count >= len(prompt):
+        self._special = set(_special(tokenizer).values())
+        prompt, start = np.asarray(prompt_ids).tolist(), 0
+        for count in itertools.count():  # a tail of the prompt that has text, so that no blank is the first character
+            start = max(0, len(prompt) - _TAIL * 2**count)
+            while start and self._is_open(prompt[start]):
+                start -= 1
+            self._before = prompt[start:]
+            self._head = self._decode(self._before)
+            if not start or self._head.strip("\ufffd"):
                 break
-            count *= 2
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the answer's tokens so far."""
-        text = self._decode([*self._before, *ids])
-        return text[len(self._head) :] if text.startswith(self._head) else self._decode(ids)
+        whole = self._decode([*self._before, *ids])
+        return whole[len(os.path.commonprefix([self._head, whole])) :]
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """The text that no later token changes: without characters that are not complete.
+
+        Where bytes are tokens, a byte that fits in no character spoils all those beside it, so they wait for another
+        token.
+        """
+        count = len(ids)
+        while count and self._is_open(ids[count - 1]):
+            count -= 1
+        return self.decode(ids[:count]).rstrip("\ufffd")
+
+    def _is_open(self, i: int) -> bool:
+        token = None if i in self._special else self._tokenizer.convert_ids_to_tokens(i)
+        return token is None or _BYTE.fullmatch(token) is not None
 
     def _decode(self, ids: Sequence[int]) -> str:
-        def decode(some):
-            return self._tokenizer.decode(some, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-        text = decode(ids)
-        if text.endswith(_UNFINISHED):  # byte tokens: an unfinished character can spoil the whole ones before it
-            for held in range(1, min(4, len(ids) + 1)):
-                shorter = decode(ids[: len(ids) - held])
-                if not shorter.endswith(_UNFINISHED):
-                    return text if text.startswith(shorter) else shorter + _UNFINISHED
-        return text
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def split_stops(tokenizer: Any, stops: Sequence[str], name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -203,7 +203,7 @@ class Answer:
         """The text that no later token changes and no stop text cuts."""
         if self.result:
             return self.text
-        text = self.text.rstrip("\ufffd")  # what a decoder writes for bytes that are no character yet
+        text = self._text_of.settled(self.ids)
         held = (n for stop in self.request.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return text[: len(text) - max(held, default=0)]
 

@@ -1,12 +1,13 @@
 """Tokenizers of GGUF files: rules that cut text into words, SentencePiece, equal texts, BOS tokens."""
 
+import dataclasses
 import logging
 import random
 from pathlib import Path
 
 import pytest
 from sentencepiece_reference import BLANK, encode, learn, random_text
-from test_gguf import write
+from test_gguf import CONFIG, write
 from tokenizers import pre_tokenizers
 
 from ppow_jax.errors import UserError
@@ -192,7 +193,8 @@ def sentencepiece(path: Path, bytes_=True, extra=(), **changes) -> Path:
         "eos_token_id": 2,
         "unknown_token_id": 0,
     } | changes
-    return write(path, fields={f"tokenizer.ggml.{key}": value for key, value in fields.items()})
+    config = dataclasses.replace(CONFIG, vocab_size=len(tokens))
+    return write(path, config, fields={f"tokenizer.ggml.{key}": value for key, value in fields.items()})
 
 
 @pytest.mark.parametrize("prefix", [True, False])
