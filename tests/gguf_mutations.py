@@ -153,7 +153,8 @@ def _key(file: File, rng: random.Random) -> str:
 
 
 def _element(file: File, rng: random.Random) -> str:
-    field = rng.choice([field for field in file.fields if field.kind == ARRAY])
+    lists = [field for field in file.fields if field.kind == ARRAY and field.inner in (STRING, I32, F32)]
+    field = rng.choice([field for field in lists if field.value] or [Field("a.list", ARRAY, ["a"], STRING)])
     at = rng.randrange(len(field.value))
     texts = ["", " ", "  ", "a", "<|im_end|>", b"\xc3", "\u2581" * 40, "x y", "a" * 2000, "<0x41>", "\U0010fffd3"]
     numbers = {I32: [-1, 0, 1, 2, 3, 4, 5, 6, 7, 2**31 - 1], F32: [float("nan"), float("inf"), -1e30, 0.0]}

@@ -22,6 +22,7 @@ _OTHERS = {  # first bytes of what lies where a GGUF file is expected
     b"": "the file is empty",
 }
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE)
+_MAX_TEXTS = 4_000_000  # in one list; the largest vocabularies have a quarter of a million, and more merges
 _ABSENT = (-1, 2**32 - 1)  # token ids that mean none
 
 
@@ -117,13 +118,31 @@ class _Reader(gguf.GGUFReader):
             raise ValueError("it ends early: damaged, or not wholly downloaded")
         return super()._get(offset, dtype, count, *rest, **options)
 
+    def _get_field_parts(self, orig_offs, raw_type):
+        """Checks the length of a list first, and reads numbers together; the package's own reads them one by one."""
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        inner, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        dtype, start = self.gguf_scalar_to_np.get(int(inner[0])), orig_offs + 12
+        if dtype is not None:
+            values = self._get(start, dtype, count[0])
+            types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(int(inner[0]))]
+            return 12 + values.nbytes, [inner, count, values], [2], types
+        if inner[0] != gguf.GGUFValueType.STRING:
+            raise ValueError("a list of lists is not supported")
+        self._get(start, np.uint64, count[0])  # each text has a length at least
+        if count[0] > _MAX_TEXTS:
+            raise ValueError(f"a list has {count[0]} texts, more than {_MAX_TEXTS}")
+        return super()._get_field_parts(orig_offs, raw_type)
+
 
 def _open(path: str | Path) -> _Reader:
     try:
         begins = _first_bytes(path)
         if begins != MAGIC:
             raise ValueError(f"it begins with {begins!r}: {_OTHERS.get(begins, 'must be GGUF')}")
-        reader = _Reader(path)
+        with np.errstate(over="ignore"):  # offsets near 2**64, which _check_places refuses
+            reader = _Reader(path)
         _check_places(reader)
         return reader
     except Exception as error:  # the reader checks little: damaged files end in errors of many kinds
