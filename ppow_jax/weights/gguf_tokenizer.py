@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ppow_jax.errors import UserError
 from ppow_jax.weights import ends, gguf_sentencepiece
@@ -16,6 +17,7 @@ from ppow_jax.weights.gguf_pretokenizers import rule_of
 log = logging.getLogger(__name__)
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
+_TEXT_BYTES = (9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))  # those of most texts in UTF-8
 _KEY = "tokenizer.ggml."
 _MARK = "\U0010fffd"  # and the id, behind the name of a token whose text another token has; decoding drops both
 _CLEAN = decoders.Replace(Regex(_MARK + "[0-9]+"), "")
@@ -90,9 +92,11 @@ def _byte_level(file: GgufFile, names: list[str], clean: list) -> tuple[bool, To
         raise UserError(f"{file.path}: tokenizer.ggml.merges is missing")
     rule = rule_of(file, names)
     vocabulary = {name: i for i, name in enumerate(names)}
-    missing = sum(char not in vocabulary for char in pre_tokenizers.ByteLevel.alphabet())
+    letters = bytes_to_unicode()
+    missing = [f"0x{byte:02X}" for byte in _TEXT_BYTES if letters[byte] not in vocabulary]
     if missing:
-        log.warning("%s: %d of the 256 bytes are no tokens: characters with them are lost", file.path, missing)
+        some = ", ".join(missing[:5])
+        log.warning("%s: %d bytes are no tokens, characters with them are lost: %s", file.path, len(missing), some)
     pairs = [_pair(file, merge) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=rule.whole_words))
     if rule.nfc:

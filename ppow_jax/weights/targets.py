@@ -78,8 +78,9 @@ def _from_directory(name: str, dtype, put: Put) -> Target:
     config, params = huggingface.load_target(directory, dtype, put)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--target={name}: its tokenizer cannot be read ({error})") from None
+    except Exception as error:  # of a broken tokenizer.json, or a missing library, come errors of any kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--target={name}: its tokenizer cannot be read ({reason})") from None
     found = ends.of_directory(directory, config.vocab_size, config.eos_token_ids, tokenizer)
     ends.warn_of_template(name, tokenizer, found)
     return Target(name, dataclasses.replace(config, eos_token_ids=found), params, tokenizer)
