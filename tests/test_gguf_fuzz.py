@@ -177,9 +177,11 @@ def test_many_damaged_headers(tmp_path, kind):
 
 LIES = {
     "an endless text": (lambda f: setattr(f.field("general.name"), "length", 2**62), "ends early"),
-    "an endless list": (lambda f: setattr(f.field("tokenizer.ggml.tokens"), "length", 2**62), "ends early"),
-    "endless metadata": (lambda f: setattr(f, "num_fields", 2**62), "not a readable"),
-    "endless tensors": (lambda f: setattr(f, "num_tensors", 2**62), "not a readable"),
+    "a long list": (lambda f: setattr(f.field("tokenizer.ggml.tokens"), "length", 2**20), "ends early"),
+    "a long list of numbers": (lambda f: setattr(f.field("tokenizer.ggml.token_type"), "length", 2**20), "ends early"),
+    "an endless list": (lambda f: setattr(f.field("tokenizer.ggml.tokens"), "length", 2**62), "entries, more than"),
+    "endless metadata": (lambda f: setattr(f, "num_fields", 2**62), "metadata entries, more than"),
+    "endless tensors": (lambda f: setattr(f, "num_tensors", 2**62), "tensors, more than"),
     "a key twice": (lambda f: f.fields.append(Field("general.name", STRING, "x")), "Duplicate general.name"),
     "a tensor twice": (lambda f: f.tensors.append(dataclasses.replace(f.tensors[0])), "duplicated tensor"),
     "a product that wraps": (lambda f: setattr(f.tensors[0], "shape", (2**32, 2**32)), "not a readable"),

@@ -24,7 +24,7 @@ _OTHERS = {  # first bytes of what lies where a GGUF file is expected
 }
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE)
 _CUT = "it ends early: damaged, or not wholly downloaded"
-_MAX_TEXTS = 4_000_000  # in one list; the largest vocabularies have a quarter of a million, and more merges
+_MOST = 4_000_000  # entries of a list, of metadata, and tensors; large vocabularies have a quarter of a million
 _ABSENT = (-1, 2**32 - 1)  # token ids that mean none
 
 
@@ -120,21 +120,30 @@ class _Reader(gguf.GGUFReader):
             raise ValueError(_CUT)
         return super()._get(offset, dtype, count, *rest, **options)
 
+    def _build_fields(self, offs, count):
+        if count > _MOST:
+            raise ValueError(f"it says it has {count} metadata entries, more than {_MOST}")
+        return super()._build_fields(offs, count)
+
+    def _build_tensor_info(self, offs, count):
+        if count > _MOST:
+            raise ValueError(f"it says it has {count} tensors, more than {_MOST}")
+        return super()._build_tensor_info(offs, count)
+
     def _get_field_parts(self, orig_offs, raw_type):
         """Reads lists with a check of their length first, and a hundred times faster than the package."""
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         inner, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-        dtype, start = self.gguf_scalar_to_np.get(int(inner[0])), orig_offs + 12
+        kind, start = gguf.GGUFValueType(int(inner[0])), orig_offs + 12
+        dtype = self.gguf_scalar_to_np.get(kind)
+        if count[0] > _MOST:
+            raise ValueError(f"a list has {count[0]} entries, more than {_MOST}")
         if dtype is not None:
             values = self._get(start, dtype, count[0])
-            types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(int(inner[0]))]
-            return 12 + values.nbytes, [inner, count, values], [2], types
-        if inner[0] != gguf.GGUFValueType.STRING:
+            return 12 + values.nbytes, [inner, count, values], [2], [gguf.GGUFValueType.ARRAY, kind]
+        if kind != gguf.GGUFValueType.STRING:
             raise ValueError("a list of lists is not supported")
-        self._get(start, np.uint64, count[0])  # each text has a length at least
-        if count[0] > _MAX_TEXTS:
-            raise ValueError(f"a list has {count[0]} texts, more than {_MAX_TEXTS}")
         texts, view = [], memoryview(self.data)
         for _ in range(int(count[0])):
             end = start + 8 + int.from_bytes(view[start : start + 8], sys.byteorder)
@@ -142,8 +151,12 @@ class _Reader(gguf.GGUFReader):
                 raise ValueError(_CUT)
             texts.append(view[start + 8 : end])
             start = end
-        types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]
-        return start - orig_offs, [inner, count, *texts], list(range(2, 2 + len(texts))), types
+        return (
+            start - orig_offs,
+            [inner, count, *texts],
+            list(range(2, 2 + len(texts))),
+            [gguf.GGUFValueType.ARRAY, kind],
+        )
 
 
 def _open(path: str | Path) -> _Reader:
