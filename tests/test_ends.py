@@ -208,6 +208,7 @@ def test_the_same_of_a_gguf_file(tmp_path, caplog):
     fields |= {"tokenizer.chat_template": CHATML_TEMPLATE}
     targets.load(str(write(tmp_path / "m.gguf", WHOLE, fields=fields)), "float32")
     assert "m.gguf ends a turn with '<|im_end|>', which ends no answer (end tokens: 256 '<|im_start|>')" in caplog.text
+    assert "name its token in tokenizer.ggml.eot_token_id of the file" in caplog.text
 
 
 def test_nothing_ends_an_answer(tmp_path, caplog):

@@ -16,6 +16,8 @@ from ppow_jax.weights.gguf_file import GgufFile
 log = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
+REMEDY_DIRECTORY = f"eos_token_id of {GENERATION_CONFIG}"
+REMEDY_GGUF = "tokenizer.ggml.eot_token_id of the file"
 _KNOWN = {  # texts of tokens, by the key of a GGUF file that names such a token's id
     "eos": (
         *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|return|>", "[EOS]"),
@@ -86,8 +88,11 @@ def tokenizer_ids(tokenizer: Any) -> list[int]:
     return [int(i) for i in ids if i is not None]
 
 
-def warn_of_template(name: str, tokenizer: Any, ends: Iterable[int]) -> None:
-    """Warns where nothing ends an answer, and where the chat template ends turns without any of these tokens."""
+def warn_of_template(name: str, tokenizer: Any, ends: Iterable[int], remedy: str) -> None:
+    """Warns where nothing ends an answer, and where the chat template ends turns without any of these tokens.
+
+    remedy: where else a token can be named, for the message.
+    """
     ends = set(ends)
     if not ends:
         log.warning("%s names no end token: its answers go on to max_new_tokens", name)
@@ -96,12 +101,11 @@ def warn_of_template(name: str, tokenizer: Any, ends: Iterable[int]) -> None:
     if closing and ends.isdisjoint(tokenizer(closing, add_special_tokens=False)["input_ids"]):
         known = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sorted(ends))
         log.warning(
-            "the chat template of %s ends a turn with %r, which ends no answer (end tokens: %s); "
-            "name its id as eos_token_id in %s",
+            "the chat template of %s ends a turn with %r, which ends no answer (end tokens: %s); name its token in %s",
             name,
             closing,
             known,
-            GENERATION_CONFIG,
+            remedy,
         )
 
 

@@ -67,7 +67,7 @@ def _from_gguf(name: str, path: Path, dtype, put: Put) -> Target:
     tokenizer = gguf_tokenizer.read_tokenizer(file)
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"{path}: it lists {len(tokenizer)} tokens, but its embedding has {config.vocab_size} rows")
-    ends.warn_of_template(name, tokenizer, config.eos_token_ids)
+    ends.warn_of_template(name, tokenizer, config.eos_token_ids, ends.REMEDY_GGUF)
     return Target(name, config, params, tokenizer)
 
 
@@ -82,7 +82,7 @@ def _from_directory(name: str, dtype, put: Put) -> Target:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--target={name}: its tokenizer cannot be read ({reason})") from None
     found = ends.of_directory(directory, config.vocab_size, config.eos_token_ids, tokenizer)
-    ends.warn_of_template(name, tokenizer, found)
+    ends.warn_of_template(name, tokenizer, found, ends.REMEDY_DIRECTORY)
     return Target(name, dataclasses.replace(config, eos_token_ids=found), params, tokenizer)
 
 
