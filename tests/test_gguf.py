@@ -77,17 +77,22 @@ def metadata(config: ModelConfig) -> dict:
     }
 
 
-def write(path: Path, config=CONFIG, kind=Type.F32, architecture="llama", fields=(), tensors=()) -> Path:
-    """Writes a model; `fields` and `tensors` change or (by None) remove entries. Norms stay float32."""
+def write(path: Path, config=CONFIG, kind=Type.F32, architecture="llama", fields=(), tensors=(), split=0) -> Path:
+    """Writes a model; `fields` and `tensors` change or (by None) remove entries. Norms stay float32.
+
+    split: tensors of a part, where the model is written in several; their names are the writer's.
+    """
     entries = metadata(config) | dict(fields)
     values = named(models.target_params(config))
     for name in values:
         if ".attn_q." in name or ".attn_k." in name:
             values[name] = interleaved(values[name], len(values[name]) // config.head_dim)
     values |= dict(tensors)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     for key, value in entries.items():
-        if isinstance(value, int):
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
             writer.add_uint32(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
@@ -284,7 +289,13 @@ def test_pre_tokenizers_differ_where_digits_meet_blanks(tmp_path):
 
 
 BROKEN_TOKENIZERS = {
-    "sentencepiece": ({"model": "llama"}, ["'llama'"]),
+    "sentencepiece without scores": ({"model": "llama"}, ["'llama'", "scores", "missing"]),
+    "unknown kind": ({"model": "t5"}, ["'t5'", "'gpt2'", "'llama'"]),
+    "tokens are numbers": ({"tokens": [1, 2]}, ["tokens", "list of texts"]),
+    "types are texts": ({"token_type": ["a"]}, ["token_type", "list of numbers"]),
+    "one text for the tokens": ({"tokens": "abc"}, ["tokens", "list of texts"]),
+    "pre-tokenizer is a number": ({"pre": 3}, ["pre", "3", "a text"]),
+    "add_bos_token is a number": ({"add_bos_token": 1}, ["add_bos_token", "true or false"]),
     "pre-tokenizer": ({"pre": "unheard-of"}, ["'unheard-of'"]),
     "no model": ({"model": None}, ["None"]),
     "no tokens": ({"tokens": None}, ["tokens"]),

