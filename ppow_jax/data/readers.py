@@ -1,7 +1,7 @@
 """Records of files, directories and Hugging Face data sets.
 
-The `datasets` library reads tables and text, always as a stream, and the hub; JSON is read in `ppow_jax.data.json_files`,
-which says why.
+The `datasets` library reads tables and text, always as a stream, and the hub; JSON is read in
+`ppow_jax.data.json_files`, which says why.
 """
 
 import glob
@@ -29,6 +29,7 @@ SPLITS = {  # by words in names of files and folders
     "validation": ("validation", "valid", "val", "dev"),
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`
 _MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}  # the first bytes count more than the ending
 _REFUSED = {b"PK\x03\x04": "a zip archive", b"SQLite f": "an SQLite database", b"\x89HDF": "an HDF5 file"}
 
@@ -95,19 +96,27 @@ def read_directory(directory: Path, split: str = "train") -> Iterator[tuple[str,
         yield from _saved(inner)
         return
     splits: dict[str, list[Path]] = {}
-    for file in sorted(directory.rglob("*")):
-        inside = file.relative_to(directory).as_posix()
-        if ending(file.name) and file.is_file() and not re.search(r"(^|/)[._]", inside):
-            words = re.split(r"[^a-z]+", inside.lower())
-            name = next((name for name, spellings in SPLITS.items() if set(words) & set(spellings)), "train")
-            splits.setdefault(name, []).append(file)
+    for file in _data_files(directory):
+        words = re.split(r"[^a-z]+", file.relative_to(directory).as_posix().lower())
+        name = next((name for name, spellings in SPLITS.items() if set(words) & set(spellings)), "train")
+        splits.setdefault(name, []).append(file)
     if (directory / "dataset_dict.json").is_file():
         splits = {path.parent.name: [] for path in sorted(directory.glob("*/state.json"))}
     if split not in splits:
-        rule = f"it has {', '.join(splits)}; name one, as in {directory}:{next(iter(splits))}" if splits else "no data files"
-        raise UserError(f"cannot read data directory {directory}: no split {split!r}: {rule}")
+        rule = "it holds no data files"
+        if splits:
+            rule = f"no split {split!r}, but {', '.join(splits)}; name one, as in {directory}:{next(iter(splits))}"
+        raise UserError(f"cannot read data directory {directory}: {rule}")
     for file in splits[split]:
         yield from read_records(file)
+
+
+def _data_files(directory: Path) -> list[Path]:
+    """Its data files, by name; text files, which may be licences, only where there is nothing else."""
+    files = [file for file in sorted(directory.rglob("*")) if ending(file.name) and file.is_file()]
+    files = [file for file in files if not re.search(r"(^|/)[._]", file.relative_to(directory).as_posix())]
+    files = [file for file in files if file.name not in _NOTES]
+    return [file for file in files if ending(file.name) != ".txt"] or files
 
 
 def _saved(directory: Path) -> Iterator[tuple[str, Any]]:

@@ -51,7 +51,7 @@ _ROLES = {
     "user": ("user", "human", "prompter"),
     "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "claude", "model", "bot", "ai"),
     "system": ("system", "developer"),
-    "tool": ("tool", "function", "observation", "function_call", "tool_call", "ipython", "tool_response", "environment"),
+    "tool": ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython"),
 }
 _ROLE_OF = {spelling: role for role, spellings in _ROLES.items() for spelling in spellings}
 _TEXT_PARTS = ("text", "input_text", "output_text", None)
