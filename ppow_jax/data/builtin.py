@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ppow_jax.data.messages import Conversation, Message
+from ppow_jax.data.tasks import is_prose
 from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,14 @@ def sharegpt(held_out: bool) -> Iterator[tuple[str, Any]]:
                 yield f"sharegpt[{i}]", record
     if held_out:  # popular prompts recur: the reserve gives way
         yield from ((place, record) for place, record in reserve if _opening(record) not in trained)
+
+
+def sharegpt_prose() -> Iterator[tuple[str, str]]:
+    """(place, text) of the answers in ShareGPT that are prose; conversations kept for measuring are left out."""
+    for place, record in sharegpt(held_out=False):
+        for n, turn in enumerate(record["conversations"]):
+            if turn["from"] == "gpt" and is_prose(text := turn["value"].strip()):
+                yield f"{place}.{n}", text
 
 
 def _opening(record: dict) -> str:

