@@ -12,6 +12,7 @@ import numpy as np
 
 from ppow_jax import sharding
 from ppow_jax.config import require
+from ppow_jax.data.encoding import encode_text
 from ppow_jax.evaluation.decoding import rung
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
@@ -126,8 +127,8 @@ class Job:
         budgets, seeds, stops = _each("max_new_tokens", max_new_tokens, n), _each("seed", seed, n), _stops(stop, n)
         requests = []
         for i, prompt in enumerate(several):
-            ids = target.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
             name = f"prompt {i}" if n > 1 else "prompt"
+            ids = encode_text(target.tokenizer, prompt, name) if isinstance(prompt, str) else prompt
             requests.append(Request(name, _flat(ids), budgets[i], stops[i], seeds[i]))
             requests[-1].check(target)
         numbers = _numbers("temperature", temperature, n), _numbers("top_k", top_k, n), _numbers("top_p", top_p, n)

@@ -109,11 +109,14 @@ def encode_conversation(
 
 def _answer_span(tokenizer: Any, conversation: Conversation, k: int, whole: str) -> tuple[int, int] | None:
     """The characters of `whole` that answer k takes; None where they cannot be told."""
-    before, source = conversation.messages[:k], conversation.source
+    before, source, thoughts = conversation.messages[:k], conversation.source, conversation.messages[k].reasoning
     prompt = render(tokenizer, before, True, source)
-    turn = render(tokenizer, conversation.messages[: k + 1], False, source)
+    is_last = all(m.role != "assistant" for m in conversation.messages[k + 1 :])
+    turn = whole if is_last else render(tokenizer, conversation.messages[: k + 1], False, source)
     if not whole.startswith(turn):
         return None
+    if thoughts and thoughts.strip() not in turn:
+        _warn_reasoning(name_of(tokenizer))
     if whole.startswith(prompt):
         return (len(prompt), len(turn)) if len(turn) > len(prompt) else None
     # the generation prompt goes on after the header of the assistant's turn, which all answers share
@@ -198,11 +201,16 @@ def _no_answer(conversation: Conversation, why: str, strict: bool) -> Example | 
 @functools.cache
 def _warn_header(name: str, more: str) -> None:
     log.warning(
-        "the chat template of %s ends generation prompts with %r, which finished answers do not continue: they are trained"
-        " as they stand, without it",
+        "the chat template of %s ends generation prompts with %r, which finished answers do not continue: "
+        "they are trained as they stand, without it",
         name,
         more,
     )
+
+
+@functools.cache
+def _warn_reasoning(name: str) -> None:
+    log.warning("the chat template of %s leaves out the reasoning of recorded answers: what follows is trained", name)
 
 
 @functools.cache

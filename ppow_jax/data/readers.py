@@ -42,6 +42,13 @@ def ending(name: str) -> str | None:
     return next((known for known in ENDINGS if name.endswith(known)), None)
 
 
+def stem(name: str) -> str:
+    """The last part of a path without the endings of data files."""
+    base = os.path.basename(name.rstrip("/"))
+    known = ending(base)
+    return base[: base.lower().rfind(known)] if known else base
+
+
 def is_place(name: str) -> bool:
     """Whether a name can only be that of a file or a directory, there or not."""
     name = os.path.expanduser(name)

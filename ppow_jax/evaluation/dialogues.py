@@ -46,24 +46,59 @@ class Request:
         self.dialogue.messages.append(Message("assistant", text.strip()))
 
 
+def check_prompts(target: Target, benchmarks: Sequence[Benchmark]) -> None:
+    """Raises UserError for a benchmark none of whose prompts the target's chat template takes."""
+    for benchmark in benchmarks:
+        askable(target, benchmark)
+
+
+def askable(target: Target, benchmark: Benchmark) -> list[tuple[Prompt, int]]:
+    """The prompts that the target's chat template takes, each with its tokens, empty answers between its turns.
+
+    The others are left out, with a log line. Raises UserError where there is none.
+    """
+    taken: list[tuple[Prompt, int]] = []
+    refused: list[str] = []
+    for prompt in benchmark.prompts:
+        try:
+            taken.append((prompt, _length(target, prompt)))
+        except UserError as error:
+            refused.append(str(error))
+    require(bool(taken), f"benchmark {benchmark.name}: none of its prompts can be asked; {(refused or [''])[0]}")
+    if refused:
+        log.warning("%s: %d prompts left out, the first: %s", benchmark.name, len(refused), refused[0])
+    return taken
+
+
+def _length(target: Target, prompt: Prompt) -> int:
+    """Tokens of the prompt with all its turns, between them answers that are as good as empty."""
+    for answer in ("", "."):  # some templates take no empty ones
+        messages = [m for turn in prompt.turns for m in (Message("user", turn), Message("assistant", answer))]
+        try:
+            return len(encode_prompt(target.tokenizer, messages[:-1], prompt.source))
+        except UserError:
+            if answer or len(prompt.turns) == 1:
+                raise
+    raise AssertionError
+
+
 def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> list[Prompt]:
     """The prompts whose longest possible dialogue fits the target's positions.
 
     Raises UserError at the first that does not, unless `skip`, and when none is left.
     """
     kept = []
-    for prompt in benchmark.prompts:
-        messages = [m for turn in prompt.turns for m in (Message("user", turn), Message("assistant", ""))]
+    taken = askable(target, benchmark)
+    for prompt, length in taken:
         answered = (len(prompt.turns) - 1) * how.max_new_tokens
-        length = len(encode_prompt(target.tokenizer, messages[:-1])) + answered
         try:
-            require_room(target, length, how, prompt.source)
+            require_room(target, length + answered, how, prompt.source)
         except UserError as error:
             if not skip:
                 raise UserError(f"{error} (--skip_long_prompts leaves such prompts out)") from None
         else:
             kept.append(prompt)
-    left_out = len(benchmark.prompts) - len(kept)
+    left_out = len(taken) - len(kept)
     hint = "lower --max_new_tokens"
     require(bool(kept), f"benchmark {benchmark.name}: none of its {left_out} prompts fits; {hint}")
     if left_out:
@@ -88,8 +123,8 @@ def batches(
         dialogues = [dialogue for dialogue in dialogues if len(dialogue.prompt.turns) > turn]
         for dialogue in dialogues[:]:
             dialogue.messages.append(Message("user", dialogue.prompt.turns[turn]))
-            tokens = encode_prompt(target.tokenizer, dialogue.messages)
             try:  # `fitting` counted answers as they are made; read again, a text can take more tokens
+                tokens = encode_prompt(target.tokenizer, dialogue.messages, dialogue.prompt.source)
                 require_room(target, len(tokens), how, dialogue.prompt.source)
             except UserError as error:
                 log.warning("left out: %s", error)

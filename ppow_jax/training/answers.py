@@ -65,9 +65,14 @@ class Job:
 def collect_jobs(
     tokenizer, conversations: Sequence[Conversation], settings: AnswerSettings, number: int
 ) -> list[Job]:
-    """The first `number` prompts, in the order of settings.seed, that fit max_prompt_tokens."""
+    """The first `number` prompts, in the order of settings.seed, that fit max_prompt_tokens.
+
+    Conversations that the chat template refuses are left out and counted in the log; raises UserError where that leaves
+    none.
+    """
     order = np.random.default_rng(settings.seed).permutation(len(conversations))
     jobs: list[Job] = []
+    refused: list[str] = []
     for index in order:
         conversation = conversations[index]
         answered = 0
@@ -76,13 +81,21 @@ def collect_jobs(
                 continue
             if turn and conversation.messages[turn - 1].role == "user":
                 break  # a turn whose predecessor has no recorded answer cannot be given its history
-            prompt = encode_prompt(tokenizer, conversation.messages[: turn + 1])
+            try:
+                prompt = encode_prompt(tokenizer, conversation.messages[: turn + 1], conversation.source)
+            except UserError as error:
+                refused.append(str(error))
+                break
             if len(prompt) > settings.max_prompt_tokens:
                 break
             jobs.append(Job(prompt, f"{conversation.source} turn {turn}"))
             answered += 1
         if len(jobs) >= number:
             break
+    if refused and not jobs:
+        raise UserError(f"none of {len(refused)} conversations can be asked; the first: {refused[0]}")
+    if refused:
+        log.warning("%d conversations left out, they cannot be asked; the first: %s", len(refused), refused[0])
     return jobs[:number]
 
 

@@ -1,22 +1,27 @@
 """The texts of a run: prompts, the target's answers to them, recorded ones, and what is held out."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ppow_jax import config as config_lib
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.conversations import load_conversations
-from ppow_jax.data.encoding import Example, encode_conversation
+from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
 from ppow_jax.training import answers
 from ppow_jax.training.context import Stopped
 from ppow_jax.training.preemption import StopSignal
+from ppow_jax.training.recorded import check_parts, read_recorded
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
+
+Text = TypeVar("Text", Example, answers.Job)
 
 
 def collect_jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
@@ -49,7 +54,20 @@ def _answer_settings(settings: TrainSettings) -> answers.AnswerSettings:
     )
 
 
-def load_batches(settings, workdir: Path, target: Target, jobs, stop: StopSignal) -> tuple[Batches, Batches]:
+def collect_recorded(settings: TrainSettings, target: Target, jobs: list[answers.Job]) -> list[Example]:
+    """The conversations to mix in as they stand.
+
+    Raises UserError where they are of no use, or where these and `jobs` will leave nothing to train or to hold out.
+    """
+    recorded = read_recorded(settings, target.tokenizer) if settings.recorded else []
+    held_out, train = split(jobs, settings.held_out, settings.seed)
+    check_parts(settings, {"held-out": held_out, "training": [*train, *recorded]})
+    return recorded
+
+
+def load_batches(
+    settings, workdir: Path, target: Target, jobs, recorded: list[Example], stop: StopSignal
+) -> tuple[Batches, Batches]:
     """The training and the held-out batches; answers that are missing are generated."""
     examples = answers.regenerate(
         workdir / "answers",
@@ -62,8 +80,7 @@ def load_batches(settings, workdir: Path, target: Target, jobs, stop: StopSignal
     if stop.requested:
         raise Stopped
     held_out, train = split(examples, settings.held_out, settings.seed)
-    if settings.recorded:
-        train += _recorded(settings, target)
+    train += recorded
     shape = {
         "batch_size": settings.batch_size,
         "row_length": settings.row_length,
@@ -74,20 +91,18 @@ def load_batches(settings, workdir: Path, target: Target, jobs, stop: StopSignal
     return Batches(train, seed=settings.seed, **shape), Batches(held_out, seed=settings.seed, **shape)
 
 
-def split(examples: list[Example], number: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(held out, the rest): whole conversations, about `number` examples of them."""
+def split(examples: Sequence[Text], number: int, seed: int) -> tuple[list[Text], list[Text]]:
+    """(held out, the rest): whole conversations, about `number` examples of them, and never all of several.
+
+    They depend on the sources alone: prompts are parted as their answers will be.
+    """
     conversations = sorted({_conversation(e) for e in examples})
     order = np.random.default_rng(seed).permutation(len(conversations))
-    share = max(1, round(number * len(conversations) / len(examples)))
+    share = round(number * len(conversations) / len(examples))
+    share = max(1, min(share, len(conversations) - 1))
     chosen = {conversations[i] for i in order[:share]}
     return [e for e in examples if _conversation(e) in chosen], [e for e in examples if _conversation(e) not in chosen]
 
 
-def _conversation(example: Example) -> str:
+def _conversation(example: Example | answers.Job) -> str:
     return example.source.rsplit(" turn ", 1)[0]
-
-
-def _recorded(settings: TrainSettings, target: Target) -> list[Example]:
-    conversations = load_conversations(settings.recorded, settings.num_recorded or None)
-    encoded = (encode_conversation(target.tokenizer, c, settings.row_length) for c in conversations)
-    return [example for example in encoded if example is not None]

@@ -36,7 +36,7 @@ def load_head(directory: str | Path, width: int) -> dict[str, np.ndarray]:
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8-sig"))
         head = {name: np.asarray(stored[name], np.float32) for name in confidence.NAMES}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a confidence head ({type(error).__name__}: {error})") from None

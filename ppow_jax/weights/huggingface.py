@@ -143,7 +143,7 @@ def find_directory(directory_or_name: str | Path) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError, with the line if the text is malformed."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except (OSError, ValueError, RecursionError) as error:
