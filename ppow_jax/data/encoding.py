@@ -16,7 +16,7 @@ import numpy as np
 
 from ppow_jax.data.messages import Conversation, Message
 from ppow_jax.data.records import whole_text
-from ppow_jax.data.templates import CHATML_TEMPLATE, is_plain, name_of, render
+from ppow_jax.data.templates import CHATML_TEMPLATE, holds, is_plain, name_of, render
 from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,9 @@ def encode_conversation(
             )
         else:
             _warn_rewritten(name_of(tokenizer))
+    answer = messages[answers[-1]].content.rpartition("</think>")[2]
+    if not holds(whole[slice(*spans[-1])], answer):
+        raise UserError(f"{conversation.source}: the chat template of {name_of(tokenizer)} leaves out the answer")
     tokens, starts, ends = _tokenise(tokenizer, whole, conversation.source)
     mask = np.zeros(len(tokens), bool)
     for first, last in spans:

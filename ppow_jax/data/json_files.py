@@ -13,7 +13,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ import pyarrow
 from ppow_jax.errors import UserError
 
 LINES = (".jsonl", ".ndjson", ".jsonlines")
-COMPRESSIONS = {  # the first bytes decide
+COMPRESSIONS: dict[bytes, Callable[[Any], Any]] = {  # the first bytes decide
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,

@@ -48,7 +48,7 @@ def render(tokenizer: Any, messages: Sequence[Message], prompt: bool, source: st
     """The text of `messages`, with `prompt` followed by the generation prompt.
 
     A first message that begins with the beginning-of-sequence token, where the template writes one as well, loses it.
-    Raises UserError, naming `source`, where the template refuses the messages, fails, or renders nothing.
+    Raises UserError, naming `source`, where the template refuses the messages, fails, or leaves out the question.
     """
     if is_plain(tokenizer):
         _warn_plain(name_of(tokenizer))
@@ -62,7 +62,15 @@ def render(tokenizer: Any, messages: Sequence[Message], prompt: bool, source: st
             text = without
     if not text.strip():
         raise UserError(f"{source}: the chat template of {name_of(tokenizer)} renders nothing")
+    last = messages[-1].content if messages else ""
+    if prompt and messages[-1].role == "user" and not holds(text, last.removeprefix(begin or "")):
+        raise UserError(f"{source}: the chat template of {name_of(tokenizer)} leaves out what the user says")
     return text
+
+
+def holds(text: str, part: str) -> bool:
+    """Whether a text has another one in it, whatever their white space."""
+    return "".join(part.split()) in "".join(text.split())
 
 
 def name_of(tokenizer: Any) -> str:
