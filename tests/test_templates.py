@@ -157,7 +157,9 @@ def test_the_default_of_several_templates():
     assert prompt_of(with_template({"default": "{{ messages[0].content }}", "rag": "x"}), "hi") == "hi"
 
 
-@pytest.mark.parametrize("template", ["{{ messages[0].content }}: {{ 'no' if messages[1] else '' }}", "{{ messages[0].content }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}: {{ 'no' if messages[1] else '' }}", "{{ messages[0].content }}"]
+)
 def test_a_template_that_leaves_out_the_answer(template):
     with pytest.raises(UserError, match="chats.jsonl:7: the chat template of 'tiny'"):
         encode_conversation(with_template(template), chat("hi", "hello"), 100)
@@ -192,7 +194,9 @@ def test_one_token_begins_a_text_that_carries_it_already(caplog):
 
 
 def test_texts_with_half_surrogates_are_refused_by_the_tokenizers_name():
-    with pytest.raises(UserError, match="prompt 3: tokenizer 'tiny' cannot read its text: it holds half of a surrogate"):
+    with pytest.raises(
+        UserError, match="prompt 3: tokenizer 'tiny' cannot read its text: it holds half of a surrogate"
+    ):
         encode_text(tiny_tokenizer(), "hi \ud83d", "prompt 3")
     with pytest.raises(UserError, match="here: .*half of a surrogate"):
         encode_prompt(tiny_tokenizer(), chat("hi \udce9").messages, "here")

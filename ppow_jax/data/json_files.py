@@ -58,9 +58,8 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _values(path, first + file.read(), number, error if by_line else None)
             return
         second = next(((n, line) for n, line in enumerate(file, number + 1) if line.strip()), None)
-        if second is None and not by_line:
-            records = record if isinstance(record, list) else [record]
-            yield from ((f"{path}[{i}]", item) for i, item in enumerate(records))
+        if second is None and (not by_line or isinstance(record, list)):
+            yield from ((f"{path}[{i}]", item) for i, item in enumerate(_items(record)))
             return
         yield f"{path}:{number}", record
         if second is not None:
@@ -86,9 +85,15 @@ def _values(path: Path, text: str, line: int, lines_error: UserError | None) -> 
             raise lines_error or UserError(f"{place}: not JSON: {error.msg} (column {error.colno})") from None
         except RecursionError:
             raise UserError(f"{place}: not readable JSON: nested too deeply") from None
-        found += value if isinstance(value, list) else [value]
+        found += _items(value)
         position = _BLANK.match(text, end).end()
     yield from ((f"{path}[{i}]", item) for i, item in enumerate(found))
+
+
+def _items(value: Any) -> list:
+    """The records of a value: the items of an array, unless these are the messages of one chat."""
+    is_chat = isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & set(value[0])
+    return value if isinstance(value, list) and not is_chat else [value]
 
 
 def _parse(line: str, place: str) -> Any:

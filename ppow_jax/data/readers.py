@@ -61,9 +61,10 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     Raises UserError with the place for a file that is missing, damaged, or of no known kind.
     """
     path = Path(os.path.expanduser(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"cannot read data file {path}: it is a directory")
-    head = json_files.first_bytes(path) if path.is_file() or not path.exists() else b""  # a pipe is read but once
+    is_pipe = os.path.exists(path) and not os.path.isfile(path)  # and read but once
+    head = b"" if is_pipe else json_files.first_bytes(path)
     for magic, kind in _REFUSED.items():
         if head.startswith(magic):
             raise UserError(f"cannot read data file {path}: it is {kind}; take one of {', '.join(ENDINGS)}")
