@@ -137,7 +137,6 @@ PACKED = gzip.compress((LINES * 500).encode())
         ("a.zip", b"PK\x03\x04 and so on", "it is a zip archive; take one of .json"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves CSV files open
 def test_damaged_files_are_one_line(tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=reason) as error:
@@ -204,7 +203,6 @@ def test_a_directory_without_data(tmp_path):
     assert chats(tmp_path) == [("hi",)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_datasets_saved(tmp_path):
     rows = datasets.Dataset.from_list([{"prompt": "hi"}, {"prompt": "there"}])
     rows.save_to_disk(tmp_path / "one")
