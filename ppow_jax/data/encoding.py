@@ -8,6 +8,7 @@ whole, and the tokens between them are the turn.
 import functools
 import logging
 import os.path
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,8 @@ def _answer_span(tokenizer: Any, conversation: Conversation, k: int, whole: str)
     other = render(tokenizer, (*before, Message("assistant", _PROBE)), False, source)
     header = len(os.path.commonprefix([prompt, other]))
     if not len(context) < header < len(turn) or not whole.startswith(prompt[:header]) or not prompt.startswith(context):
+        return None
+    if not re.match(rf"(?:\s|</?\w+>)*{_PROBE}", other[header:]):  # the header is another one
         return None
     _warn_header(name_of(tokenizer), prompt[header:].strip())
     return header, len(turn)
