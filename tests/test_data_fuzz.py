@@ -243,12 +243,12 @@ DATED = (
 )
 SOUND = (templates.CHATML_TEMPLATE, THINK, PICKY, DATED)
 PIECES = (
-    *("{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ tools | length }}", "{% if %}", "{%"),
-    *("{{ nothing.at.all }}", "{% include 'x' %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% break %}", "{#"),
+    *("{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ tools | length }}", "{% if %}"),
+    *("{{ nothing.at.all }}", "{% include 'x' %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% break %}"),
     *("{{ ''.__class__.__mro__ }}", "{{ messages | tojson }}", "{% for i in range(10 ** 7) %}{% endfor %}"),
     *("{% generation %}", "{{ 'x' | int }}", "{% set messages = [] %}", "{% set messages = messages[:1] %}"),
     *("{{ messages.pop() }}", "{{ messages[0].update(a=1) }}", "{{ strftime_now('%Q %') }}", "{{ strftime_now(1) }}"),
-    *("{{ bos_token }}", "{{ '\ud83d' }}", "{{ namespace(a=1).b.c }}"),
+    *("{%", "{#", "{{ bos_token }}", "{{ '\ud83d' }}", "{{ namespace(a=1).b.c }}"),
 )
 WORDS = (
     "messages",

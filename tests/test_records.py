@@ -156,6 +156,7 @@ def test_records_of_no_use_are_counted(record, reasons):
     ("record", "reason"),
     [
         ({}, "no known field .* in a record with none"),
+        ({"text": "User: hi"}, "in a record with 'text'; a whole text does not say who speaks"),
         ({"role": "user", "content": "hi"}, 'a record is a whole chat: {"messages"'),
         ({f"column {i}": 1 for i in range(99)}, r"'column 7', \.\.\.$"),
         ({"messages": "hi"}, "must be a JSON list of messages"),
@@ -181,6 +182,14 @@ def test_malformed_records_are_named(record, reason):
     with pytest.raises(UserError, match=reason) as error:
         read(record)
     assert str(error.value).startswith("r:1: ") and len(str(error.value)) < 400
+
+
+def test_records_that_are_nested_as_deeply_as_can_be_read():
+    value: list = []
+    for _ in range(5000):
+        value = [value]
+    with pytest.raises(UserError, match="r:1: nested too deeply"):
+        read({"prompt": value})
 
 
 def test_half_surrogates_are_replaced_and_counted():

@@ -153,6 +153,10 @@ def test_what_templates_raise_is_one_line(template, reason):
     assert "\n" not in str(error.value) and "'tiny'" in str(error.value)
 
 
+def test_a_byte_order_mark_of_the_template_s_file_is_no_part_of_it():
+    assert prompt_of(with_template("\ufeff" + CHATML_TEMPLATE), "hi") == prompt_of(tiny_tokenizer(), "hi")
+
+
 def test_the_default_of_several_templates():
     assert prompt_of(with_template({"default": "{{ messages[0].content }}", "rag": "x"}), "hi") == "hi"
 

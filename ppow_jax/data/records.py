@@ -90,6 +90,8 @@ def conversation_from_record(record: Any, source: str, notes: Counter | None = N
         raise UserError(f"{source}: {error}") from None
     except _Cut as reason:
         cut = str(reason)
+    except RecursionError:
+        raise UserError(f"{source}: nested too deeply") from None
     head = 1 if messages and messages[0].role == "system" else 0
     alternate = any(m.role == "assistant" for m in messages)
     usable = head
@@ -132,6 +134,7 @@ def _messages(record: Any) -> Iterator[Message]:
             return  # all null
         known = ", ".join(shape.key for shape in SHAPES)
         hint = '; a record is a whole chat: {"messages": [...]}' if "role" in fields and "content" in fields else ""
+        hint = "; a whole text does not say who speaks" if "text" in fields else hint
         raise _Malformed(f"no known field ({known}) in a record with {_shown(record)}{hint}")
     if any(fields.get(key) for key in _MEDIA):
         raise _Cut(MEDIA)

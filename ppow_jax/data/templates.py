@@ -113,7 +113,7 @@ _MACRO = (
 
 
 def _template(tokenizer: Any) -> str:
-    template = tokenizer.get_chat_template()
+    template = tokenizer.get_chat_template().removeprefix("\ufeff")  # a byte order mark of its file
     if "strftime_now" not in template or not getattr(tokenizer, "chat_date", None):
         return template
     return _MACRO + re.sub(r"^[ \t]+(?=\{%)", "", template)  # what Jinja strips, too, at the beginning of a line

