@@ -96,9 +96,9 @@ def test_other_endings_in_the_directory(tmp_path, hub):
     assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("packed",)
     (tmp_path / "gsm8k.csv").write_text("question\nof a table\n")
     (tmp_path / "gsm8k.md").write_text("notes")
+    assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("packed",)  # JSON Lines come first
+    (tmp_path / "gsm8k_test.JSONL.gz").unlink()
     assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("of a table",)
-    write(tmp_path / "gsm8k_test.jsonl", {"prompt": "lines"})
-    assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("lines",)
 
 
 def test_package_comes_before_the_hub(tmp_path, hub, monkeypatch):
