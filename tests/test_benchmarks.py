@@ -94,11 +94,11 @@ def test_other_endings_in_the_directory(tmp_path, hub):
     with gzip.open(tmp_path / "gsm8k_test.JSONL.gz", "wt") as file:
         file.write('{"prompt": "packed"}\n')
     assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("packed",)
-    (tmp_path / "gsm8k.csv").write_text("question\nof a table\n")
+    (tmp_path / "gsm8k.json").write_text('[{"question": "of an array"}]')
     (tmp_path / "gsm8k.md").write_text("notes")
     assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("packed",)  # JSON Lines come first
     (tmp_path / "gsm8k_test.JSONL.gz").unlink()
-    assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("of a table",)
+    assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("of an array",)
 
 
 def test_package_comes_before_the_hub(tmp_path, hub, monkeypatch):
