@@ -8,6 +8,7 @@ For --target=smollm2-135m a drafter comes along (drafters/smollm2-135m); --draft
 """
 
 import dataclasses
+import io
 import logging
 import sys
 from pathlib import Path
@@ -158,7 +159,7 @@ def read_prompt(settings: Settings) -> str:
         require(bool(settings.prompt.strip()), "--prompt: must not be empty")
         return settings.prompt
     try:
-        text = Path(settings.prompt_file).expanduser().read_text(encoding="utf-8")
+        text = Path(settings.prompt_file).expanduser().read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"--prompt_file={settings.prompt_file}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -195,6 +196,8 @@ def answer(model: "Model", prompt: Any, how: dict[str, Any], stream: bool) -> "R
 def chat(model: "Model", how: dict[str, Any]) -> None:
     """Answers line after line of standard input, each with all that was said before, until `/quit` or its end."""
     messages: list[dict[str, str]] = []
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
     if sys.stdin.isatty():
         print(f"{QUIT} ends the chat; the first answers take longer, they compile.")
     while True:
@@ -203,6 +206,8 @@ def chat(model: "Model", how: dict[str, Any]) -> None:
         line = sys.stdin.readline()
         if not line or line.strip() == QUIT:
             return
+        if "\ufffd" in line:
+            log.warning("the line is not UTF-8 text: what cannot be read is replaced by U+FFFD")
         if line.strip():
             messages.append({"role": "user", "content": line.strip()})
             result = answer(model, model.chat_prompt(messages), how, stream=True)

@@ -72,13 +72,6 @@ def split_stops(tokenizer: Any, stops: Sequence[str], name: str) -> tuple[tuple[
     return texts, tuple(special[stop] for stop in stops if stop in special)
 
 
-def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a prompt that is no chat, with a BOS token where the tokenizer puts one, but never with two."""
-    own = tokenizer(text, add_special_tokens=False)["input_ids"]
-    begins = own[:1] == [tokenizer.bos_token_id]
-    return own if begins else tokenizer(text)["input_ids"]
-
-
 def _special(tokenizer: Any) -> dict[str, int]:
     """Text -> id of the tokens that decoding skips."""
     added = getattr(tokenizer, "added_tokens_decoder", {})

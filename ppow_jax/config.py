@@ -203,6 +203,7 @@ def parse(cls: type[T], argv: Sequence[str], defaults: Mapping[str, Any] | None 
     places: dict[str, str] = {}
     arguments = []
     for argument, place in _expand_flagfiles(argv):
+        require(_is_text(argument), f"{ascii(argument)}: must be UTF-8 text")
         arguments.append(argument)
         if argument.startswith("-"):
             name = argument.lstrip("-").partition("=")[0]
@@ -230,6 +231,11 @@ def parse(cls: type[T], argv: Sequence[str], defaults: Mapping[str, Any] | None 
     raise UserError(f"{place}: {message}" if place else message)
 
 
+def _is_text(argument: str) -> bool:
+    """False where bytes of the command line were no UTF-8: Python keeps them as halves of surrogate pairs."""
+    return argument.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in argument)
+
+
 def _expand_flagfiles(argv: Sequence[str], open_files: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
     """Yields (argument, place), each --flagfile replaced by its lines; place is "" or "FILE:LINE"."""
     arguments = iter(argv)
@@ -241,7 +247,7 @@ def _expand_flagfiles(argv: Sequence[str], open_files: tuple[str, ...] = ()) -> 
         path = os.path.expanduser(path if equals else next(arguments, ""))
         require(path not in open_files, f"--flagfile={path}: includes itself")
         try:
-            lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+            lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise UserError(f"--flagfile={path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:

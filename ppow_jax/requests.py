@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
-from ppow_jax.answer_text import AnswerText, encode_text, split_stops
+from ppow_jax.answer_text import AnswerText, split_stops
 from ppow_jax.config import require
+from ppow_jax.data.encoding import encode_text
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.evaluation.decoding import rung
 from ppow_jax.models.drafter import Drafter
@@ -141,8 +142,8 @@ class Job:
         budgets, seeds, stops = _each("max_new_tokens", max_new_tokens, n), _each("seed", seed, n), _stops(stop, n)
         requests = []
         for i, prompt in enumerate(several):
-            ids = encode_text(target.tokenizer, prompt) if isinstance(prompt, str) else prompt
             name = f"prompt {i}" if n > 1 else "prompt"
+            ids = encode_text(target.tokenizer, prompt, name) if isinstance(prompt, str) else prompt
             request = Request(name, _flat(ids), budgets[i], stops[i], seeds[i])
             request.check(target)
             texts, stop_ids = split_stops(target.tokenizer, stops[i], name)

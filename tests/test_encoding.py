@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from ppow_jax.data import encoding
+from ppow_jax.data import encoding, templates
 from ppow_jax.data.conversations import Conversation, Message, builtin_conversations
 from ppow_jax.data.encoding import (
     encode_conversation,
@@ -146,7 +146,7 @@ def test_base_model_gets_plain_text(tokenizer, caplog):
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="'tiny' has no chat template"):
         require_chat_template(tokenizer)
-    encoding._warn_plain.cache_clear()
+    templates._warn_plain.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert tokenizer.decode(encode_prompt(tokenizer, chat("q").messages).tolist()) == "q\n\n"
     assert "plain text" in caplog.text

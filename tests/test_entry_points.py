@@ -156,6 +156,26 @@ def test_chat(run, monkeypatch):
     assert out.strip().startswith(second[1]["content"]) and second[2]["content"] == "and?"
 
 
+def test_texts_that_are_not_utf8(run, monkeypatch, tmp_path, caplog):
+    asked = []
+    plain = inference.Model.chat_prompt
+    monkeypatch.setattr(inference.Model, "chat_prompt", lambda m, said: asked.append(said) or plain(m, said))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfcaf\xe9\n"), encoding="ascii"))
+    monkeypatch.setattr(cli, "setup_logging", lambda: None)
+    code, out, _ = run(generate, *PLAIN, "--chat")
+    assert code == 0 and out and asked[0][0]["content"] == "caf\ufffd"
+    assert "replaced by U+FFFD" in caplog.text
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xef\xbb\xbfhello\r\n")
+    assert generate.read_prompt(generate.Settings(prompt_file=str(path))) == "hello"
+    path.write_bytes(b"caf\xe9")
+    code, _, err = run(generate, *PLAIN, f"--prompt_file={path}")
+    assert code == 2 and err == f"error: --prompt_file={path}: must be a text file in UTF-8\n"
+    command = [sys.executable, "-m", "experiments.generate", "--target=tiny", b"--prompt=caf\xe9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and done.stderr == b"error: '--prompt=caf\\udce9': must be UTF-8 text\n"
+
+
 def test_a_drafter_of_the_target_s_name_is_the_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert loading.find_drafter("auto", "tiny") is None

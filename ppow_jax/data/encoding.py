@@ -7,26 +7,22 @@ whole, and the tokens between them are the turn.
 
 import functools
 import logging
+import os.path
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from ppow_jax.data.conversations import Conversation, Message
+from ppow_jax.data.messages import Conversation, Message
+from ppow_jax.data.records import whole_text
+from ppow_jax.data.templates import CHATML_TEMPLATE, holds, is_plain, name_of, render
 from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PLAIN_TEMPLATE = (  # for base models: texts and blank lines, an end-of-text token after each answer
-    "{% for message in messages %}{{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
-)
+_PROBE = "\ue000"  # begins an answer as nothing else does
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,21 +36,33 @@ class Example:
 
 def require_chat_template(tokenizer: Any) -> None:
     """Raises UserError unless the tokenizer has a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
+    if is_plain(tokenizer):
         raise UserError(
-            f"tokenizer {_name(tokenizer)} has no chat template: take the instruction-tuned model, or add "
+            f"tokenizer {name_of(tokenizer)} has no chat template: take the instruction-tuned model, or add "
             "chat_template.jinja to its directory"
         )
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> np.ndarray:
+def encode_text(tokenizer: Any, text: str, source: str = "prompt") -> np.ndarray:
+    """Token ids int32 [T] of a text that is to be continued as it stands.
+
+    The beginning-of-sequence token, where the tokenizer writes one, is there once, also if the text carries it; the
+    tokenizer's end-of-sequence token is not. Raises UserError, naming `source`, for a text that is none.
+    """
+    tokens = _tokens(tokenizer, text, True, source)["input_ids"]
+    return np.asarray(tokens[_doubled(tokenizer, tokens) : len(tokens) - _ended(tokenizer, text, tokens)], np.int32)
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message], source: str = "prompt") -> np.ndarray:
     """Token ids int32 [T] of `messages` and the generation prompt: what the target is given to answer.
 
     A tokenizer without chat template gets plain text (and a warning, once).
-    Raises UserError when the template refuses the messages.
+    Raises UserError, naming `source`, when the template refuses the messages, or makes nothing of them.
     """
-    text = _render(tokenizer, messages, True, "prompt")
-    return np.asarray(tokenizer(text, add_special_tokens=not _template(tokenizer)[1])["input_ids"], np.int32)
+    text = render(tokenizer, messages, True, source)
+    if is_plain(tokenizer):
+        return encode_text(tokenizer, text, source)
+    return np.asarray(_tokens(tokenizer, text, False, source)["input_ids"], np.int32)
 
 
 def encode_conversation(
@@ -63,30 +71,31 @@ def encode_conversation(
     """The conversation up to its last answer, at most its first `max_length` tokens.
 
     Returns None, or with `strict` raises UserError naming the source, when no answer token is left. Earlier
-    answers that the template rewrites (some drop the reasoning) stay as context without mask.
-    Raises UserError when the last answer does not continue its own generation prompt.
+    answers that the template rewrites (some drop the reasoning) stay as context without mask. Where a generation prompt
+    begins the reasoning, as with `<think>`, and finished answers have none, what follows the turn's header is masked.
+    Raises UserError when the last answer cannot be found.
     """
     messages = conversation.messages
     answers = [k for k, m in enumerate(messages) if m.role == "assistant"]
     if not answers:
         return _no_answer(conversation, "it has no assistant turn", strict)
-    whole = _render(tokenizer, messages[: answers[-1] + 1], False, conversation.source)
+    whole = render(tokenizer, messages[: answers[-1] + 1], False, conversation.source)
     spans = []
     for k in answers:
-        prompt = _render(tokenizer, messages[:k], True, conversation.source)
-        turn = (
-            _render(tokenizer, messages[: k + 1], False, conversation.source) if k != answers[-1] else whole
-        )
-        if whole.startswith(prompt) and whole.startswith(turn) and len(turn) > len(prompt):
-            spans.append((len(prompt), len(turn)))
+        span = _answer_span(tokenizer, conversation, k, whole)
+        if span is not None:
+            spans.append(span)
         elif k == answers[-1]:
             raise UserError(
-                f"{conversation.source}: the chat template of {_name(tokenizer)} does not render an answer "
+                f"{conversation.source}: the chat template of {name_of(tokenizer)} does not render an answer "
                 "as its generation prompt followed by more text, so the answer cannot be found"
             )
         else:
-            _warn_rewritten(_name(tokenizer))
-    tokens, starts, ends = _tokenise(tokenizer, whole)
+            _warn_rewritten(name_of(tokenizer))
+    answer = messages[answers[-1]].content.rpartition("</think>")[2]
+    if not holds(whole[slice(*spans[-1])], answer):
+        raise UserError(f"{conversation.source}: the chat template of {name_of(tokenizer)} leaves out the answer")
+    tokens, starts, ends = _tokenise(tokenizer, whole, conversation.source)
     mask = np.zeros(len(tokens), bool)
     for first, last in spans:
         begin = int(np.searchsorted(ends, first, "right"))
@@ -100,6 +109,30 @@ def encode_conversation(
             conversation, f"its first {max_length} of {len(tokens)} tokens hold no answer", strict
         )
     return Example(tokens[:max_length], mask[:max_length], conversation.source)
+
+
+def _answer_span(tokenizer: Any, conversation: Conversation, k: int, whole: str) -> tuple[int, int] | None:
+    """The characters of `whole` that answer k takes; None where they cannot be told."""
+    before, source, thoughts = conversation.messages[:k], conversation.source, conversation.messages[k].reasoning
+    prompt = render(tokenizer, before, True, source)
+    is_last = all(m.role != "assistant" for m in conversation.messages[k + 1 :])
+    turn = whole if is_last else render(tokenizer, conversation.messages[: k + 1], False, source)
+    if not whole.startswith(turn):
+        return None
+    if thoughts and thoughts.strip() not in turn:
+        _warn_reasoning(name_of(tokenizer))
+    if whole.startswith(prompt):
+        return (len(prompt), len(turn)) if len(turn) > len(prompt) else None
+    # the generation prompt goes on after the header of the assistant's turn, which all answers share
+    context = render(tokenizer, before, False, source)
+    other = render(tokenizer, (*before, Message("assistant", _PROBE)), False, source)
+    header = len(os.path.commonprefix([prompt, other]))
+    if not len(context) < header < len(turn) or not whole.startswith(prompt[:header]) or not prompt.startswith(context):
+        return None
+    if not re.match(rf"(?:\s|</?\w+>)*{_PROBE}", other[header:]):  # the header is another one
+        return None
+    _warn_header(name_of(tokenizer), prompt[header:].strip())
+    return header, len(turn)
 
 
 def tiny_tokenizer() -> Any:
@@ -123,35 +156,37 @@ def tiny_tokenizer() -> Any:
     )
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], prompt: bool, source: str) -> str:
-    template, plain = _template(tokenizer)
-    if plain:
-        _warn_plain(_name(tokenizer))
-    chat = [{"role": m.role, "content": m.content} for m in messages]
-    try:
-        return tokenizer.apply_chat_template(
-            chat, chat_template=template, tokenize=False, add_generation_prompt=prompt
-        )
-    except (TemplateError, ValueError) as error:
-        raise UserError(f"{source}: the chat template of {_name(tokenizer)} refuses it: {error}") from None
-
-
-def _template(tokenizer: Any) -> tuple[str | None, bool]:
-    """(template to force, None for the tokenizer's own; whether it is the plain one)."""
-    return (None, False) if getattr(tokenizer, "chat_template", None) else (PLAIN_TEMPLATE, True)
-
-
-def _tokenise(tokenizer: Any, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokenise(tokenizer: Any, text: str, source: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids int32 [T] and the first and last character, int [T], of each."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"tokenizer {_name(tokenizer)} reports no offsets: a fast tokenizer (tokenizer.json) is needed"
+            f"tokenizer {name_of(tokenizer)} reports no offsets: a fast tokenizer (tokenizer.json) is needed"
         )
-    encoded = tokenizer(
-        text, add_special_tokens=_template(tokenizer)[1], return_offsets_mapping=True, verbose=False
-    )
+    encoded = _tokens(tokenizer, text, is_plain(tokenizer), source, return_offsets_mapping=True)
+    tokens = np.asarray(encoded["input_ids"], np.int32)
     offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-    return np.asarray(encoded["input_ids"], np.int32), offsets[:, 0], offsets[:, 1]
+    first = _doubled(tokenizer, encoded["input_ids"]) if is_plain(tokenizer) else 0
+    return tokens[first:], offsets[first:, 0], offsets[first:, 1]
+
+
+def _tokens(tokenizer: Any, text: str, special: bool, source: str, **how: Any) -> Any:
+    try:
+        return tokenizer(text, add_special_tokens=special, verbose=False, **how)
+    except (TypeError, ValueError) as error:
+        reason = "it holds half of a surrogate pair" if whole_text(text) != text else error
+        raise UserError(f"{source}: tokenizer {name_of(tokenizer)} cannot read its text: {reason}") from None
+
+
+def _doubled(tokenizer: Any, tokens: Sequence[int]) -> int:
+    """1 where the text brought the beginning-of-sequence token that the tokenizer adds as well, else 0."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return int(begin is not None and len(tokens) > 1 and tokens[0] == tokens[1] == begin)
+
+
+def _ended(tokenizer: Any, text: str, tokens: Sequence[int]) -> int:
+    """1 where the tokenizer has added an end-of-sequence token, else 0."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    return int(end is not None and len(tokens) > 0 and tokens[-1] == end and not text.endswith(tokenizer.eos_token))
 
 
 def _end_of_turn(tokenizer: Any, tokens: np.ndarray, begin: int, end: int) -> int:
@@ -169,13 +204,19 @@ def _no_answer(conversation: Conversation, why: str, strict: bool) -> Example | 
     return None
 
 
-def _name(tokenizer: Any) -> str:
-    return repr(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
+@functools.cache
+def _warn_header(name: str, more: str) -> None:
+    log.warning(
+        "the chat template of %s ends generation prompts with %r, which finished answers do not continue: "
+        "they are trained as they stand, without it",
+        name,
+        more,
+    )
 
 
 @functools.cache
-def _warn_plain(name: str) -> None:
-    log.warning("tokenizer %s has no chat template: conversations are written as plain text", name)
+def _warn_reasoning(name: str) -> None:
+    log.warning("the chat template of %s leaves out the reasoning of recorded answers: what follows is trained", name)
 
 
 @functools.cache

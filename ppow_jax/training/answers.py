@@ -67,10 +67,15 @@ class Job:
 def collect_jobs(
     tokenizer, conversations: Sequence[Conversation], settings: AnswerSettings, number: int
 ) -> list[Job]:
-    """The first `number` prompts, in the order of settings.seed, that fit max_prompt_tokens."""
+    """The first `number` prompts, in the order of settings.seed, that fit max_prompt_tokens.
+
+    Conversations that the chat template refuses are left out and counted in the log; raises UserError where that leaves
+    none.
+    """
     order = np.random.default_rng(settings.seed).permutation(len(conversations))
     jobs: list[Job] = []
     seen: set[bytes] = set()
+    refused: list[str] = []
     for index in order:
         conversation = conversations[index]
         answered = 0
@@ -79,7 +84,11 @@ def collect_jobs(
                 continue
             if turn and conversation.messages[turn - 1].role == "user":
                 break  # a turn whose predecessor has no recorded answer cannot be given its history
-            prompt = encode_prompt(tokenizer, conversation.messages[: turn + 1])
+            try:
+                prompt = encode_prompt(tokenizer, conversation.messages[: turn + 1], conversation.source)
+            except UserError as error:
+                refused.append(str(error))
+                break
             if len(prompt) > settings.max_prompt_tokens:
                 break
             answered += 1
@@ -88,6 +97,10 @@ def collect_jobs(
                 jobs.append(Job(prompt, f"{conversation.source} turn {turn}"))
         if len(jobs) >= number:
             break
+    if refused and not jobs:
+        raise UserError(f"none of {len(refused)} conversations can be asked; the first: {refused[0]}")
+    if refused:
+        log.warning("%d conversations left out, they cannot be asked; the first: %s", len(refused), refused[0])
     return jobs[:number]
 
 

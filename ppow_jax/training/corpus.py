@@ -11,12 +11,13 @@ from ppow_jax import config as config_lib
 from ppow_jax import distributed
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.conversations import load_conversations
-from ppow_jax.data.encoding import Example, encode_conversation
+from ppow_jax.data.encoding import Example
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.errors import UserError
 from ppow_jax.training import answers
 from ppow_jax.training.answer_pack import read_packs, write_pack
 from ppow_jax.training.preemption import Stopped, StopSignal
+from ppow_jax.training.recorded import check_parts, read_recorded
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.targets import Target
 
@@ -38,7 +39,6 @@ def collect_jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
             f"--data={settings.data}: {len(jobs)} prompts of at most {settings.max_prompt_tokens} tokens, "
             f"but --held_out={settings.held_out} are kept aside"
         )
-    _check_parts(settings, jobs)
     return jobs
 
 
@@ -73,10 +73,28 @@ class Corpus(NamedTuple):
     test: Batches | None
 
 
-def load_corpus(settings, workdir: Path, target: Target, jobs, stop: StopSignal) -> Corpus:
+def collect_recorded(settings: TrainSettings, target: Target, jobs: list[answers.Job]) -> list[Example]:
+    """The conversations to mix in as they stand.
+
+    Raises UserError where they are of no use, or where these and `jobs` leave nothing for a part that is asked for.
+    """
+    recorded = read_recorded(settings, target.tokenizer) if settings.recorded else []
+    for example in recorded:
+        require_known(example.tokens, target.config.vocab_size, example.source, target.tokenizer)
+    *kept, train = split(jobs, _kept(settings), settings.seed)
+    named = zip(("held_out", "test_answers", "fresh_answers"), _kept(settings), kept, strict=True)
+    parts = {f"--{name}={number}": part for name, number, part in named if number}
+    if "supervised" in settings.stages or not settings.fresh_answers:
+        parts["training"] = [*train, *recorded]
+    check_parts(settings, parts, f"{len(jobs)} answers of {len({_conversation(job) for job in jobs})} conversations")
+    return recorded
+
+
+def load_corpus(
+    settings, workdir: Path, target: Target, jobs, recorded: list[Example], stop: StopSignal
+) -> Corpus:
     """Every text of the run as batches; answers that are missing are generated."""
     s = settings
-    recorded = _recorded(s, target) if s.recorded else []  # faults in them are told before hours of answering
     examples = answers.regenerate(
         workdir / "answers",
         target.params,
@@ -109,18 +127,6 @@ def _kept(settings: TrainSettings) -> tuple[int, int, int]:
     return settings.held_out, settings.test_answers, settings.fresh_answers
 
 
-def _check_parts(settings: TrainSettings, jobs: list[answers.Job]) -> None:
-    """Raises UserError where a part of the answers that is asked for, or stage 1, would get none."""
-    *kept, train = split(jobs, _kept(settings), settings.seed)
-    named = zip(("held_out", "test_answers", "fresh_answers"), _kept(settings), kept, strict=True)
-    missing = [f"--{name}={number}" for name, number, part in named if number and not part]
-    if not train and not settings.recorded and ("supervised" in settings.stages or not settings.fresh_answers):
-        missing.append("training")
-    number = len({_conversation(job) for job in jobs})
-    rule = f"{len(jobs)} answers of {number} conversations, of which each goes to one part as a whole"
-    config_lib.require(not missing, f"--data={settings.data}: leaves nothing for {' and '.join(missing)}; {rule}")
-
-
 def split(examples: Sequence[T], numbers: Sequence[int], seed: int) -> list[list[T]]:
     """Parts of about so many examples each, whole conversations, and what is left: one part more than numbers.
 
@@ -142,12 +148,3 @@ def split(examples: Sequence[T], numbers: Sequence[int], seed: int) -> list[list
 
 def _conversation(example: Example | answers.Job) -> str:
     return example.source.rsplit(" turn ", 1)[0]
-
-
-def _recorded(settings: TrainSettings, target: Target) -> list[Example]:
-    conversations = load_conversations(settings.recorded, settings.num_recorded or None)
-    encoded = (encode_conversation(target.tokenizer, c, settings.row_length) for c in conversations)
-    examples = [example for example in encoded if example is not None]
-    for example in examples:
-        require_known(example.tokens, target.config.vocab_size, example.source, target.tokenizer)
-    return examples

@@ -1,17 +1,19 @@
 """The main job, stage by stage: data, supervised, ppow, evaluate, export. `run` reads from top to bottom."""
 
+import dataclasses
 import errno
 import logging
 
 from ppow_jax import config as config_lib
 from ppow_jax import distributed, files, sharding
+from ppow_jax.data.templates import with_date
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, load_benchmark
-from ppow_jax.evaluation.dialogues import require_known_texts
+from ppow_jax.evaluation.dialogues import check_prompts, require_known_texts
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context
-from ppow_jax.training.corpus import collect_jobs, load_corpus
+from ppow_jax.training.corpus import collect_jobs, collect_recorded, load_corpus
 from ppow_jax.training.metrics import MetricsWriter, NoMetrics, NonFiniteError
 from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.results import evaluate_arms, export_arm
@@ -20,7 +22,7 @@ from ppow_jax.training.space import check_space
 from ppow_jax.training.stages import train_arms
 from ppow_jax.training.start import find_start, keep_start, new_config
 from ppow_jax.training.tensorboard import TensorBoard
-from ppow_jax.training.workdir import open_workdir
+from ppow_jax.training.workdir import fix_date, open_workdir
 from ppow_jax.weights import targets
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def run(settings: TrainSettings) -> int:
 
 
 def _stages(settings: TrainSettings, stop: StopSignal) -> None:
+    settings = fix_date(settings)
     workdir = open_workdir(settings)
     distributed.wait("workdir")  # from here on one process writes there
     leader = distributed.leader()
@@ -66,11 +69,14 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     clock = Clock(workdir / "attempts.jsonl" if leader else None)
     benchmarks = _benchmarks(settings)
     target = targets.load(settings.target, settings.dtype)
+    target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
     if settings.scan_layers:
         target = targets.stacked(target)
     require_known_texts(target, benchmarks)
     start = find_start(settings, workdir, target)
     jobs = collect_jobs(settings, target)
+    recorded = collect_recorded(settings, target, jobs)
+    check_prompts(target, benchmarks)
     check_space(settings, workdir, start.config if start else new_config(settings, target), target, jobs)
     if stop.requested:
         raise Stopped
@@ -80,7 +86,7 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     keep_start(start, workdir)
     with MetricsWriter(workdir, tensorboard=tensorboard) if leader else NoMetrics(workdir) as metrics:
         with clock.stage("answers"):
-            corpus = load_corpus(settings, workdir, target, jobs, stop)
+            corpus = load_corpus(settings, workdir, target, jobs, recorded, stop)
         context = Context(settings, workdir, target, corpus, metrics, stop, clock, workdir)
         if set(settings.stages) <= {"data"}:
             return

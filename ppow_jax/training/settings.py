@@ -1,6 +1,7 @@
 """Every setting of a training run; the flags of `experiments.train` are generated from it."""
 
 import dataclasses
+import datetime
 import re
 
 from ppow_jax import mesh_shape
@@ -87,6 +88,11 @@ class TrainSettings:
     num_recorded: int = field(0, "How many of them, at most.", low=0, group="Data")
     cache_features: bool = field(
         False, "Keep the target's features on disk for stage 1: 4 hidden sizes per token.", group="Data"
+    )
+    date: str | None = field(
+        None,
+        "Today's date for chat templates that ask for it, as 2026-01-31; none: the day on which the run begins.",
+        group="Data",
     )
     held_out: int = field(
         32, "Answers kept for the simulated acceptance, by which checkpoints are chosen.", low=1, group="Data"
@@ -244,6 +250,7 @@ class TrainSettings:
 
     def __post_init__(self):
         check_fields(self)
+        require(self.date is None or _is_date(self.date), f"--date={self.date}: must be a day, such as 2026-01-31")
         given = f"--profile_steps={self.profile_steps}"
         require(bool(re.fullmatch(r"(\d+:\d+)?", self.profile_steps)), f"{given}: must be FIRST:LAST, such as 10:13")
         first, last = self.profiled
@@ -311,6 +318,13 @@ class TrainSettings:
         rule = f"must be a multiple of {parts}: --mesh={mesh} cuts rows into {mesh.rows} (data * fsdp * expert)"
         more = f", --accumulate={self.accumulate} each of these" if self.accumulate > 1 else ""
         require(self.batch_size % parts == 0, f"--batch_size={self.batch_size}: {rule}{more}")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 # May change between two runs in one workdir: they change nothing of what is already done.

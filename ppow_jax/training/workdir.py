@@ -1,13 +1,17 @@
 """The directory of a run: new, or with what an earlier command of the same settings left there."""
 
+import dataclasses
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ppow_jax import config as config_lib
-from ppow_jax import files
+from ppow_jax import distributed, files
 from ppow_jax.errors import UserError
 from ppow_jax.training.settings import FREE, TrainSettings
 
+S = TypeVar("S", bound=TrainSettings)
 TRAINED = ("supervised", "ppow")  # the stages that make a drafter
 
 
@@ -32,6 +36,19 @@ def open_workdir(settings: TrainSettings, free: Sequence[str] = FREE) -> Path:
         rule = f"--workdir={settings.workdir} holds no checkpoint of {' or '.join(TRAINED)}; name a stage that trains"
         raise UserError(f"--stages={','.join(settings.stages)}: {rule}")
     return workdir
+
+
+def fix_date(settings: S) -> S:
+    """The settings with the date that chat templates are given: --date, that of the workdir's run, or today.
+
+    A run of before the date was kept goes on without one.
+    """
+    flagfile = Path(settings.workdir or "").expanduser() / "flags.txt"
+    if settings.date is not None or settings.workdir is None:
+        return settings
+    today = datetime.date.fromordinal(int(distributed.from_leader(datetime.date.today().toordinal())))
+    date = config_lib.read_flagfile(type(settings), flagfile).date if flagfile.exists() else today.isoformat()
+    return dataclasses.replace(settings, date=date)
 
 
 def has_best(workdir: Path, stage: str) -> bool:
