@@ -40,6 +40,7 @@ def test_a_run_leaves_its_results(whole):
     assert report["settings"]["window"] == 2 and report["precision"] == "float32" and report["device"]
     for arm in report["arms"]:
         (row,) = arm["results"]
+        assert row["mode"] == "adaptive" and row["tree"] == {"branch": 3, "depth": 2, "nodes": 12}
         assert row["identical"] == row["total"] == row["num_prompts"] == 1
         assert 1 <= row["tau"] <= 3 and row["tau"] == pytest.approx(arm["mean_tau"])
         assert row["speedup"] == pytest.approx(arm["mean_speedup"]) and row["speedup"] > 0
