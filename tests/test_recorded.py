@@ -69,6 +69,9 @@ def test_chats_that_the_template_refuses_are_left_out_and_counted(tmp_path, capl
     assert "--recorded: 3 conversations left out, the first: " in caplog.text and "no zebras" in caplog.text
 
 
+EIGHT_LONG = [{"prompt": str(i) * 150} for i in range(8)]
+
+
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
@@ -77,10 +80,10 @@ def test_chats_that_the_template_refuses_are_left_out_and_counted(tmp_path, capl
         ({"recorded": [chat("hi"), chat("there")]}, "--recorded=.*none of 2 conversations can be trained; .*:1:"),
         ({"recorded": [chat("hi", "x" * 9), chat("long " * 50, "x")]}, None),
         ({"recorded": [chat("long " * 50, "x")]}, "none of 1 conversations can be trained; .* its first 112 of"),
-        ({"data": [LONG], "turns": 20, "held_out": 3}, "no training texts: --held_out keeps whole conversations"),
+        ({"data": [LONG], "turns": 20, "held_out": 3}, "leaves nothing for training; 4 answers of 1 conversation"),
         ({"data": [LONG], "turns": 20, "held_out": 3, "recorded": [chat("hi", "there")]}, None),
         ({"data": [chat(*"abcdef"), chat(*"ghijkl")], "turns": 3, "held_out": 5}, None),
-        ({"data": [{"prompt": "x" * 150}] * 8, "held_out": 2, "max_prompt_tokens": 200}, "--row_length=112: none of"),
+        ({"data": EIGHT_LONG, "held_out": 2, "max_prompt_tokens": 200}, "--row_length=112: none of"),
     ],
 )
 def test_hopeless_runs_are_refused_before_anything_is_answered(tmp_path, what, reason):
@@ -100,7 +103,7 @@ def test_the_parts_of_a_few_conversations_are_never_empty():
     for n in (2, 3, 5):
         examples = [Example(f"{i % n}:1 turn {i}") for i in range(40)]
         for number in (1, 20, 39):
-            held_out, rest = corpus.split(examples, number, seed=1)
+            held_out, rest = corpus.split(examples, (number,), seed=1)
             assert held_out and rest and len(held_out) + len(rest) == 40
 
 

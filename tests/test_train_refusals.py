@@ -66,8 +66,8 @@ def refuse(argv, monkeypatch, capsys):
             "--data=builtin[0:9]: leaves nothing for training; 9 answers of 9 conversations, of which each goes",
         ),
         (
-            {"data": "builtin[0:9]", "held_out": 6, "test_answers": 3, "fresh_answers": 2},
-            "--data=builtin[0:9]: leaves nothing for --fresh_answers=2 and training; 9 answers of 9 conversations",
+            {"data": "builtin[0:2]", "held_out": 1, "test_answers": 3, "fresh_answers": 2},
+            "--data=builtin[0:2]: leaves nothing for --fresh_answers=2 and training; 2 answers of 2 conversations",
         ),
         ({"benchmarks": "missing.jsonl"}, "missing.jsonl"),
         ({"benchmarks": ""}, "--benchmarks: must name one at least"),

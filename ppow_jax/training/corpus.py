@@ -130,14 +130,17 @@ def _kept(settings: TrainSettings) -> tuple[int, int, int]:
 def split(examples: Sequence[T], numbers: Sequence[int], seed: int) -> list[list[T]]:
     """Parts of about so many examples each, whole conversations, and what is left: one part more than numbers.
 
-    A part that is asked for has one conversation at least.
+    A part that is asked for has one conversation at least, and so has what is left, where there are enough of them.
+    Parts depend on the sources alone: prompts are parted as their answers will be.
     """
     conversations = sorted({_conversation(e) for e in examples})
     order = np.random.default_rng(seed).permutation(len(conversations))
     part_of: dict[str, int] = {}
     begin = 0
     for part, number in enumerate(numbers):
-        share = max(1, round(number * len(conversations) / len(examples))) if number else 0
+        later = sum(n > 0 for n in numbers[part + 1 :]) + (sum(numbers) < len(examples))  # one conversation each
+        most = len(conversations) - begin - later
+        share = max(1, min(round(number * len(conversations) / len(examples)), most)) if number else 0
         part_of |= {conversations[i]: part for i in order[begin : begin + share]}
         begin += share
     parts: list[list[T]] = [[] for _ in range(len(numbers) + 1)]
