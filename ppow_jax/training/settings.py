@@ -236,7 +236,9 @@ class TrainSettings:
         ("human_eval", "sharegpt"), "Benchmarks, by name or JSONL file.", group="Measuring"
     )
     benchmark_dir: str | None = field(None, "Directory with NAME.jsonl of benchmarks.", group="Measuring")
-    num_prompts: int = field(10, "Prompts per benchmark.", low=1, group="Measuring")
+    num_prompts: int = field(
+        10, "Prompts per benchmark, of those of at most --max_prompt_tokens.", low=1, group="Measuring"
+    )
     modes: tuple[str, ...] = field(
         ("adaptive",), "Speculation modes to measure, with windows of --window.", choices=MODES, group="Measuring"
     )
