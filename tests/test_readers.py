@@ -61,10 +61,10 @@ def parquet(tmp_path):
         ("a.json", ARRAY.encode("utf-32")),
         ("a.jsonl", LINES.rstrip("\n").encode()),
         ("a", LINES.encode()),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
-        ("A.JSON.GZ", gzip.compress(ARRAY.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
+        ("A.JSON.GZ", gzip.compress(ARRAY.encode(), mtime=0)),
         ("a.jsonl.gz", LINES.encode()),  # unpacked, and not renamed
-        ("a.jsonl", gzip.compress(LINES.encode())),
+        ("a.jsonl", gzip.compress(LINES.encode(), mtime=0)),
         ("a.jsonl.bz2", bz2.compress(LINES.encode())),
         ("a.jsonl.xz", lzma.compress(LINES.encode())),
         ("a.jsonl.zst", zstd(LINES.encode())),
@@ -72,7 +72,7 @@ def parquet(tmp_path):
         ("a.CSV", CSV.replace("\n", "\r\n").encode("utf-8-sig")),
         ("a.csv", CSV.replace(",", ";").encode()),
         ("a.csv", CSV.encode("utf-16")),
-        ("a.csv.gz", gzip.compress(CSV.encode())),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("a.tsv", CSV.replace(",", "\t").encode()),
         ("a.parquet", parquet),
         ("a.data", parquet),
@@ -165,7 +165,7 @@ def test_what_is_cut_and_replaced_is_in_the_log(tmp_path, caplog):
 
 def test_a_pipe_is_read_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(gzip.compress(LINES.encode()),)).start()
+    threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(gzip.compress(LINES.encode(), mtime=0),)).start()
     assert chats(tmp_path / "pipe") == BOTH
 
 
