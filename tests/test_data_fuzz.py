@@ -159,7 +159,7 @@ def sound_files():
     return {
         "a.jsonl": lines,
         "b.json": json.dumps(RECORDS, indent=1).encode(),
-        "c.jsonl.gz": gzip.compress(lines),
+        "c.jsonl.gz": gzip.compress(lines, mtime=0),
         "d.csv": table.encode(),
         "e.parquet": sink.getvalue().to_pybytes(),
         "f.txt": b"zebra\nkiang\n",
