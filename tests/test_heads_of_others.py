@@ -313,19 +313,17 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab29
 PAGE = "\n<!DOCTYPE html>\n<html><head><title>Page</title></head></html>"
 
 
-FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "confidence_head.json")
+FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(("text", "said"), [(POINTER, "Git LFS pointer"), (PAGE, "web page"), ("", "is empty")])
 def test_files_that_are_not_what_they_are_called(flat, name, text, said):
-    from ppow_jax.weights.confidence_head import load_head
-
     if "index" in name:
         (flat / "model.safetensors").unlink()
     (flat / name).write_text(text)
     with pytest.raises(UserError) as caught:
-        load_head(flat, E) if "confidence" in name else import_drafter(flat)
+        import_drafter(flat)
     assert str(flat / name) in str(caught.value) and said in str(caught.value) and "\n" not in str(caught.value)
 
 
