@@ -70,6 +70,10 @@ def refuse(argv, monkeypatch, capsys):
             "--data=builtin[0:2]: leaves nothing for --fresh_answers=2 and training; 2 answers of 2 conversations",
         ),
         ({"benchmarks": "missing.jsonl"}, "missing.jsonl"),
+        (
+            {"estimator": "exact", "group": 8, "windows": 6, "horizon": "answer"},
+            "--divide_by_std: --horizon=answer has no deviation to divide by; add --nodivide_by_std",
+        ),
         ({"benchmarks": ""}, "--benchmarks: must name one at least"),
         ({"drafter": "missing"}, "--drafter=missing: there is no such directory"),
         ({"drafter": "auto"}, "--drafter=auto: there is none for --target=tiny; name a directory, or none"),

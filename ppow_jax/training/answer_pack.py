@@ -39,7 +39,7 @@ def write_pack(path: str | Path, examples: Iterable[Example], about: Mapping[str
         found[prompt_key(example.tokens[:first])] = example.tokens[first:]
     largest = max((int(answer.max()) for answer in found.values() if len(answer)), default=0)
     ids = np.uint16 if largest < 1 << 16 else np.uint32
-    arrays = {
+    arrays: dict[str, Any] = {
         "keys": np.frombuffer(b"".join(found), np.uint8).reshape(-1, HASH),
         "lengths": np.array([len(answer) for answer in found.values()], np.int32),
         "tokens": np.concatenate([np.zeros(0, ids), *(answer.astype(ids) for answer in found.values())]),

@@ -83,7 +83,8 @@ def collect_recorded(settings: TrainSettings, target: Target, jobs: list[answers
         require_known(example.tokens, target.config.vocab_size, example.source, target.tokenizer)
     *kept, train = split(jobs, _kept(settings), settings.seed)
     named = zip(("held_out", "test_answers", "fresh_answers"), _kept(settings), kept, strict=True)
-    parts = {f"--{name}={number}": part for name, number, part in named if number}
+    asked = {f"--{name}={number}": part for name, number, part in named if number}
+    parts: dict[str, Sequence[answers.Job | Example]] = dict(asked)
     if "supervised" in settings.stages or not settings.fresh_answers:
         parts["training"] = [*train, *recorded]
     check_parts(settings, parts, f"{len(jobs)} answers of {len({_conversation(job) for job in jobs})} conversations")

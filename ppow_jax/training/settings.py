@@ -309,6 +309,8 @@ class TrainSettings:
                 require(getattr(self, name) == needed, f"{exact} with --{name}={needed}, not {getattr(self, name)}")
         rule = f"must be less than --draft_vocab_size={self.draft_vocab_size}"
         require(self.rivals < self.draft_vocab_size, f"--rivals={self.rivals}: {rule}")
+        rule = "--horizon=answer has no deviation to divide by; add --nodivide_by_std"
+        require(self.horizon == "window" or not self.divide_by_std, f"--divide_by_std: {rule}")
         for name in IGNORED[self.estimator]:
             value = getattr(self, name)
             rule = f"has no effect with --estimator={self.estimator}; leave it out"

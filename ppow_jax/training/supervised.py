@@ -1,6 +1,7 @@
 """Stage 1: one training step, and the simulated acceptance length by which its checkpoints are chosen."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -117,7 +118,7 @@ def _evaluate_batch(
 def evaluate(
     drafter: Drafter,
     target_params: dict,
-    batches: list[tuple[PackedBatch, tuple[Array, Array] | None]],
+    batches: Sequence[tuple[PackedBatch, tuple[Any, Any] | None]],
     *,
     config: ModelConfig,
     K: int,
