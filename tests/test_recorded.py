@@ -170,3 +170,9 @@ def test_long_prompts_are_left_out_of_benchmarks(tmp_path, caplog):
     found = short_enough(target(), Benchmark("letters", prompts), 80)
     assert [prompt.source for prompt in found.prompts] == ["here:0", "here:2"]
     assert short_enough(target(), Benchmark("letters", prompts), 5).prompts == prompts  # better long ones than none
+
+
+def test_a_workdir_of_another_version_is_named(tmp_path):
+    (tmp_path / "flags.txt").write_text("--seed=0\n--confidence_head=false\n")
+    with pytest.raises(UserError, match=r"holds a run of another version \(.*flags.txt:2: --confidence_head: unknown"):
+        fix_date(config.parse(TrainSettings, arguments(tmp_path)))

@@ -21,7 +21,7 @@ def open_workdir(settings: TrainSettings, free: Sequence[str] = FREE) -> Path:
     workdir = files.writable_directory(settings.workdir)
     flagfile = workdir / "flags.txt"
     if flagfile.exists():
-        before = config_lib.read_flagfile(type(settings), flagfile)
+        before = _kept_settings(type(settings), flagfile)
         changed = config_lib.differences(before, settings, ignore=free)
         if changed:
             raise UserError(
@@ -38,6 +38,14 @@ def open_workdir(settings: TrainSettings, free: Sequence[str] = FREE) -> Path:
     return workdir
 
 
+def _kept_settings(kind: type[S], flagfile: Path) -> S:
+    try:
+        return config_lib.read_flagfile(kind, flagfile)
+    except UserError as error:
+        rule = "take another directory, or remove what this version does not know from the file"
+        raise UserError(f"--workdir={flagfile.parent}: holds a run of another version ({error}); {rule}") from None
+
+
 def fix_date(settings: S) -> S:
     """The settings with the date that chat templates are given: --date, that of the workdir's run, or today.
 
@@ -47,7 +55,7 @@ def fix_date(settings: S) -> S:
     if settings.date is not None or settings.workdir is None:
         return settings
     today = datetime.date.fromordinal(int(distributed.from_leader(datetime.date.today().toordinal())))
-    date = config_lib.read_flagfile(type(settings), flagfile).date if flagfile.exists() else today.isoformat()
+    date = _kept_settings(type(settings), flagfile).date if flagfile.exists() else today.isoformat()
     return dataclasses.replace(settings, date=date)
 
 
