@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 class ModelFlags:
     """Target and drafter, and where they run."""
 
-    target: str = field("smollm2-135m", "smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Models")
-    drafter: str | None = field(
-        "auto", "The drafter's directory, or none. auto: drafters/TARGET, if there is one.", group="Models"
+    target: str = field(
+        "smollm2-135m", "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Models"
     )
-    dtype: str = field("bfloat16", "Of all matrices.", choices=("bfloat16", "float32"), group="Models")
+    drafter: str | None = field(
+        "auto", "Directory of the drafter, or none. auto: drafters/TARGET if it exists.", group="Models"
+    )
+    dtype: str = field("bfloat16", "Dtype of all matrices.", choices=("bfloat16", "float32"), group="Models")
     compilation_cache: str | None = field(
-        None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Models"
+        None, "Directory for compiled programs, so that later runs start faster.", group="Models"
     )
     mesh: str | None = field(None, mesh_shape.HELP, group="Models")
 
@@ -35,12 +37,15 @@ class StoppingFlags:
 
     stop_rule: str = field(
         "throughput",
-        "When an adaptive window ends: by what it gains and costs here, or by --stop_threshold.",
+        "When adaptive drafting stops. throughput: expected gain below the measured cost; threshold: --stop_threshold.",
         choices=("throughput", "threshold"),
         group="Adaptive windows",
     )
     stop_threshold: float = field(
-        0.1, "The least chance to be accepted that is drafted on, by that rule.", high=1, group="Adaptive windows"
+        0.1,
+        "Minimum path probability for further drafting, with --stop_rule=threshold.",
+        high=1,
+        group="Adaptive windows",
     )
 
     def stopping(self) -> "Stopping":

@@ -1,12 +1,11 @@
-"""Drafters and targets in files: shows what they are, checks that they belong together, converts between formats.
+"""Inspects drafters and targets, verifies that a drafter fits a target, and converts drafters between formats.
 
     python -m experiments.convert inspect DIRECTORY
     python -m experiments.convert verify --target=meta-llama/Llama-3.1-8B-Instruct DIRECTORY
     python -m experiments.convert convert --format=speculators --output=OUT DIRECTORY
 
-The flat format is that of EAGLE, SpecForge, SGLang and sglang-jax, and vLLM reads it too; the speculators format is
-vLLM's own. Each command leaves with 0 only where all is well: with 1 if a drafter does not help its target, with 2 for
-a mistake.
+The flat format is used by EAGLE, SpecForge, SGLang and sglang-jax, and vLLM reads it, too; the speculators format is
+vLLM's own. Exit codes: 0 for success, 1 if a drafter does not help its target, 2 for wrong input.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ def _check_directory(directory: str | None) -> Path:
 class InspectSettings:
     """The flags of `inspect`."""
 
-    directory: str | None = _directory("A drafter, or a target in Hugging Face's form.")
+    directory: str | None = _directory("Directory of a drafter, or of a target in the Hugging Face format.")
 
     def __post_init__(self):
         check_fields(self)
@@ -40,7 +39,7 @@ class InspectSettings:
 
 
 def inspect(settings: InspectSettings) -> None:
-    """Shows what a drafter or a target is, after a check of all its files."""
+    """Checks all files of a drafter or a target, and prints a summary."""
     from ppow_jax.weights import huggingface, summary
 
     directory = _check_directory(settings.directory)
@@ -52,9 +51,9 @@ def inspect(settings: InspectSettings) -> None:
 class VerifySettings:
     """The flags of `verify`."""
 
-    directory: str | None = _directory("The drafter.")
-    target: str | None = field(None, "smollm2-135m, tiny, a .gguf file, a directory or a hub name.")
-    dtype: str = field("float32", "Of all matrices.", choices=("float32", "bfloat16"))
+    directory: str | None = _directory("Directory of the drafter.")
+    target: str | None = field(None, "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.")
+    dtype: str = field("float32", "Dtype of all matrices.", choices=("float32", "bfloat16"))
     window: int = field(4, "Drafted tokens per round of the self-check.", low=1, high=64)
     max_new_tokens: int = field(48, "Tokens of each answer of the self-check.", low=8)
 
@@ -65,11 +64,11 @@ class VerifySettings:
 
 
 def verify(settings: VerifySettings) -> int:
-    """Checks that a drafter fits a target, then lets both decode a few prompts and looks whether that helps.
+    """Checks that a drafter fits a target, then decodes a few prompts to measure whether it helps.
 
-    A drafter that is read with wrong layer ids, a wrong vocabulary or for another target loads all the same, and its
-    output is right; only fewer of its tokens are accepted, or hardly any. That is refused, with what is likely to be
-    wrong: every other reading of its target layers is tried in any case.
+    A drafter that is read with wrong layer ids, with a wrong vocabulary or for another target still loads, and the
+    text is still exact, but few or none of its tokens are accepted. Such a drafter is refused, with the probable
+    reason. Every other reading of its target layers is always tested, too.
     """
     from ppow_jax.evaluation import self_check
     from ppow_jax.evaluation.loading import load_drafter
@@ -103,14 +102,15 @@ def verify(settings: VerifySettings) -> int:
 class ConvertSettings:
     """The flags of `convert`."""
 
-    directory: str | None = _directory("The drafter to read; it stays as it is.")
-    format: str | None = field(None, "Of the new files.", choices=("flat", "speculators"))
-    output: str | None = field(None, "Directory for the new files; must not hold a model yet.")
+    directory: str | None = _directory("Directory of the drafter to read; its files are not changed.")
+    format: str | None = field(None, "Format of the new files.", choices=("flat", "speculators"))
+    output: str | None = field(None, "Directory for the new files; must not contain a model yet.")
     dtype: str | None = field(
-        None, "Of the new weights; none leaves each as it is.", choices=("bfloat16", "float16", "float32")
+        None, "Dtype of the new weights; none: unchanged.", choices=("bfloat16", "float16", "float32")
     )
     target: str | None = field(
-        None, "Needed only to leave out a copy of its embedding, and to write layers that the files do not name."
+        None,
+        "The target; needed only to omit a copy of its embedding, or to write layer ids that the files do not contain.",
     )
 
     def __post_init__(self):
@@ -124,7 +124,7 @@ class ConvertSettings:
 
 
 def convert(settings: ConvertSettings) -> None:
-    """Writes a drafter in another format, with its model card; every weight stays the same unless --dtype is given."""
+    """Writes a drafter in another format, with its model card; weights are unchanged unless --dtype is given."""
     from ppow_jax.models import transformer
     from ppow_jax.models.drafter_config import validate_fit
     from ppow_jax.weights import card, drafters, targets

@@ -1,8 +1,8 @@
 """Compares drafting with the public EAGLE-3 definition, written in torch (`pip install torch==2.13.0`).
 
-Both decode the same questions greedily in float32. Torch reads the drafter's files itself, takes features and text from
-transformers, and recomputes every draft from the whole text. Draft tokens must be the same, and tau within 1 %.
---make_golden=tests/golden keeps the first answers for the tests, which need no torch.
+Both decode the same questions greedily in float32. Torch reads the drafter's files itself, uses features and text from
+transformers, and recomputes every draft from the whole text. Draft tokens must be equal, and tau equal within 1 %.
+--make_golden=tests/golden writes the first answers as reference values for the tests, which do not need torch.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ class Settings:
     target: str = field("smollm2-135m", "Target: a name, a .gguf file, a directory or a hub name.")
     drafter: str = field("auto", "Directory of a plain drafter in the flat format. auto: drafters/TARGET.")
     window: int = field(4, "Drafted tokens per round.", low=1, high=16)
-    num_prompts: int = field(10, "Questions.", low=1)
+    num_prompts: int = field(10, "Number of questions.", low=1)
     max_new_tokens: int = field(48, "Tokens of each answer.", low=2)
-    make_golden: str | None = field(None, "Directory that gets drafts.json.")
+    make_golden: str | None = field(None, "Directory for drafts.json.")
 
     def __post_init__(self):
         check_fields(self)

@@ -1,13 +1,13 @@
-"""Measures a drafter: decodes the same prompts plainly and speculatively, and compares.
+"""Measures a drafter: decodes the same prompts with plain and with speculative decoding, and compares.
 
-Prints tau (tokens per verification), speeds, their ratio, and how many outputs are identical. --output keeps
-all of it as JSON (docs/results_schema.md), --plot draws it, --dump_outputs keeps every token. Example:
+Prints tau (tokens per verification), speeds, their ratio, and the number of identical outputs. --output writes
+everything as JSON (docs/results_schema.md), --plot plots it, --dump_outputs writes the tokens. Example:
 
     python -m experiments.evaluate --target=smollm2-135m --benchmarks=human_eval,sharegpt --num_prompts=10 \\
         --modes=chain,adaptive,tree --temperature=0,1
 
 --modes, --window, --tree_depth, --tree_nodes, --temperature and --batch_size take lists: every combination is measured,
-all ways to speculate side by side with plain decoding.
+and all speculation modes are compared with plain decoding in the same run.
 """
 
 import contextlib
@@ -33,39 +33,41 @@ DEFAULT_BENCHMARKS = ("human_eval", "sharegpt")  # the ones that need no network
 class Settings(StoppingFlags, ModelFlags):
     """The flags of this program."""
 
-    prompts: str | None = field(None, "JSON lines with prompts or chats to measure on.", group="Prompts")
+    prompts: str | None = field(None, "JSON Lines file with prompts or chats.", group="Prompts")
     benchmarks: tuple[str, ...] = field(
         (),
         "mt_bench, gsm8k, human_eval, translation, summarization, sharegpt, builtin, or files. By default"
         f" {','.join(DEFAULT_BENCHMARKS)}, unless --prompts is given.",
         group="Prompts",
     )
-    benchmark_dir: str | None = field(None, "Where to look for BENCHMARK*.jsonl first.", group="Prompts")
-    num_prompts: int | None = field(20, "Prompts per benchmark; none takes all.", low=1, group="Prompts")
-    skip_long_prompts: bool = field(
-        False, "Leave out prompts that do not fit the target's positions.", group="Prompts"
-    )
-    seed: int = field(0, "Of the choice of prompts.", low=0, high=2**31 - 1, group="Prompts")
+    benchmark_dir: str | None = field(None, "Directory to search first for BENCHMARK*.jsonl.", group="Prompts")
+    num_prompts: int | None = field(20, "Prompts per benchmark; none: all.", low=1, group="Prompts")
+    skip_long_prompts: bool = field(False, "Skip prompts that do not fit into the target's positions.", group="Prompts")
+    seed: int = field(0, "Seed for the selection of prompts.", low=0, high=2**31 - 1, group="Prompts")
 
-    modes: tuple[str, ...] = field(("chain",), "Ways to speculate.", choices=MODES, group="Decoding")
+    modes: tuple[str, ...] = field(("chain",), "Speculation modes.", choices=MODES, group="Decoding")
     window: tuple[int, ...] = field(
-        (5,), "Drafted tokens per round, K; the most of them where it adapts.", low=1, high=64, group="Decoding"
+        (5,), "Drafted tokens per round, K; the maximum in adaptive mode.", low=1, high=64, group="Decoding"
     )
-    block: bool = field(True, "Verify sampled chains block-wise; else token-wise.", group="Decoding")
-    adaptive_chain: bool = field(False, "Adaptive windows are chains, not trees.", group="Decoding")
+    block: bool = field(True, "Verify sampled chains block-wise; otherwise token-wise.", group="Decoding")
+    adaptive_chain: bool = field(False, "Draft chains instead of trees in adaptive mode.", group="Decoding")
     tree_depth: tuple[int, ...] = field(
-        (4,), "Levels of a tree; an adaptive one has up to --window.", low=1, high=64, group="Decoding"
+        (4,), "Levels of a tree; adaptive trees have up to --window.", low=1, high=64, group="Decoding"
     )
-    tree_branch: int = field(3, "Nodes expanded per level, and children of each.", low=1, group="Decoding")
-    tree_nodes: tuple[int, ...] = field((15,), "Nodes of a tree that are verified.", low=1, group="Decoding")
-    temperature: tuple[float, ...] = field((0.0,), "0 is greedy.", low=0, high=100, group="Decoding")
-    batch_size: tuple[int, ...] = field((1,), "Prompts decoded at once.", low=1, group="Decoding")
-    seeds: tuple[int, ...] = field((0,), "Of sampling; each decodes all prompts.", low=0, group="Decoding")
-    max_new_tokens: int = field(128, "Longest answer.", low=2, group="Decoding")
+    tree_branch: int = field(3, "Nodes expanded per level, and children per node.", low=1, group="Decoding")
+    tree_nodes: tuple[int, ...] = field(
+        (15,), "Verified nodes of a tree; the maximum in adaptive mode.", low=1, group="Decoding"
+    )
+    temperature: tuple[float, ...] = field(
+        (0.0,), "Sampling temperature; 0 is greedy.", low=0, high=100, group="Decoding"
+    )
+    batch_size: tuple[int, ...] = field((1,), "Prompts decoded in parallel.", low=1, group="Decoding")
+    seeds: tuple[int, ...] = field((0,), "Sampling seeds; all prompts are decoded with each.", low=0, group="Decoding")
+    max_new_tokens: int = field(128, "Maximum number of tokens of an answer.", low=2, group="Decoding")
 
     output: str | None = field(None, "JSON file for the results.", group="Output")
-    dump_outputs: str | None = field(None, "JSON lines file for the tokens of every answer.", group="Output")
-    plot: str | None = field(None, "PNG file.", group="Output")
+    dump_outputs: str | None = field(None, "JSON Lines file for the tokens of every answer.", group="Output")
+    plot: str | None = field(None, "PNG file for a plot.", group="Output")
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,8 +148,7 @@ def _measure(settings: Settings) -> dict[str, Any]:
         f"--drafter={settings.drafter or 'none'}: name the directory of a drafter for {settings.target}",
     )
     benchmarks = [
-        load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir)
-        for name in settings.chosen
+        load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir) for name in settings.chosen
     ]
     target = targets.load(settings.target, settings.dtype)
     dialogues.require_known_texts(target, benchmarks)

@@ -1,10 +1,10 @@
-"""Answers a prompt, or chats, with a drafter or without, and says how fast that was.
+"""Answers a prompt, or chats, with or without a drafter, and reports the speed.
 
     python -m experiments.generate --prompt="Why is the sky blue?" --compare
     python -m experiments.generate --chat
     python -m experiments.generate --prompt="Why is the sky blue?" --speculation=tree --trace=trace.html
 
-For --target=smollm2-135m a drafter comes along (drafters/smollm2-135m); --drafter=none decodes plainly.
+A drafter for --target=smollm2-135m is included (drafters/smollm2-135m); --drafter=none selects plain decoding.
 """
 
 import dataclasses
@@ -32,42 +32,46 @@ log = logging.getLogger(__name__)
 class Settings(StoppingFlags, ModelFlags):
     """The flags of this program."""
 
-    prompt: str | None = field(None, "What to answer.", group="Prompt")
+    prompt: str | None = field(None, "The prompt.", group="Prompt")
     prompt_file: str | None = field(
-        None, "A text file with it, instead; a line break at its end is no part of it.", group="Prompt"
+        None, "Text file with the prompt; a line break at its end is ignored.", group="Prompt"
     )
-    raw: bool = field(False, "Continue the prompt as it stands, without chat template.", group="Prompt")
+    raw: bool = field(False, "Continue the prompt itself, without chat template.", group="Prompt")
     chat: bool = field(
-        False, f"Chat: a line from standard input, an answer, and so on; {QUIT} ends it.", group="Prompt"
+        False, f"Chat: read each line of standard input and answer it; {QUIT} ends the chat.", group="Prompt"
     )
 
     speculation: str | None = field(
         None,
-        "How rounds draft. By default chain, if there is a drafter.",
+        "Speculation mode. By default chain if there is a drafter.",
         choices=("off", "chain", "tree", "adaptive"),
         group="Speculation",
     )
     window: int | None = field(
-        None, "Drafted tokens per round, K, of a chain; at most, if adaptive.", low=1, high=64, group="Speculation"
+        None, "Drafted tokens per round, K; the maximum in adaptive mode.", low=1, high=64, group="Speculation"
     )
     tree_branch: int | None = field(
-        None, "Children drafted per node, and nodes that get some.", low=1, group="Speculation"
+        None, "Nodes expanded per level, and children per node.", low=1, group="Speculation"
     )
     tree_depth: int | None = field(
-        None, "Levels of a tree; an adaptive one has up to --window.", low=1, high=64, group="Speculation"
+        None, "Levels of a tree; adaptive trees have up to --window.", low=1, high=64, group="Speculation"
     )
-    tree_nodes: int | None = field(None, "Nodes of a tree that are verified.", low=1, group="Speculation")
-    compare: bool = field(False, "Decode plainly too, and compare.", group="Speculation")
+    tree_nodes: int | None = field(
+        None, "Verified nodes of a tree; the maximum in adaptive mode.", low=1, group="Speculation"
+    )
+    compare: bool = field(False, "Also use plain decoding, and compare.", group="Speculation")
 
-    max_new_tokens: int = field(256, "Longest answer.", low=1, group="Decoding")
-    temperature: float = field(0.0, "0 is greedy.", low=0, high=100, group="Decoding")
-    top_k: int = field(0, "Draw from this many most probable tokens; 0 takes all.", low=0, group="Decoding")
-    top_p: float = field(1.0, "Draw from this share of the probability.", high=1, group="Decoding")
-    seed: int = field(0, "Of sampling.", low=0, high=2**31 - 1, group="Decoding")
+    max_new_tokens: int = field(256, "Maximum number of tokens of the answer.", low=1, group="Decoding")
+    temperature: float = field(0.0, "Sampling temperature; 0 is greedy.", low=0, high=100, group="Decoding")
+    top_k: int = field(0, "Sample from this number of most probable tokens; 0: all tokens.", low=0, group="Decoding")
+    top_p: float = field(
+        1.0, "Sample from the most probable tokens that have this total probability.", high=1, group="Decoding"
+    )
+    seed: int = field(0, "Seed for sampling.", low=0, high=2**31 - 1, group="Decoding")
     stop: str | None = field(None, r"A text that ends the answer; \n is a line break.", group="Decoding")
 
-    stream: bool = field(False, "Print the answer while it is written.", group="Output")
-    trace: str | None = field(None, "HTML file that shows the answer step by step.", group="Output")
+    stream: bool = field(False, "Print the answer while it is generated.", group="Output")
+    trace: str | None = field(None, "HTML file that shows decoding step by step.", group="Output")
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,9 +1,9 @@
 """Compares this implementation with transformers and torch (`pip install torch==2.13.0`).
 
-By default: logits and greedy text of the target in float32, and its tokenizer where it comes from a GGUF file.
---speed: plain decoding at batch 1, both implementations in both precisions, taking turns in one run. Torch decodes
-in a bare loop with its key/value cache, which is faster than `generate`. Leave the machine alone meanwhile.
---make_golden=tests/golden: writes the values which the tests compare with, where there is no torch.
+By default: logits and greedy text of the target in float32, and its tokenizer if it comes from a GGUF file.
+--speed: plain decoding at batch size 1, both implementations in both precisions, alternating in one run. Torch decodes
+in a simple loop with its key/value cache, which is faster than `generate`. Run nothing else on the machine meanwhile.
+--make_golden=tests/golden: writes the reference values of the tests, which do not need torch.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ class Settings:
     target: str = field("smollm2-135m", "Target: a name, a .gguf file, a directory or a hub name.")
     num_prompts: int = field(20, "Prompts whose greedy text is compared.", low=1)
     max_new_tokens: int = field(64, "Tokens of each greedy text, and of each timed run.", low=2)
-    speed: bool = field(False, "Time plain decoding instead.")
-    repeats: int = field(5, "Timed runs of each kind.", low=1)
-    make_golden: str | None = field(None, "Directory that gets the golden values of the tests.")
+    speed: bool = field(False, "Measure the speed of plain decoding instead.")
+    repeats: int = field(5, "Timed runs per implementation and precision.", low=1)
+    make_golden: str | None = field(None, "Directory for the reference values of the tests.")
     output: str | None = field("parity.json", "Result file.")
 
     def __post_init__(self):
@@ -239,7 +239,7 @@ TEXTS = [
     "  two leading blanks, two trailing  ",
     "tabs\tand\r\nline ends\n\n\n   \n",
     "def f(x: int) -> int:\n    return x ** 2 + 0x1F  # 3.14159e-10\n\n\nclass A:\n\tpass\n",
-    'for (int i = 0; i < n; ++i) { sum += a[i] * b[i]; } /* "quoted" */ \'c\' `d`',
+    "for (int i = 0; i < n; ++i) { sum += a[i] * b[i]; } /* \"quoted\" */ 'c' `d`",
     "1234567890 12 345,678.90 -42 1e5 ½ ² ٣ Ⅻ",
     "It's they've we'll I'm you'd CAN'T don’t",
     "naïve café Ångström Привет мир 你好，世界 こんにちは 안녕 مرحبا नमस्ते",

@@ -1,12 +1,11 @@
-"""Plans a run for devices that need not be there: compiles its real programs, says what fits and the least time.
+"""Plans a run for devices that are not available: compiles its programs, and reports memory and a lower bound of time.
 
     python -m experiments.plan --target=llama-3.1-8b --topology=v5e:4x4 --mesh=data:4,tensor:4 --program=supervised \\
         --output=plan.json
 
-It takes the flags of `experiments.train`, so that --flagfile=FILE plans that run, and needs no weights: --target may
-name a config.json. What it prints is a plan, not a measurement: memory is what XLA allots, time is the least that the
-chip's published peaks allow. docs/plans.md explains every figure. TPU topologies take libtpu: pip install
-'ppow_jax[plan]'.
+It accepts the flags of `experiments.train`, so --flagfile=FILE plans that run. It needs no weights: --target may be a
+config.json. The result is an estimate, not a measurement: memory is what XLA allocates, time is a lower bound from the
+chip's published peaks. docs/plans.md explains every figure. TPU topologies need libtpu: pip install 'ppow_jax[plan]'.
 """
 
 import dataclasses
@@ -37,19 +36,25 @@ class Settings(TrainSettings):
 
     topology: str = field("local", "local, or CHIP:GRID such as v5e:4x4, v5p:2x2x2.", group="Plan")
     program: str = field("supervised", "The program to compile.", choices=PROGRAMS, group="Plan")
-    search: bool = field(False, "Find the largest batch by compiling, a few times.", group="Plan")
+    search: bool = field(False, "Find the largest batch by compiling, in at most three trials.", group="Plan")
     output: str | None = field(None, "JSON file for the plan.", group="Plan")
-    compare: tuple[str, ...] = field((), "Instead of planning: put these plans into a table.", group="Plan")
-    plot: str | None = field(None, "With --compare: PNG of what devices send, over their number.", group="Plan")
-    prompt_tokens: int = field(512, "Tokens of a prompt.", low=1, group="Plan, decoding")
-    new_tokens: int = field(512, "Tokens of an answer; caches hold both.", low=1, group="Plan, decoding")
-    tree_depth: int = field(6, "Levels of the tree; 0 plans a chain of --window.", low=0, group="Plan, decoding")
-    tree_branch: int = field(10, "Nodes expanded per level, and children of each.", low=1, group="Plan, decoding")
-    tree_nodes: int = field(59, "Nodes of the tree that are verified.", low=1, group="Plan, decoding")
-    cache_dtype: str = field(
-        "bfloat16", "Of the target's cache.", choices=("bfloat16", "float32"), group="Plan, decoding"
+    compare: tuple[str, ...] = field(
+        (), "Instead of planning, print a table of these plans (JSON files).", group="Plan"
     )
-    tau: float = field(3.0, "Tokens gained per round, assumed for token/s of decoding.", low=1, group="Plan, decoding")
+    plot: str | None = field(
+        None, "With --compare: PNG file, bytes sent per device over the number of devices.", group="Plan"
+    )
+    prompt_tokens: int = field(512, "Tokens per prompt.", low=1, group="Plan, decoding")
+    new_tokens: int = field(
+        512, "Tokens per answer; caches have room for prompt and answer.", low=1, group="Plan, decoding"
+    )
+    tree_depth: int = field(6, "Levels of the tree; 0: a chain of --window tokens.", low=0, group="Plan, decoding")
+    tree_branch: int = field(10, "Nodes expanded per level, and children per node.", low=1, group="Plan, decoding")
+    tree_nodes: int = field(59, "Verified nodes of the tree.", low=1, group="Plan, decoding")
+    cache_dtype: str = field(
+        "bfloat16", "Dtype of the target's cache.", choices=("bfloat16", "float32"), group="Plan, decoding"
+    )
+    tau: float = field(3.0, "Assumed tokens gained per round, for token/s of decoding.", low=1, group="Plan, decoding")
 
 
 def main(settings: Settings) -> None:

@@ -1,8 +1,8 @@
-"""Trains a drafter for a target: its answers, supervised start, PPOW, measurement, export.
+"""Trains a drafter for a target: answers of the target, supervised training, PPOW, measurement, export.
 
     python -m experiments.train --flagfile=experiments/configs/quick.flags --workdir=runs/quick
 
-Everything goes to --workdir. The same command goes on where a stopped or killed run was.
+All results are written to --workdir. The same command resumes a run that was stopped or killed.
 """
 
 from ppow_jax import cli

@@ -6,7 +6,7 @@ import math
 from ppow_jax.config import require
 
 AXES = ("data", "fsdp", "tensor", "expert")
-HELP = "Devices per axis, as data:4,fsdp:1,tensor:2 (axes: data, fsdp, tensor, expert); none: all on data."
+HELP = "Devices per axis, as data:4,fsdp:1,tensor:2 (axes: data, fsdp, tensor, expert); none: all devices on data."
 
 
 @dataclasses.dataclass(frozen=True)

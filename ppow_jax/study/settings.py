@@ -15,19 +15,19 @@ class StudySettings(TrainSettings):
 
     arms: tuple[str, ...] = field(
         tuple(ARMS),
-        "Arms to compare; NAME:FIELD=VALUE;FIELD=VALUE changes one, such as ppow:eta=0.5;eps=2.",
+        "Arms to compare; NAME:FIELD=VALUE;FIELD=VALUE changes settings of an arm, such as ppow:eta=0.5;eps=2.",
         group="Study",
     )
     seeds: tuple[int, ...] = field(
-        (0, 1, 2, 3, 4), "Seeds of data order and rollouts, for every arm.", low=0, group="Study"
+        (0, 1, 2, 3, 4), "Seeds for data order and rollouts; every arm is trained with each.", low=0, group="Study"
     )
     rates: tuple[float, ...] = field(
         (),
-        "Learning rates to choose from, for each family of arms, by the held-out answers; none: the given ones.",
+        "Learning rates to select from on the held-out answers, per family of arms; by default no selection.",
         low=0,
         group="Study",
     )
-    tuning_seed: int = field(1000, "Seed of the runs that rates are chosen by.", low=0, group="Study")
+    tuning_seed: int = field(1000, "Seed of the runs that select the learning rates.", low=0, group="Study")
     modes: tuple[str, ...] = field(
         ("adaptive", "chain", "tree"),
         "Speculation modes whose rounds are replayed; arms are compared in the first one.",
@@ -36,13 +36,13 @@ class StudySettings(TrainSettings):
     )
     decode_seeds: int = field(
         0,
-        "Seeds whose drafters are also decoded with, on --benchmarks, at --decode_temperatures.",
+        "Number of seeds whose drafters also decode the --benchmarks, at --decode_temperatures.",
         low=0,
         group="Study",
     )
-    decode_temperatures: tuple[float, ...] = field((0.0, 1.0), "Temperatures of these.", low=0, group="Study")
+    decode_temperatures: tuple[float, ...] = field((0.0, 1.0), "Temperatures for --decode_seeds.", low=0, group="Study")
 
-    select: str = field("last", "The checkpoint of an arm that is compared.", choices=("best", "last"), group="Study")
+    select: str = field("last", "Checkpoint of each arm that is compared.", choices=("best", "last"), group="Study")
 
     def __post_init__(self):
         super().__post_init__()

@@ -21,91 +21,91 @@ STAGES = ("data", "supervised", "ppow", "evaluate", "export")
 class TrainSettings:
     """See `experiments.train --help`. Raises UserError for impossible values."""
 
-    workdir: str | None = field(
-        None, "Place of everything the run writes; the same command goes on there.", group="Run"
-    )
+    workdir: str | None = field(None, "Directory for all files of the run; the same command resumes it.", group="Run")
     stages: tuple[str, ...] = field(STAGES, "Stages to run, in this order.", choices=STAGES, group="Run")
     target: str = field(
         "smollm2-135m", "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Run"
     )
-    dtype: str = field("bfloat16", "Precision of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
+    dtype: str = field("bfloat16", "Dtype of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
     scan_layers: bool = field(
-        False, "Scan over the target's layers, stacked: programs compile fast, but run slower on a CPU.", group="Run"
+        False, "Stack the target's layers and scan over them: compiles faster, but runs slower on a CPU.", group="Run"
     )
-    seed: int = field(0, "Seed of data order, initialisation and rollouts.", low=0, group="Run")
+    seed: int = field(0, "Seed for data order, initialisation and rollouts.", low=0, group="Run")
     checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, group="Run")
-    evaluate_every: int = field(50, "Steps between two measurements of the simulated acceptance.", low=1, group="Run")
+    evaluate_every: int = field(
+        50, "Steps between two measurements of the simulated acceptance length.", low=1, group="Run"
+    )
     select: str = field(
         "best",
-        "The checkpoint that a stage ends with: the best by held-out simulated acceptance length, or the last.",
+        "Checkpoint that a stage returns: the best by simulated acceptance length on held-out answers, or the last.",
         choices=("best", "last"),
         group="Run",
     )
     skip_nonfinite: int = field(
-        0, "Updates with nan or infinite numbers to skip, per stage, before the run stops.", low=0, group="Run"
+        0, "Maximum number of skipped non-finite updates per stage; after that the run stops.", low=0, group="Run"
     )
     compilation_cache: str | None = field(
-        None, "Directory that keeps compiled programs for later runs, which then start fast.", group="Run"
+        None, "Directory for compiled programs, so that later runs start faster.", group="Run"
     )
-    tensorboard: bool = field(False, "Write TensorBoard events too, to WORKDIR/tensorboard.", group="Run")
-    profile_steps: str = field("", "Steps of each stage to trace, as FIRST:LAST, to WORKDIR/profile.", group="Run")
+    tensorboard: bool = field(False, "Also write TensorBoard events, to WORKDIR/tensorboard.", group="Run")
+    profile_steps: str = field(
+        "", "Steps of each stage to profile, as FIRST:LAST; traces are written to WORKDIR/profile.", group="Run"
+    )
 
     mesh: str | None = field(None, mesh_shape.HELP, group="Devices")
-    accumulate: int = field(
-        1, "Microbatches that a batch is computed in; the results are the same.", low=1, group="Devices"
-    )
+    accumulate: int = field(1, "Number of microbatches per batch; the results are the same.", low=1, group="Devices")
     remat: str = field(
         "none",
-        "What a draft step computes again in the backward pass instead of keeping it: none; dots: attention; full.",
+        "What a draft step recomputes in the backward pass: none: nothing; dots: attention; full: everything.",
         choices=("none", "dots", "full"),
         group="Devices",
     )
     multihost: bool = field(
-        False, "One of several processes that the environment tells of: TPU pods, Slurm, MPI.", group="Devices"
+        False, "Run as one of several processes, found in the environment: TPU pods, Slurm, MPI.", group="Devices"
     )
-    coordinator: str | None = field(
-        None, "HOST:PORT of process 0, where the environment does not tell.", group="Devices"
-    )
-    num_processes: int | None = field(None, "How many processes there are.", low=1, group="Devices")
-    process_id: int | None = field(None, "Which of them this is, from 0.", low=0, group="Devices")
+    coordinator: str | None = field(None, "HOST:PORT of process 0, if it is not in the environment.", group="Devices")
+    num_processes: int | None = field(None, "Number of processes.", low=1, group="Devices")
+    process_id: int | None = field(None, "Index of this process, from 0.", low=0, group="Devices")
 
     data: str = field(
-        "sharegpt", "Conversations: files, data sets or `sharegpt`; commas and [a:b] slices.", group="Data"
+        "sharegpt",
+        "Conversations: files, data sets or `sharegpt`, separated by commas, with [a:b] slices.",
+        group="Data",
     )
-    num_answers: int = field(2000, "User turns that the target answers.", low=8, group="Data")
+    num_answers: int = field(2000, "Number of user turns that the target answers.", low=8, group="Data")
     turns: int = field(1, "User turns per conversation that get an answer.", low=1, group="Data")
-    max_prompt_tokens: int = field(256, "Longer prompts are left out.", low=1, group="Data")
-    answer_tokens: int = field(256, "Longest answer.", low=4, group="Data")
+    max_prompt_tokens: int = field(256, "Longer prompts are skipped.", low=1, group="Data")
+    answer_tokens: int = field(256, "Maximum number of tokens of an answer.", low=4, group="Data")
     answer_temperature: float = field(0.0, "Temperature of the answers.", low=0, group="Data")
-    answer_slots: int = field(64, "Answers decoded at once.", low=1, group="Data")
+    answer_slots: int = field(64, "Answers decoded in parallel.", low=1, group="Data")
     answer_chunk: int = field(256, "Answers per file; a killed run loses at most one file.", low=1, group="Data")
     answers_from: tuple[str, ...] = field(
         (),
-        "Packs of answers (answers.npz of other workdirs): prompts that they hold are not answered again.",
+        "Answers of other runs (answers.npz of their workdirs); prompts in these files are not answered again.",
         group="Data",
     )
-    recorded: str = field("", "Conversations to mix in as they stand, without decoding.", group="Data")
-    num_recorded: int = field(0, "How many of them, at most.", low=0, group="Data")
+    recorded: str = field("", "Recorded conversations to add to the training data unchanged.", group="Data")
+    num_recorded: int = field(0, "Maximum number of recorded conversations.", low=0, group="Data")
     cache_features: bool = field(
-        False, "Keep the target's features on disk for stage 1: 4 hidden sizes per token.", group="Data"
+        False, "Store the target's features for stage 1 on disk: 4 hidden sizes per token.", group="Data"
     )
     date: str | None = field(
         None,
-        "Today's date for chat templates that ask for it, as 2026-01-31; none: the day on which the run begins.",
+        "Current date for chat templates that use it, as 2026-01-31; none: the day on which the run begins.",
         group="Data",
     )
     held_out: int = field(
-        32, "Answers kept for the simulated acceptance, by which checkpoints are chosen.", low=1, group="Data"
+        32, "Held-out answers for the simulated acceptance length, which selects checkpoints.", low=1, group="Data"
     )
     fresh_answers: int = field(
         0,
-        "Answers that stage 2 and its baselines read, and stage 1 never; 0: the same as stage 1.",
+        "Answers reserved for stage 2 and its baselines; 0: the same answers as stage 1.",
         low=0,
         group="Data",
     )
     test_answers: int = field(
         0,
-        "Answers kept for the report: the rounds of every arm are replayed on them, and nothing is chosen by them.",
+        "Answers reserved for the report: the rounds of every arm are replayed on them; they select nothing.",
         low=0,
         group="Data",
     )
@@ -114,90 +114,94 @@ class TrainSettings:
         None, "Drafter to start from (EAGLE-3 directory) instead of a new one.", group="Drafter"
     )
     draft_vocab_size: int = field(
-        8192, "Most frequent answer tokens that the drafter can propose.", low=1, group="Drafter"
+        8192, "Size of the draft vocabulary: the most frequent answer tokens.", low=1, group="Drafter"
     )
     feature_layers: tuple[int, ...] = field(
-        (), "Target layers whose input is seen; none: 2, N//2, N-3.", group="Drafter"
+        (), "Target layers whose inputs the drafter sees; by default 2, N//2, N-3.", group="Drafter"
     )
-    fc_norm: bool = field(False, "EAGLE-3.1: norm each feature, feed back the normed output.", group="Drafter")
+    fc_norm: bool = field(
+        False, "EAGLE-3.1: normalise each feature, and feed back the normalised output.", group="Drafter"
+    )
 
     batch_size: int = field(4, "Packed rows per step.", low=1, group="Batches")
     row_length: int = field(512, "Tokens per row.", low=8, group="Batches")
-    max_anchors: int = field(352, "Answer positions trained per row, at most.", low=1, group="Batches")
+    max_anchors: int = field(352, "Maximum number of trained answer positions per row.", low=1, group="Batches")
 
     supervised_steps: int = field(1000, "Optimizer steps of stage 1.", low=1, group="Stage 1, supervised")
     ttt_steps: int = field(5, "Draft steps of the training-time test.", low=1, group="Stage 1, supervised")
-    ttt_decay: float = field(0.8, "Weight of a step relative to the one before.", low=0, group="Stage 1, supervised")
+    ttt_decay: float = field(
+        0.8, "Loss weight of a draft step relative to the step before.", low=0, group="Stage 1, supervised"
+    )
     optimizer: str = field(
         "adamw",
-        "Of both stages; muon takes the layer's own matrices, Adam the rest.",
+        "Optimizer of both stages; muon: Muon for the matrices of the layer, Adam for all other parameters.",
         choices=("adamw", "muon"),
         group="Stage 1, supervised",
     )
     learning_rate: float = field(1.5e-3, "Peak learning rate.", low=0, group="Stage 1, supervised")
     warmup_steps: int = field(
-        50, "Steps of linear warm-up; a cosine to a tenth follows.", low=0, group="Stage 1, supervised"
+        50, "Steps of linear warm-up; a cosine decay to a tenth follows.", low=0, group="Stage 1, supervised"
     )
-    clip_norm: float = field(0.5, "Largest gradient norm, in both stages.", low=0, group="Stage 1, supervised")
+    clip_norm: float = field(0.5, "Maximum gradient norm in both stages.", low=0, group="Stage 1, supervised")
 
     ppow_steps: int = field(100, "Optimizer steps of stage 2 (rollout batches).", low=1, group="Stage 2, PPOW")
     ppow_learning_rate: float = field(1e-4, "Peak learning rate.", low=0, group="Stage 2, PPOW")
     ppow_warmup_steps: int = field(
-        5, "Steps of linear warm-up; a cosine to a tenth follows.", low=0, group="Stage 2, PPOW"
+        5, "Steps of linear warm-up; a cosine decay to a tenth follows.", low=0, group="Stage 2, PPOW"
     )
     average_decay: float = field(
         0.0,
-        "Decay of an exponential average of the parameters, which is then measured and exported; 0: none.",
+        "Decay of an exponential moving average of the parameters, which is measured and exported; 0: none.",
         low=0,
         high=0.9999,
         group="Stage 2, PPOW",
     )
-    window: int = field(7, "Drafted tokens per window, K; also for measuring.", group="Stage 2, PPOW")
-    group: int = field(8, "Windows sampled from one prefix, G.", group="Stage 2, PPOW")
+    window: int = field(7, "Drafted tokens per window, K; also used for measuring.", group="Stage 2, PPOW")
+    group: int = field(8, "Windows sampled per prefix, G.", group="Stage 2, PPOW")
     windows: int = field(6, "Prefixes per row and step.", low=1, group="Stage 2, PPOW")
     rollout_temperature: float = field(
         1.0,
-        "Temperature of the drafts that are rewarded; as it falls they become greedy drafts.",
+        "Temperature of the rewarded drafts; lower values are closer to greedy drafting.",
         group="Stage 2, PPOW",
     )
     estimator: str = field(
         "sampled",
-        "Of the reward's gradient: from sampled windows, as in the paper; or exact, in closed form over all windows of"
-        " the text (answers at temperature 0, greedy acceptance; without R_dist, groups and clipping).",
+        "Estimator of the reward's gradient. sampled: from sampled windows, as in the paper. exact: in closed form over"
+        " all windows of the text (answers at temperature 0, greedy acceptance; without R_dist, groups and clipping).",
         choices=("sampled", "exact"),
         group="Stage 2, PPOW",
     )
     divide_by_std: bool = field(
-        True, "Divide advantages by the standard deviation of their group, as published.", group="Stage 2, PPOW"
+        True, "Divide advantages by the standard deviation of their group, as in the paper.", group="Stage 2, PPOW"
     )
     horizon: str = field(
         "window",
-        "What the exact estimator rewards: each window by itself, or the number of rounds of the whole answer.",
+        "What the exact estimator rewards: each window separately, or few rounds for the whole answer.",
         choices=HORIZONS,
         group="Stage 2, PPOW",
     )
     rivals: int = field(
         0,
-        "0: the exact estimator rewards a chain of drafted tokens. N: a tree, which holds the label where fewer than N"
-        " tokens are more probable.",
+        "0: the exact estimator rewards a chain of drafted tokens. N: it rewards a tree, which contains the label if"
+        " fewer than N tokens are more probable.",
         low=0,
         group="Stage 2, PPOW",
     )
     supervised_weight: float = field(
-        0.0, "Weight of stage 1's loss beside the exact estimator's reward.", low=0, group="Stage 2, PPOW"
+        0.0, "Weight of stage 1's loss, added to the exact estimator's objective.", low=0, group="Stage 2, PPOW"
     )
     acceptance: str = field(
         "greedy",
-        "Rule of the reward: greedy, or p/q rejection.",
+        "Acceptance rule of the reward: greedy, or sampled (p/q rejection sampling).",
         choices=("greedy", "sampled"),
         group="Stage 2, PPOW",
     )
     acceptance_temperature: float = field(
-        1.0, "The target's temperature under sampled acceptance.", group="Stage 2, PPOW"
+        1.0, "Temperature of the target with --acceptance=sampled.", group="Stage 2, PPOW"
     )
     eta: float = field(
         0.2,
-        "Size of R_dist; 0 switches it off. (Our value: the paper's is unknown.)",
+        "Size of the proximity reward R_dist; 0: off. (Our value; the paper does not give one.)",
         low=0,
         group="Stage 2, PPOW",
     )
@@ -206,43 +210,48 @@ class TrainSettings:
     adaw_start: int = field(
         25, "Step at which ADAW replaces uniform sampling. (Our value.)", low=0, group="Stage 2, PPOW"
     )
-    clip: float = field(0.2, "Clip range of the window's ratio. (Our value.)", low=0, group="Stage 2, PPOW")
+    clip: float = field(
+        0.2, "Clip range of the probability ratio of a window. (Our value.)", low=0, group="Stage 2, PPOW"
+    )
     kl_weight: float = field(0.5, "Weight of KL(target || drafter). (Our value.)", low=0, group="Stage 2, PPOW")
     passes: int = field(1, "Optimizer passes over the rollouts of a step.", low=1, group="Stage 2, PPOW")
-    gamma: float = field(-1.0, "Cost of a draft step in target steps; negative: measured here.", group="Stage 2, PPOW")
+    gamma: float = field(
+        -1.0, "Cost of a draft step, in steps of plain decoding; negative: measured.", group="Stage 2, PPOW"
+    )
     general_cost: bool = field(
-        False, "Reward by the general cost model, with verify and rollback costs.", group="Stage 2, PPOW"
+        False, "Use the general cost model for the reward, with verification and rollback costs.", group="Stage 2, PPOW"
     )
     verify_cost: float = field(
         -1.0,
-        "Cost of a verification in target steps, in the general model; negative: measured here.",
+        "General cost model: cost of a verification, in steps of plain decoding; negative: measured.",
         group="Stage 2, PPOW",
     )
-    rollback_cost: float = field(
-        0.0, "Cost of each token thrown away, in the general model.", low=0, group="Stage 2, PPOW"
-    )
-    bonus: float = field(0.0, "Tokens a verification adds, in the general model.", low=0, group="Stage 2, PPOW")
+    rollback_cost: float = field(0.0, "General cost model: cost of each rejected token.", low=0, group="Stage 2, PPOW")
+    bonus: float = field(0.0, "General cost model: tokens that a verification adds.", low=0, group="Stage 2, PPOW")
     baselines: tuple[str, ...] = field(
         (),
-        "Further arms from stage 1's drafter: cst (continued supervised training, on the same batches).",
+        "Additional arms from stage 1's drafter: cst (continued supervised training on the same batches).",
         choices=("cst",),
         group="Stage 2, PPOW",
     )
     cst_learning_rate: float | None = field(
-        None, "Peak learning rate of cst; none: that of stage 2.", low=0, group="Stage 2, PPOW"
+        None, "Peak learning rate of cst; none: the one of stage 2.", low=0, group="Stage 2, PPOW"
     )
 
     benchmarks: tuple[str, ...] = field(
         ("human_eval", "sharegpt"), "Benchmarks, by name or JSONL file.", group="Measuring"
     )
-    benchmark_dir: str | None = field(None, "Directory with NAME.jsonl of benchmarks.", group="Measuring")
+    benchmark_dir: str | None = field(None, "Directory with files NAME.jsonl of benchmarks.", group="Measuring")
     num_prompts: int = field(
-        10, "Prompts per benchmark, of those of at most --max_prompt_tokens.", low=1, group="Measuring"
+        10, "Prompts per benchmark; prompts longer than --max_prompt_tokens are skipped.", low=1, group="Measuring"
     )
     modes: tuple[str, ...] = field(
-        ("adaptive",), "Speculation modes to measure, with windows of --window.", choices=MODES, group="Measuring"
+        ("adaptive",),
+        "Speculation modes to measure, with windows of --window tokens.",
+        choices=MODES,
+        group="Measuring",
     )
-    max_new_tokens: int = field(128, "Longest answer when measuring.", low=2, group="Measuring")
+    max_new_tokens: int = field(128, "Maximum number of tokens of an answer when measuring.", low=2, group="Measuring")
 
     @property
     def profiled(self) -> tuple[int, int]:
