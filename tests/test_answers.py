@@ -194,7 +194,7 @@ def test_turns():
     """Each user turn up to the limit, with what was said before; a turn without a recorded answer ends it."""
 
     def chat(source, *roles):
-        return Conversation(tuple(Message(r, f"{r}{i}") for i, r in enumerate(roles)), source)
+        return Conversation(tuple(Message(r, f"{source[0]} {r}{i}") for i, r in enumerate(roles)), source)
 
     conversations = [
         chat("a:1", "user", "assistant", "user", "assistant", "user"),
@@ -211,7 +211,7 @@ def test_turns():
         assert {job.source for job in jobs_} == expected
     prompt = next(j.prompt for j in jobs_ if j.source == "a:1 turn 2")
     np.testing.assert_array_equal(prompt, encode_prompt(tokenizer(), conversations[0].messages[:3]))
-    assert tokenizer().decode(prompt).endswith("user2<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer().decode(prompt).endswith("a user2<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_turn_too_long_ends_its_conversation():

@@ -266,9 +266,9 @@ def test_mistakes_cost_no_loading(module, flags, message, run, drafter, tmp_path
 
 
 def test_mistakes_that_only_the_target_shows(run, drafter, tmp_path):
-    other = make_drafter(tmp_path / "other", vocab_size=300)
+    other = make_drafter(tmp_path / "other", vocab_size=200)
     code, _, err = run(generate, *SHAPES, "--prompt=a", f"--drafter={other}")
-    assert code == 2 and f"--drafter={other}: the drafter is for a vocabulary of 300 tokens" in err
+    assert code == 2 and f"--drafter={other}: the drafter is for a vocabulary of 200 tokens" in err
     code, _, err = run(generate, *PLAIN, f"--prompt={'x' * 2040}")
     assert code == 2 and re.search(r"prompt: .*20\d\d tokens.* but tiny has 2048", err)
     path = write(tmp_path / "long.jsonl", json.dumps({"prompt": "x" * 2040}))

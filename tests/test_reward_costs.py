@@ -25,7 +25,7 @@ def costs(tmp_path, monkeypatch):
 
     def find(**changes):
         settings = dataclasses.replace(TrainSettings(workdir=str(tmp_path)), window=4, **changes)
-        return stages._costs(types.SimpleNamespace(settings=settings, workdir=tmp_path, target=None), None)
+        return stages._costs(types.SimpleNamespace(settings=settings, shared=tmp_path, target=None), None)
 
     find.measured = measured
     return find

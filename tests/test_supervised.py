@@ -355,7 +355,7 @@ def test_evaluation_does_not_depend_on_how_examples_are_batched():
     evaluate = functools.partial(
         supervised.evaluate, world.trained(), world.target_params(), config=world.CONFIG, K=STEPS, greedy_text=True
     )
-    whole, with_empty = evaluate(many), evaluate([empty, *many[::-1]])
+    whole, with_empty = (evaluate([(batch, None) for batch in found]) for found in (many, [empty, *many[::-1]]))
     for name, value in whole.items():
         np.testing.assert_allclose(with_empty[name], value, rtol=1e-6, err_msg=name)
     assert 1 < whole["held_out_tau_sim"] < 1 + STEPS

@@ -150,9 +150,9 @@ def headline(arms: Sequence[Mapping[str, Any]]) -> str:
         sentences.append(text + ".")
     if rows := [row for row in final["results"] if np.isfinite(_number(row["speedup"]))]:
         speed = f"Decoding with it is {final['mean_speedup']:.2f} times as fast as plain decoding"
-        spread = [row["speedup_interval"] for row in rows]
-        if len(rows) == 1 and spread[0] and spread[0][0] < spread[0][1]:
-            speed += " (95 % interval {:.2f} to {:.2f})".format(*spread[0])
+        spread = rows[0].get("speedup_interval")
+        if len(rows) == 1 and spread and spread[0] < spread[1]:
+            speed += " (95 % interval {:.2f} to {:.2f})".format(*spread)
         same, total = (sum(row[key] or 0 for row in rows) for key in ("identical", "total"))
         sentences.append(f"{speed}; {same} of {total} outputs are identical to its.")
     return " ".join(sentences)
