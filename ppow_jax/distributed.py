@@ -99,7 +99,8 @@ def from_leader(value: float) -> float:
     """The leader's value of a number, on every process."""
     if jax.process_count() == 1:
         return value
-    return float(multihost_utils.broadcast_one_to_all(np.array([value], np.float64).view(np.uint32)).view(np.float64)[0])
+    words = np.array([value], np.float64).view(np.uint32)
+    return float(multihost_utils.broadcast_one_to_all(words).view(np.float64)[0])
 
 
 class Agreement:

@@ -153,8 +153,8 @@ def headline(arms: Sequence[Mapping[str, Any]]) -> str:
         spread = rows[0].get("speedup_interval")
         if len(rows) == 1 and spread and spread[0] < spread[1]:
             speed += " (95 % interval {:.2f} to {:.2f})".format(*spread)
-        same, total = (sum(row[key] or 0 for row in rows) for key in ("identical", "total"))
-        sentences.append(f"{speed}; {same} of {total} outputs are identical to its.")
+        same, total = (sum(row.get(key) or 0 for row in rows) for key in ("identical", "total"))
+        sentences.append(f"{speed}; {same} of {total} outputs are identical to its." if total else f"{speed}.")
     return " ".join(sentences)
 
 
