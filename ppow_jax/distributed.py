@@ -105,7 +105,7 @@ def from_leader(value: float) -> float:
 class Agreement:
     """True once any process has answered yes; the same on all of them, which have to ask equally often.
 
-    A result includes the answers up to the previous question: it is computed in the meantime, so nobody waits for it.
+    A result includes the answers up to the previous question: it is computed in the background, without waiting.
     """
 
     def __init__(self) -> None:

@@ -43,8 +43,7 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 
 def mistaken(path: pathlib.Path) -> str | None:
-    """Description of a file's actual contents, if they contradict its name, and a remedy; None if no known mistake
-    fits.
+    """Describes a file that is not what its name says, and the remedy; None if no known mistake is recognised.
 
     Git without LFS leaves pointers, a browser's "save as" leaves web pages, and an interrupted download an empty file.
     """

@@ -12,8 +12,7 @@ HELP = "Devices per axis, as data:4,fsdp:1,tensor:2 (axes: data, fsdp, tensor, e
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
     """data: replicas, each with its own rows. fsdp: also splits rows, and matrices along their hidden axis.
-    tensor: splits heads, the width of MLPs, and the vocabulary. expert: splits experts of a mixture, and rows
-    elsewhere.
+    tensor: splits heads, the width of MLPs, and the vocabulary. expert: experts of a mixture, otherwise rows.
     """
 
     data: int = 1

@@ -170,7 +170,7 @@ def _said(fields: Mapping[str, Any], shape: Shape) -> Iterator[Message]:
     for key in shape.answers:
         value = fields.get(key)
         if key == "completion" and fields.get("label") is False:
-            continue  # judged to be bad
+            continue  # labelled as bad
         if _is_chat(value):
             yield from _chat(value, key)
             return

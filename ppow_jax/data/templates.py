@@ -47,7 +47,7 @@ def with_date(tokenizer: Any, date: str | None) -> Any:
 def render(tokenizer: Any, messages: Sequence[Message], prompt: bool, source: str) -> str:
     """The text of `messages`, with `prompt` followed by the generation prompt.
 
-    If the template writes the beginning-of-sequence token, it is removed from the start of the first message.
+    If the template writes the beginning-of-sequence token, a copy at the start of the first message is removed.
     Raises UserError, naming `source`, if the template refuses the messages, fails, or omits the question.
     """
     if is_plain(tokenizer):

@@ -1,6 +1,6 @@
 """Bootstrap intervals of ratios over answers, such as tau, and of comparisons of two arms on the same answers.
 
-An arm is S drafters, trained alike with different seeds, on the same N answers: arrays [S, N], or [N] for one.
+An arm is S drafters, trained identically up to their seeds, on the same N answers: arrays [S, N], or [N] for one.
 Two levels are resampled: answers, jointly for all seeds and both arms, and seeds. Of S > 1 seeds, S - 1 are drawn with
 replacement: drawing S would give a mean over seeds (S - 1) / S of its variance (Rao & Wu 1988), which matters for
 small S. Even so, two or three seeds hardly determine the shape of a distribution: their intervals are too narrow.

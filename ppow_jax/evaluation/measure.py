@@ -361,7 +361,7 @@ def _intervals(plain_arm: _Arm, fast_arm: _Arm, resamples: int = 1000) -> dict[s
 
 
 def _differences(target: Target, outputs: Sequence[Output], how: Decoding) -> dict[str, Any]:
-    """Near-ties at which greedy answers first leave plain decoding's: the target's top-2 margins there, in logits."""
+    """The target's top-2 margins, in logits, at which greedy answers first differ from plain decoding's."""
     if not how.sampling.greedy:
         return {"first_difference_margins": None}
     margins = []

@@ -94,8 +94,8 @@ def replay_all(
 ) -> list[Replayed]:
     """Counts that greedy decoding at batch 1 would give in several speculation modes, on the answers of `batches`.
 
-    Modes share the target's pass and, where they draft alike, their drafts: chains of any length, and trees of any
-    depth and size with the same branch.
+    Modes share the target's pass and, where they draft in the same way, their drafts: chains of any length, and trees
+    of any depth and size with the same branch.
 
     Args:
       config: the target's configuration.

@@ -90,8 +90,7 @@ class Trace:
 def record(model: Model, prompt: Text, **settings: Any) -> Trace:
     """Answers one prompt as `Model.generate` does, with its settings, recording every round.
 
-    Drafting and verification are separate programs here, so that each can be timed; they run once before the clock
-    starts.
+    Drafting and verification are separate programs here, so that each can be timed; they are compiled beforehand.
     """
     job = model.job([prompt], **settings)
     for width in job.speculation.widths if job.speculation.adaptive else (None,):

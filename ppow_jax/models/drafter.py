@@ -55,8 +55,7 @@ class Drafter(flax.struct.PyTreeNode):
 
     params: see `drafter_config.parameter_shapes`. target_ids_W: int32, the target id of each draft id, ascending.
     embed_VxE: the drafter's own embedding, frozen; None if it uses the target's. mixed: compute dtype bfloat16 for
-    products with float32 parameters, in both passes (for training). remat: recomputation in the backward pass, see
-    REMAT.
+    products with float32 parameters, in both passes (for training). remat: backward recomputation, see REMAT.
     """
 
     config: DrafterConfig = flax.struct.field(pytree_node=False)

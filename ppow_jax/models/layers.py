@@ -66,8 +66,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 def rows_of(table_VxD: Array, index: Array) -> Array:
     """table[index] as float32 [..., D].
 
-    XLA:CPU has no bfloat16 gather: it would make a float32 copy of the whole table first. Raw bits are gathered
-    instead.
+    XLA:CPU has no bfloat16 gather: it would make a float32 copy of the whole table first. Bits are gathered instead.
     """
 
     def plain(table_VxD: Array, index: Array) -> Array:

@@ -1,7 +1,7 @@
 """Layers stacked into one array per parameter, so that a program holds the code of one layer, whatever the depth.
 
 Compilation takes minutes for eighty unrolled layers, on any device, and seconds for a scan over one. On a CPU the
-layers stay separate nonetheless: there `lax.scan` copies the bfloat16 weights of each layer before it uses them,
+layers stay separate: there `lax.scan` copies the bfloat16 weights of each layer before it uses them,
 which makes a pass five times slower.
 
 A model's `layers` are a list of *runs*: a layer's parameters, or {"stacked": the parameters of N equal layers, stacked

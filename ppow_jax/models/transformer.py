@@ -34,8 +34,7 @@ class Outputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Keys of earlier tokens: per run of layers a `KV` of length L, and mask_BxSxL of the keys visible to each new
-    token.
+    """Keys of earlier tokens: per run of layers a `KV` of length L, and mask_BxSxL of visible keys.
 
     position_BxL: positions of those tokens (or [L], or [1, L], shared by all rows); needed for sliding windows only.
     """

@@ -2,7 +2,7 @@
 
 Every anchor unrolls a window of S draft steps over ground-truth tokens; from step 1 on the feature is the drafter's
 own output. Gradients flow through all steps. The loss of a step is the cross-entropy against the target's
-distribution restricted to the draft vocabulary; positions whose target argmax lies outside it carry no loss.
+distribution restricted to the draft vocabulary; positions whose target argmax is outside it carry no loss.
 """
 
 from typing import NamedTuple

@@ -21,8 +21,8 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """fits: True if XLA could place the program. used: bytes of a device's memory, also if that is too much.
-    temporaries: the part of them that is neither argument nor result. counts: None if it does not fit. seconds: to
-    compile.
+    temporaries: those that hold neither arguments nor results. counts: None if it does
+    not fit. seconds: compilation time.
     """
 
     fits: bool
@@ -101,8 +101,7 @@ class Roofline:
 def largest_batch(used: int, fixed: int, batch: int, parts: int, chip: Chip) -> int:
     """Number of rows that would fit if all memory but `fixed` bytes grows with them; a multiple of `parts`, 0 if none.
 
-    used: bytes of a device at `batch` rows. Buffers that do not grow are counted as growing, so the result is a lower
-    bound.
+    used: bytes of a device at `batch` rows. Buffers that do not grow are counted as growing, so this is a lower bound.
     """
     room = chip.memory * USABLE - fixed
     per_row = max(used - fixed, 1) / batch

@@ -1,7 +1,6 @@
 """The real programs of training and decoding, with abstract arguments, for `plan` to compile.
 
-Nothing here holds a weight. Every argument is a shape, a dtype and a sharding on the mesh, the same as in training and
-decoding.
+Nothing here holds a weight. Every argument is a shape, a dtype and a sharding on the mesh, as in training and decoding.
 """
 
 import dataclasses

@@ -40,8 +40,7 @@ def prefill(
     """Reads right-padded prompts (each of at least one token) and commits the first new token.
 
     limit_B: total length (prompt and output) at which a row stops; at most L - K - 1. Where P is more than WHOLE,
-    prompts are read in chunks of PIECE tokens, each attending to the cache of those before, up to the longest prompt's
-    end.
+    prompts are read in chunks of PIECE tokens, each attending to the cache of those before, up to the longest's end.
     """
     B, P = prompt_BxP.shape
     S = P if P <= WHOLE else PIECE

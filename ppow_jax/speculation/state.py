@@ -38,8 +38,7 @@ class State(flax.struct.PyTreeNode):
     which the row must stop. done_B: finished rows. key_B: one PRNG key per row, so that a row's output does not depend
     on its neighbours. healthy_B: True while the target's logits have been usable, see `usable`; a row stops where they
     are not. target_kv: per run of layers (`models.stack`). drafter_kv: per layer. features_BxK1xF, pending_B: see the
-      module.
-    histogram_BxK1: numbers of verifications that accepted k tokens. drafted_B: number of drafted tokens. pace:
+    module. histogram_BxK1: numbers of verifications that accepted k tokens. drafted_B: number of drafted tokens. pace:
     acceptance statistics, see `speculation.adaptive`. experts_B: distinct experts touched, summed over verifications;
     None for targets without experts.
     """

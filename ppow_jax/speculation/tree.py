@@ -127,8 +127,7 @@ def propose_tree(
 
     go_on: (levels drafted 0..depth-1, logp_BxX of the nodes that the next level would expand) -> mask of rows that
     draft one more; a row that stopped never continues. Levels that no row drafts are skipped. keep: logp_BxN of the
-    best nodes, descending, -inf in empty slots -> number of nodes that each row keeps. By default all rows draft and
-    keep all.
+    best nodes, descending, -inf in empty slots -> number of nodes that each row keeps. By default all are kept.
     """
     anchored = g_Bx1xE, root_Bx1, position_Bx1, prefix
     return _best(*draft_candidates(drafter, embed_VxD, *anchored, shape, go_on), shape, keep)

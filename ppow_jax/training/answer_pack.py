@@ -54,8 +54,7 @@ def write_pack(path: str | Path, examples: Iterable[Example], about: Mapping[str
 def read_packs(paths: Sequence[str], about: Mapping[str, Any]) -> Answers:
     """The answers of all packs by `prompt_key`.
 
-    Raises UserError for a file that is no pack, and for one whose answers were made under conditions other than
-    `about`.
+    Raises UserError for a file that is no pack, and for answers that were made under conditions other than `about`.
     """
     found: dict[bytes, np.ndarray] = {}
     for path in paths:

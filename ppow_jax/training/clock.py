@@ -29,8 +29,7 @@ Stages = dict[str, dict[str, float]]  # seconds by stage and kind
 
 
 class Clock:
-    """Seconds of this attempt by stage and kind ("wall", "step", "compile", "save", ...), and those of earlier
-    attempts.
+    """Seconds of this attempt by stage and kind ("wall", "step", "compile", "save", ...), and of earlier attempts.
 
     path: the ledger, a JSON line per heartbeat with the sums of an attempt so far; None keeps no ledger.
     """

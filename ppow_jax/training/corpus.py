@@ -129,7 +129,7 @@ def _kept(settings: TrainSettings) -> tuple[int, int, int]:
 
 
 def split(examples: Sequence[T], numbers: Sequence[int], seed: int) -> list[list[T]]:
-    """Splits into parts of about so many examples each, whole conversations, and the remainder: len(numbers) + 1 parts.
+    """Splits by conversations into parts of about `numbers` examples each, and the remainder: len(numbers) + 1 parts.
 
     Every requested part has at least one conversation, and so has the remainder, where there are enough of them.
     Parts depend on the sources alone: prompts are split in the same way as their answers will be.

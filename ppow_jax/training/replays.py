@@ -32,7 +32,7 @@ def feature_store(context: Context, name: str, batches: Batches, layers: tuple[i
 
 
 def measured_prices(context: Context, drafter: Drafter, speculation: Speculation) -> Prices:
-    """Cost table of drafting and verifying, measured once per shared directory, so that resumed runs decide alike."""
+    """Cost table of drafting and verifying, measured once per shared directory, so resumed runs repeat decisions."""
     path: Path = context.shared / "prices.json"
     known = path.exists()
     distributed.wait("prices")  # no process writes before all have looked

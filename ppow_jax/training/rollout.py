@@ -188,8 +188,7 @@ def criticality_of(
 
     Q is the drafter's first step at each position, not the step that a window would take there: one draft step over all
     anchors instead of K. (`objectives.expected.priority` has those steps available and uses them.) Of KL(P || Q) only
-    the part that the drafter can reduce is used, mass(P) KL(P restricted || Q); 0 where the draft vocabulary lacks the
-    label.
+    the part that the drafter can reduce is used, mass(P) KL(P restricted || Q); 0 if the label is not a draft token.
     """
     windows = scored.windows
     token_BxM = jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1)

@@ -47,8 +47,7 @@ def needed_bytes(
 
 
 def _checkpoints(settings: TrainSettings, stage: str) -> int:
-    """Disk space of a stage's checkpoints at their peak, in multiples of the parameters: all kept, plus one of each
-    kind.
+    """Peak disk space of a stage's checkpoints, in multiples of the parameters: all kept, plus one of each kind.
 
     An old checkpoint is deleted only when the new one is complete.
     """

@@ -87,9 +87,9 @@ def num_layers(
 def target_width(
     config: Mapping[str, Any], tensors: Collection[str], width: int, of_target: int | None, where: str
 ) -> int:
-    """Width of the target's features: from the config, else from the target at hand, else from the shape of fc.weight.
+    """Width of the target's features: from the config, else from the given target, else from the shape of fc.weight.
 
-    width: the drafter's own, usually the same. of_target: the target's, None if it is not at hand.
+    width: the drafter's own, usually the same. of_target: the target's, None if it is unknown.
     Raises UserError if fc takes a number of features other than three.
     """
     shape: tuple[int, ...] = tensors[FC].shape if isinstance(tensors, Mapping) and FC in tensors else ()

@@ -26,7 +26,7 @@ def read_layers(
 
     config: the top level of config.json, whose ids are inputs. eagle: its `eagle_config`, whose ids are outputs; if
     both have no ids, or an empty list, EAGLE-3's default for num_layers, the target's depth, is used.
-    With num_layers None (no target at hand) the default is (), and ids have no upper bound.
+    With num_layers None (unknown target) the default is (), and ids have no upper bound.
 
     Raises:
       UserError: for ids that are no list of numbers, that fit neither as inputs nor as outputs, that contradict each

@@ -76,7 +76,7 @@ def from_json(
       tensors: names in the file, in the flat spelling: some parts are recognised by their presence alone. With the
         tensors themselves (a mapping), values missing in the config follow from their shapes.
       num_layers: depth of the target, for files without layer ids; None leaves feature_layers empty.
-      target_width: the target's hidden_size, if it is at hand.
+      target_width: the target's hidden_size, if it is known.
 
     Raises:
       UserError: for anything missing, impossible or not supported.

@@ -15,7 +15,7 @@ from ppow_jax.weights import huggingface as hf
 
 
 def is_drafter(json_config: Mapping[str, Any]) -> bool:
-    """True if a config.json is a drafter's, judging by keys that only drafters have."""
+    """True if a config.json is a drafter's, recognised by keys that only drafters have."""
     names = json_config.get("architectures")
     eagle = isinstance(names, list) and any("eagle" in str(name).lower() for name in names)
     return eagle or drafters.format_of(json_config) == "speculators" or "draft_vocab_size" in json_config

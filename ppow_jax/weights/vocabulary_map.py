@@ -8,7 +8,7 @@ import numpy as np
 from ppow_jax.weights.huggingface import StoredTensor
 
 log = logging.getLogger(__name__)
-_MANY = 16  # number of draft tokens from which on gaps between all of their ids are not due to chance
+_MANY = 16  # least number of draft tokens for which gaps between all of their ids cannot be a coincidence
 
 
 def to_tensors(target_ids_W: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
