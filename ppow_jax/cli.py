@@ -102,7 +102,7 @@ def setup_logging() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("ppow_jax", "experiments", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there, and what it raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its every step there, and the errors it raises
 
 
 def keep_compiled(directory: str | None) -> None:

@@ -29,7 +29,7 @@ def is_held_out(key: str) -> bool:
 def builtin_conversations(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
     """`n` short ASCII chats with exact answers, a function of (`seed`, `held_out`) alone.
 
-    No first question of `held_out=False` appears among those of `held_out=True`, whatever the seeds.
+    No first question of `held_out=False` appears among those of `held_out=True`, for any seeds.
     """
     rng = random.Random(f"builtin {seed} {held_out}")
     found: list[Conversation] = []

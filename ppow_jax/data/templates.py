@@ -137,7 +137,7 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
     for parts in (False, True):
         try:
             rendered.append(_run(tokenizer, template, [Message("user", _PROBE)], parts, True).lower())
-        except Exception:  # noqa: BLE001 (chats may work that are not like this one; what they raise is said then)
+        except Exception:  # noqa: BLE001 (other chats may work; their errors are reported then)
             rendered.append("")
         if _PROBE in rendered[-1]:
             return parts

@@ -65,8 +65,8 @@ def measure_costs(
 
     The work depends on shapes alone, so the state is synthetic: half full caches, random features. The three
     measurements alternate, so that a slow phase of the machine affects them equally; the median of `repetitions`
-    counts. The caches are donated and fed back, so that they stay in place as in a generation. L must be at least K +
-    3. An adaptive window is measured at its full width.
+    counts. The caches are donated and fed back, so that they stay in place as in a generation. L must be at least
+    K + 3. An adaptive window is measured at its full width.
     """
     K = speculation.window
     if K < 1 or L < K + 3:

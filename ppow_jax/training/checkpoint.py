@@ -118,7 +118,7 @@ class Checkpoints:
             return json.loads(seal["payload"])
         except (MemoryError, _Damaged):
             raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds
+        except Exception as error:  # Orbax and TensorStore raise many kinds of errors
             raise _Damaged(_first_line(error)) from error
 
     def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -166,7 +166,7 @@ class Checkpoints:
             yield
         except MemoryError:
             raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds
+        except Exception as error:  # Orbax and TensorStore raise many kinds of errors
             good = max((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), default=None)
             kept = "there is none before" if good is None else f"{self.directory / str(good)} is whole"
             kept += "; free space or mend the disk, and run the same command again"
