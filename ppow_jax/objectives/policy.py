@@ -1,5 +1,6 @@
-"""The clipped, group-relative, target-anchored objective over windows (PPOW, 2605.14978; PPO, 1707.06347; GRPO,
-2402.03300).
+"""The clipped, group-relative, target-anchored objective over windows.
+
+Sources: PPOW (2605.14978), PPO (1707.06347), GRPO (2402.03300).
 """
 
 from typing import NamedTuple

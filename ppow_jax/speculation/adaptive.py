@@ -9,7 +9,7 @@ reaches. Each row keeps acceptance statistics of its own rounds, which calibrate
 threshold: a step is taken if the probability is at least `Stopping.threshold`.
 
 Where rounds gain less than plain decoding, drafting backs off for a while and is then tried again. A cooldown is long
-enough to amortise what the failed trial lost, and each cooldown is at least twice as long as the one before.
+enough to amortise what the failed trial lost, and at least twice as long as the one before, up to LONGEST_REST rounds.
 
 The rows of a batch decide together, since every row bears the cost of a round: they use the means of their expected
 gains and of their rates. Sampled chains do not: their tokens depend on where a window ends, so a row would depend on
