@@ -1,8 +1,8 @@
-"""PPOW in JAX: EAGLE-3 drafters, sharpened with window-level reinforcement learning.
+"""PPOW in JAX: EAGLE-3 drafters, improved with window-level reinforcement learning.
 
     from ppow_jax import load
 
-Importing the package itself imports nothing else: take what you need from its subpackages.
+Importing the package itself imports nothing else: import what you need from its subpackages.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Text of an answer's tokens, as it stands behind its prompt, and the texts and tokens that stop an answer."""
+"""Text of an answer's tokens, as a continuation of its prompt, and the texts and tokens that stop an answer."""
 
 import itertools
 import os
@@ -10,15 +10,15 @@ import numpy as np
 
 from ppow_jax.config import require
 
-_TAIL = 16  # tokens of the prompt that are decoded with the answer, at least
+_TAIL = 16  # minimum number of the prompt's tokens that are decoded with the answer
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of a vocabulary with byte fallback
 
 
 class AnswerText:
     """Decodes answers to one prompt: the prompt's text and the answer's are the text of all tokens together.
 
-    An answer decoded alone would lose the blank it begins with, where the tokenizer writes blanks into its tokens and
-    drops the first (SentencePiece), and the end of a character that the prompt begins. Special tokens have no text.
+    An answer decoded alone would lose the blank it begins with, if the tokenizer writes blanks into its tokens and
+    drops the first (SentencePiece), and the end of a character that began in the prompt. Special tokens have no text.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int] | np.ndarray):
@@ -40,10 +40,10 @@ class AnswerText:
         return whole[len(os.path.commonprefix([self._head, whole])) :]
 
     def settled(self, ids: Sequence[int]) -> str:
-        """The text that no later token changes: without characters that are not complete.
+        """The text that no later token can change: without incomplete characters.
 
-        Where bytes are tokens, a byte that fits in no character spoils all those beside it, so they wait for another
-        token.
+        If bytes are tokens, an invalid byte changes the decoding of all bytes beside it, so they are held back until
+        the next token.
         """
         count = len(ids)
         while count and self._is_open(ids[count - 1]):
@@ -59,9 +59,9 @@ class AnswerText:
 
 
 def split_stops(tokenizer: Any, stops: Sequence[str], name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Divides stop texts into (those looked for in the text, ids of special tokens, which no text shows).
+    """Divides stop texts into (texts to search for, ids of special tokens, which have no text).
 
-    name: of the prompt, for errors. Raises UserError for a text with a special token and more in it.
+    name: of the prompt, for errors. Raises UserError for a stop text that contains a special token beside other text.
     """
     special = _special(tokenizer)
     for stop in stops:

@@ -1,6 +1,6 @@
-"""What every entry point shares: flags to settings, --help, log lines, and errors without tracebacks.
+"""Common parts of all entry points: flags to settings, --help, log lines, and errors without tracebacks.
 
-Importing this starts no JAX, so that bad input is refused at once.
+Importing this does not import JAX, so that bad input is refused at once.
 """
 
 import difflib
@@ -36,16 +36,16 @@ def run(
     argv: Sequence[str] | None = None,
     command: str | None = None,
 ) -> NoReturn:
-    """Parses the command line into `config_cls`, calls `main(settings)`, and exits with what it returns.
+    """Parses the command line into `config_cls`, calls `main(settings)`, and exits with its return value.
 
     Args:
       main: the entry point; its module's docstring heads --help. None counts as success.
       config_cls: dataclass of `ppow_jax.config.field`s.
       defaults: values that replace the fields' own defaults here.
       argv: arguments without the program's name; by default those of the process.
-      command: the word that chose `main`, whose own docstring then heads --help; see `run_command`.
+      command: the word that selected `main`, whose own docstring then heads --help; see `run_command`.
 
-    A UserError, from `main` as well, is printed as `error: ...` (exit code 2); Ctrl-C exits with 130; any
+    A UserError, also from `main`, is printed as `error: ...` (exit code 2); Ctrl-C exits with 130; any
     other exception keeps its traceback.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -64,7 +64,7 @@ def run(
 
 
 def run_command(commands: Mapping[str, tuple[Callable, type]], argv: Sequence[str] | None = None) -> NoReturn:
-    """Like `run`, for a program whose first argument says what it does.
+    """Like `run`, for a program whose first argument selects a command.
 
     Args:
       commands: word -> (entry point, its dataclass of settings). The entry points' docstrings are their help; the
@@ -95,21 +95,21 @@ def _command_list(commands: Mapping[str, tuple[Callable, type]]) -> str:
 
 
 def setup_logging() -> None:
-    """Log lines go to standard error as `12:30:59 text`; libraries speak up from warnings on."""
+    """Sends log lines to standard error as `12:30:59 text`; libraries log warnings and errors only."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as: PyTorch was not found
     handler = progress.LogHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("ppow_jax", "experiments", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step there, and what it raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs its every step there, and the errors it raises
 
 
 def keep_compiled(directory: str | None) -> None:
-    """Keeps compiled programs below `directory`, and takes them from there in later runs; None leaves JAX as it is.
+    """Caches compiled programs below `directory`, for later runs; None leaves JAX's settings unchanged.
 
-    Raises UserError where nothing can be written. Call it before anything is compiled. Programs are kept for one kind
-    of processor and one version of JAX: others compile their own beside them.
+    Raises UserError if it cannot be written to. Call it before anything is compiled. Programs are specific to one kind
+    of processor and one version of JAX: others add their own.
     """
     if directory is None:
         return
@@ -124,7 +124,7 @@ def keep_compiled(directory: str | None) -> None:
 
 
 def check_output(flag: str, path: str | None) -> None:
-    """Raises UserError unless a file can be written there, which the flag (`--output`) names; makes its directory."""
+    """Raises UserError, naming the flag (`--output`), unless a file can be written at `path`; creates its directory."""
     if path is None:
         return
     require(not Path(path).is_dir(), f"{flag}={path}: must be a file, but is a directory")
@@ -162,12 +162,12 @@ def usage(
 
 
 def _alone(spec: config_lib.Spec) -> str:
-    """How a value without a flag is written, as `DIRECTORY`."""
+    """Placeholder of a value without a flag, such as `DIRECTORY`."""
     return spec.name.upper()
 
 
 def _form(spec: config_lib.Spec) -> str:
-    """How the flag is written, as `--steps=N`."""
+    """Syntax of the flag, such as `--steps=N`."""
     if spec.kind is bool and not spec.many:
         return f"--[no]{spec.name}"
     kind = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}[spec.kind]

@@ -1,8 +1,8 @@
-"""Settings: a frozen dataclass is the truth, absl flags are generated from it.
+"""Settings: frozen dataclasses, from which absl flags are generated.
 
     @dataclasses.dataclass(frozen=True)
     class Settings:
-        steps: int = field(1000, "Optimiser steps.", low=1, group="Training")
+        steps: int = field(1000, "Optimizer steps.", low=1, group="Training")
         dtype: str = field("float32", "Precision of the target.", choices=("float32", "bfloat16"))
         layers: tuple[int, ...] = field((2, 15, 27), "Target layers whose input the drafter sees.")
         drafter: str | None = field(None, "Directory of a drafter to start from.")
@@ -15,7 +15,7 @@
     write_flagfile("run/flags.txt", settings)  # --flagfile=run/flags.txt repeats it exactly
 
 A field is an int, float, bool or str, one of these or None (written `none`), or a tuple of them (a comma
-list). Every mistake is one UserError that names flag, value and rule, and file and line in a flagfile.
+list). Every mistake raises one UserError that names flag, value and rule, and file and line in a flagfile.
 """
 
 import dataclasses
@@ -54,13 +54,13 @@ def field(
     """A dataclass field that becomes a flag.
 
     Args:
-      default: value where the flag is not given.
+      default: value if the flag is not given.
       help: one or two sentences for --help.
       choices: the allowed values (of each element, for a tuple).
-      low: least allowed number (each element's, for a tuple).
+      low: least allowed number (of each element, for a tuple).
       high: greatest allowed number.
       group: heading under which --help lists the flag.
-      positional: whether the value may also stand alone, without `--name=`.
+      positional: allow the value to stand alone, without `--name=`.
     """
     metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
@@ -74,7 +74,7 @@ def require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a field's annotation and metadata say about its flag."""
+    """Description of a field's flag, from its annotation and metadata."""
 
     name: str
     kind: type  # int, float, bool or str
@@ -89,7 +89,7 @@ class Spec:
     positional: bool
 
     def parse(self, text: str) -> Any:
-        """The value that `text` denotes; raises UserError if none."""
+        """The value of a flag's text; raises UserError if it is malformed."""
         if self.optional and text == "none":
             return None
         if not self.many:
@@ -105,7 +105,7 @@ class Spec:
         return value
 
     def format(self, value: Any) -> str:
-        """The text that denotes `value`."""
+        """Text of a value, the inverse of `parse`."""
         if value is None:
             return "none"
         if self.many:
@@ -182,7 +182,7 @@ def define_flags(cls: type, flag_values: flags.FlagValues = flags.FLAGS, **defau
 
 
 def from_flags(cls: type[T], flag_values: flags.FlagValues = flags.FLAGS) -> T:
-    """The settings that parsed flags hold; raises what the dataclass's own checks raise."""
+    """Settings from parsed flags; raises the errors of the dataclass's own checks."""
     return cls(**{spec.name: flag_values[spec.name].value for spec in specs(cls)})
 
 
@@ -191,14 +191,14 @@ def parse(cls: type[T], argv: Sequence[str], defaults: Mapping[str, Any] | None 
 
     Args:
       cls: the dataclass.
-      argv: such as `["--steps=3", "--flagfile=FILE"]`; of a flag given twice the last counts.
+      argv: such as `["--steps=3", "--flagfile=FILE"]`; if a flag is given twice, the last one is used.
       defaults: values that replace the fields' own defaults.
 
     Raises:
       UserError: unknown flag, malformed or forbidden value, missing flagfile.
     """
     flag_values = flags.FlagValues()
-    flag_values.set_gnu_getopt(any(spec.positional for spec in specs(cls)))  # then flags may follow what stands alone
+    flag_values.set_gnu_getopt(any(spec.positional for spec in specs(cls)))  # allows flags after positional values
     define_flags(cls, flag_values, **(defaults or {}))
     places: dict[str, str] = {}
     arguments = []
@@ -232,7 +232,7 @@ def parse(cls: type[T], argv: Sequence[str], defaults: Mapping[str, Any] | None 
 
 
 def _is_text(argument: str) -> bool:
-    """False where bytes of the command line were no UTF-8: Python keeps them as halves of surrogate pairs."""
+    """False if bytes of the command line were not UTF-8: Python represents them as halves of surrogate pairs."""
     return argument.isascii() or not any("\ud800" <= sign <= "\udfff" for sign in argument)
 
 
@@ -280,7 +280,7 @@ def write_flagfile(path: str | os.PathLike, config: Any) -> None:
 
 
 def read_flagfile(cls: type[T], path: str | os.PathLike) -> T:
-    """The settings that `write_flagfile` wrote; raises what `parse` raises."""
+    """Settings from a file by `write_flagfile`; raises the errors of `parse`."""
     return parse(cls, [f"--flagfile={os.fspath(path)}"])
 
 

@@ -1,8 +1,8 @@
-"""Several processes that run one program: how they find each other, who writes, what they agree on, how they end.
+"""Several processes that run one program: connection, the leader that writes files, agreement, and shutdown.
 
-Every process runs the same Python code on its own devices of one mesh (`jax.distributed`); what is computed on the mesh
-has to be called by all of them, in the same order. Files are written by one, the leader. With a single process all of
-this does nothing.
+Every process runs the same Python code on its own devices of one mesh (`jax.distributed`); computations on the mesh
+have to be called by all of them, in the same order. Files are written by one, the leader. With a single process the
+functions here do nothing.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from ppow_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 EXIT_FAILURE, EXIT_USER_ERROR = 1, 2
-HEARTBEAT_SECONDS = 60  # without a sign of life for so long, a process counts as dead
-START_SECONDS = 300  # processes may start so far apart
+HEARTBEAT_SECONDS = 60  # a process without a heartbeat for this long counts as dead
+START_SECONDS = 300  # longest time between the starts of two processes
 _FAILED = "ppow_jax/failed"
 _POLL_SECONDS = 1.0
 
@@ -40,10 +40,10 @@ def connect(
     process_id: int | None = None,
     multihost: bool = False,
 ) -> Iterator[None]:
-    """Joins the other processes for the time of the `with`; must come before any other use of JAX.
+    """Joins the other processes for the duration of the `with`; must come before any other use of JAX.
 
-    multihost: the environment says who they are, as on TPU pods, under Slurm, Open MPI or Kubernetes. Otherwise the
-    three numbers do; without them there is one process, and nothing happens.
+    multihost: take the configuration from the environment, as on TPU pods, under Slurm, Open MPI or Kubernetes.
+    Otherwise the three arguments define it; without them there is one process, and nothing happens.
 
     An exception that leaves the `with` ends every process: its reason is written to each one's log.
     """
@@ -58,10 +58,10 @@ def connect(
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
-    # Gloo gives up where the first ones to talk are 30 seconds apart: come together before.
+    # Gloo times out if first messages are more than 30 seconds apart: synchronise before.
     _client().wait_at_barrier("ppow_jax/start", timeout_in_ms=1000 * START_SECONDS)
     wait("start")
-    if not leader():  # one voice is enough, until something is wrong
+    if not leader():  # other processes log warnings and errors only
         logging.getLogger("ppow_jax").setLevel(logging.WARNING)
         progress.SILENT = True
     log.info("process %d of %d, %d devices in all", jax.process_index(), jax.process_count(), jax.device_count())
@@ -70,7 +70,7 @@ def connect(
     try:
         yield
         wait("end")
-    except BaseException as error:  # a KeyboardInterrupt too: the others would wait for ever
+    except BaseException as error:  # a KeyboardInterrupt too: otherwise the others would wait forever
         over.set()
         _fail(error)
     over.set()
@@ -78,18 +78,18 @@ def connect(
 
 
 def leader() -> bool:
-    """Whether this process is the one that writes."""
+    """True in the process that writes files."""
     return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
-    """Returns when every process has come here."""
+    """Blocks until every process has called it with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def by_leader(action: Callable[[], object]) -> None:
-    """The leader does something, such as writing a file, and the others wait until it is done."""
+    """Runs an action, such as writing a file, on the leader, while the others wait until it is done."""
     if leader():
         action()
     wait("by the leader")
@@ -104,9 +104,9 @@ def from_leader(value: float) -> float:
 
 
 class Agreement:
-    """Whether any process has said yes so far; the same on all of them, who have to ask equally often.
+    """True once any process has answered yes; the same on all of them, which have to ask equally often.
 
-    An answer takes in what was said before the last question: it is computed meanwhile, and nobody waits for it.
+    A result includes the answers up to the previous question: it is computed in the background, without waiting.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class Agreement:
         self._agreed = False
 
     def ask(self, mine: bool) -> bool:
-        """This process's own answer so far -> that of all."""
+        """Combines this process's own answer so far with those of all processes."""
         if jax.process_count() == 1:
             return mine
         if self._asked is not None:
@@ -136,34 +136,34 @@ def _client():
 
 
 def _fail(error: BaseException) -> None:
-    """Says why in every log, and ends this process at once: an orderly end would wait for the others."""
+    """Writes the reason to every log, and ends this process at once: an orderly shutdown would wait for the others."""
     lines = str(error).strip().splitlines()
     reason = f"process {jax.process_index()} failed: {type(error).__name__}: {lines[0] if lines else ''}"
     if mistake := isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
     else:
         traceback.print_exc()
-    if first := _failure():  # this failure may be no more than a connection that the first one closed
+    if first := _failure():  # this failure may only be a connection closed by the first one
         log.error("before that, %s", first)
     else:
         with contextlib.suppress(Exception):
             _client().key_value_set(_FAILED, reason)
-    if leader():  # the store lives in this process: the others must have time to read it
+    if leader():  # the store is in this process: the others must have time to read it
         time.sleep(3 * _POLL_SECONDS)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(EXIT_USER_ERROR if mistake else EXIT_FAILURE)
 
 
 def _failure() -> str | None:
-    """Why the first process that failed did."""
+    """The failure reason of the first process that failed; None if none did."""
     try:
         return _client().key_value_try_get(_FAILED)
-    except Exception:  # no such key: all is well; or the store is gone, which its client reports by itself
+    except Exception:  # no such key: no failure; or the store is gone, which its client reports by itself
         return None
 
 
 def _watch(over: threading.Event) -> None:
-    """Ends this process when another one has failed: it may be waiting for it, deep inside of a collective."""
+    """Ends this process when another one has failed: it may be waiting for it, deep inside a collective."""
     while not over.wait(_POLL_SECONDS):
         if reason := _failure():
             log.error("%s; ending this process too", reason)

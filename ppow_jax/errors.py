@@ -1,9 +1,9 @@
-"""The one exception that a user's mistake raises."""
+"""The exception for mistakes of the user."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can correct.
 
     The message names the offending value, the rule it breaks and the place (file and line, or flag).
-    Entry points print it without a traceback and leave with exit code 2.
+    Entry points print it without a traceback and exit with code 2.
     """

@@ -1,4 +1,4 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one."""
+"""Atomic writes: a kill at any moment leaves the old file or the new one, never half of one."""
 
 import os
 import pathlib
@@ -26,16 +26,16 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def clear_left_over(directory: pathlib.Path) -> None:
-    """Removes what kills in mid-write left below a directory, into which nobody else is writing now."""
+    """Removes temporary files that a kill left below a directory; no other process may be writing there."""
     for temporary in directory.rglob(".*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", temporary.name) and temporary.is_file():
             temporary.unlink(missing_ok=True)
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Makes a file `size` bytes long, with room on the disk for all of them.
+    """Makes a file `size` bytes long, and allocates disk space for all of them.
 
-    Raises OSError where there is none: a full disk that shows only when memory-mapped pages are written kills.
+    Raises OSError if there is not enough: otherwise, writing memory-mapped pages to a full disk kills the process.
     """
     file.truncate(size)
     if size and hasattr(os, "posix_fallocate"):
@@ -43,9 +43,9 @@ def reserve(file: IO[bytes], size: int) -> None:
 
 
 def mistaken(path: pathlib.Path) -> str | None:
-    """What a file holds in place of what its name says, and what to do; None for none of the known mistakes.
+    """Describes a file that is not what its name says, and the remedy; None if no known mistake is recognised.
 
-    Git without LFS leaves pointers, a browser's "save as" leaves web pages, and an interrupted download nothing.
+    Git without LFS leaves pointers, a browser's "save as" leaves web pages, and an interrupted download an empty file.
     """
     try:
         with open(path, "rb") as file:
@@ -60,7 +60,7 @@ def mistaken(path: pathlib.Path) -> str | None:
 
 
 def writable_directory(path: str | os.PathLike) -> pathlib.Path:
-    """Creates the directory at `path` where it is missing, and returns its absolute path.
+    """Creates the directory at `path` if it is missing, and returns its absolute path.
 
     Raises:
       UserError: it cannot be created, or cannot be written to.
@@ -78,7 +78,7 @@ def writable_directory(path: str | os.PathLike) -> pathlib.Path:
 
 
 def replace_directory(directory: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Puts what `write` makes of a path in the place of `directory`; a kill leaves no half of either."""
+    """Replaces `directory` by what `write` creates at the path that it is given; a kill leaves no half of either."""
     new, old = (directory.with_name(f".{directory.name}.{kind}") for kind in ("new", "old"))
     for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Text in, text out: a target with its drafter, for notebooks and programs.
+"""Text generation with a target and its drafter, for notebooks and programs.
 
     from ppow_jax import load
 
@@ -8,8 +8,8 @@
     results = model.generate(["Once upon a time", "import "], temperature=0.8, seed=[1, 2], speculation="tree")
 
 Prompts are decoded in batches, each a prefill and one program that runs until all its answers are finished; with stop
-texts, and when streaming, the host looks at the text every few rounds. What a request gives depends on its own prompt,
-settings and seed, not on its neighbours or its place.
+texts, and when streaming, the host reads the text every few rounds. The result of a request depends on its own prompt,
+settings and seed, not on its neighbours or its place in the batch.
 """
 
 import dataclasses
@@ -43,22 +43,22 @@ __all__ = ["SPECULATIONS", "Model", "Result", "Stats", "Stream", "load"]
 
 log = logging.getLogger(__name__)
 
-# Where only a name is given. Of an adaptive tree as much is drafted and verified as pays on the device.
+# Sizes of modes given by name. An adaptive tree drafts and verifies as much as is worth its cost on the device.
 SPECULATIONS = {
     "off": off(),
     "chain": chain(4),
     "adaptive": adaptive_tree(branch=3, depth=7, nodes=15),
     "tree": tree(branch=4, depth=3, nodes=7),
 }
-LOOK = 4  # rounds between two looks of the host at the text, when it streams or waits for a stop text
+LOOK = 4  # rounds between two reads of the text by the host, when it streams or waits for a stop text
 ROLES = ("system", "user", "assistant")
 
 
 def load(target: str, drafter: str | None = "auto", dtype: str = "bfloat16") -> "Model":
-    """A target by name or path (see `weights.targets.load`) and its drafter, matrices in `dtype`.
+    """Loads a target by name or path (see `weights.targets.load`) and its drafter, matrices in `dtype`.
 
-    drafter: a directory; "auto" takes `drafters/TARGET` if there is one; None decodes plainly.
-    Raises UserError for what is not there, is broken, or does not fit.
+    drafter: a directory; "auto" takes `drafters/TARGET` if it exists; None decodes plainly.
+    Raises UserError for files that are missing, broken, or inconsistent with each other.
     """
     require(dtype in targets.DTYPES, f"dtype={dtype}: must be one of {', '.join(targets.DTYPES)}")
     directory = loading.find_drafter(drafter, target)
@@ -70,9 +70,9 @@ def load(target: str, drafter: str | None = "auto", dtype: str = "bfloat16") -> 
 class Model:
     """A target, and a drafter or None. See `load`.
 
-    prices: of adaptive windows, per (speculation, rows, greedy): what `evaluation.costs.measure_prices` finds when it
-    is first needed. The law of an answer does not depend on it, but which one a seed draws with adaptive chains at
-    temperature > 0 does: keep it to repeat that elsewhere.
+    prices: cost tables of adaptive windows, per (speculation, rows, greedy), measured by
+    `evaluation.costs.measure_prices` on first use. The distribution of an answer does not depend on them, but with
+    adaptive chains at temperature > 0 the answer that a seed draws does: keep them to reproduce it elsewhere.
     """
 
     target: Target
@@ -96,24 +96,24 @@ class Model:
 
         Settings are one value for all prompts, or a list with one for each. A prompt has 1 token or more, and at most
         as many as the target has positions; where these end before max_new_tokens, so does the answer (the last token
-        needs none: a prompt that fills them gets one token).
+        needs no position: a prompt that fills them gets one token).
 
         Args:
           prompts: one or several.
-          max_new_tokens: longest answer.
+          max_new_tokens: maximum length of an answer.
           temperature: 0 is greedy.
-          top_k: the most probable tokens that are drawn from; 0 takes all.
-          top_p: the share of probability that is drawn from, after top_k; 1 takes all.
+          top_k: number of most probable tokens to draw from; 0 takes all.
+          top_p: share of probability to draw from, after top_k; 1 takes all.
           stop: a text, or several, that end an answer; or one list of texts per prompt. The text of a special token
-            ends it at that token; one with more in it is refused.
-          seed: of sampling. The same prompt with the same seed and settings gets the same answer.
+            stops at that token; a stop text that contains one beside other text is refused.
+          seed: seed of sampling. The same prompt with the same seed and settings gets the same answer.
           speculation: "off", "chain", "adaptive", "tree" (sizes: SPECULATIONS), or a `Speculation`; by default "chain"
-            if there is a drafter. The answers are the same, or have the same law, in all of them.
+            if there is a drafter. The answers are the same, or have the same distribution, in all modes.
           batch_size: prompts decoded at once.
 
         Raises:
-          UserError: a prompt without tokens or with too many, a setting out of range, or a target that gives logits
-            that are no numbers; names the prompt.
+          UserError: a prompt without tokens or with too many, a setting out of range, or a target whose logits are not
+            finite; names the prompt.
         """
         job = self.job(
             prompts,
@@ -145,26 +145,26 @@ class Model:
     def chat(self, messages, *, stream=False, **settings):
         """Answers a user's message, or a list of {"role", "content"}; settings as in `generate`.
 
-        stream: gives a `Stream` in place of a `Result`.
+        stream: returns a `Stream` instead of a `Result`.
         """
         prompt = self.chat_prompt(messages)
         return self.stream(prompt, **settings) if stream else self.generate(prompt, **settings)[0]
 
     def chat_prompt(self, messages: str | Sequence[Any]) -> np.ndarray:
-        """Token ids int32 [T] that ask the target to answer: its chat template, with the generation prompt."""
+        """Token ids int32 [T] of a chat: the target's chat template, with the generation prompt."""
         if isinstance(messages, str):
             messages = [Message("user", messages)]
         require(len(messages) > 0, "messages: there must be at least one")
         return encode_prompt(self.target.tokenizer, [_message(message) for message in messages])
 
     def warm_up(self, prompts: Text | Sequence[Text], **settings: Any) -> None:
-        """Compiles all that `generate`, or `stream`, needs with these arguments; decodes one round."""
+        """Compiles every program that `generate`, or `stream`, needs with these arguments; decodes one round."""
         job = self.job(prompts, **settings)
         for members in job.batches():
             next(self.run(job, members, rounds=1))
 
     def resolve(self, speculation: str | Speculation | None) -> Speculation:
-        """What a name, or None, stands for. Raises UserError for an unknown one, and where a drafter is missing."""
+        """The `Speculation` of a name, or of None. Raises UserError for unknown names and missing drafters."""
         if speculation is None:
             speculation = "chain" if self.drafter else "off"
         if isinstance(speculation, str):
@@ -176,9 +176,9 @@ class Model:
         return speculation
 
     def prices_of(self, speculation: Speculation, rows: int, greedy: bool) -> Prices | None:
-        """What an adaptive window decides by; None for other windows. See `prices`.
+        """Cost table of an adaptive window, see `prices`; None for other windows.
 
-        Sampled chains depend on it: they take the prices of one row, whatever the batch.
+        The output of sampled chains depends on it: they use the costs at one row, whatever the batch.
         """
         if not speculation.adaptive:
             return None
@@ -191,11 +191,11 @@ class Model:
         return self.prices[key]
 
     def job(self, prompts: Text | Sequence[Text], speculation: str | Speculation | None = None, **settings: Any) -> Job:
-        """What `generate` is asked with these arguments, checked."""
+        """The arguments of `generate` as a checked `Job`."""
         return Job.of(self.target, prompts, self.resolve(speculation), **settings)
 
     def begin(self, job: Job, members: Sequence[int]) -> Batch:
-        """Reads the prompts of some requests of a job, at most `job.rows`: a batch that is ready to be decoded."""
+        """Prefills some requests of a job, at most `job.rows`: a batch that is ready to be decoded."""
         make_room()
         speculation, positions = job.speculation, self.target.config.max_position_embeddings
         requests = [job.requests[i] for i in members]
@@ -217,13 +217,13 @@ class Model:
             sampling=sampling,
             L=L,
         )
-        jax.block_until_ready(state.length_B)  # for the clock: nothing comes to the host
+        jax.block_until_ready(state.length_B)  # for the clock: nothing is transferred to the host
         seconds = time.perf_counter() - begin
         answers = [Answer(self.target, request, seconds) for request in requests]
         return Batch(drafter, state, speculation, sampling, prices, answers)
 
     def run(self, job: Job, members: Sequence[int], rounds: int) -> Iterator[list[Answer]]:
-        """Answers requests as one batch; yields how far they are, every so many rounds and at the end."""
+        """Answers requests as one batch; yields the answers so far, every `rounds` rounds and at the end."""
         batch = self.begin(job, members)
         begin = time.perf_counter()
         while not batch.finished:
@@ -244,7 +244,7 @@ class Model:
 class Stream:
     """Pieces of an answer's text, as the target commits them: joined they are the text of `result`.
 
-    Characters whose bytes are not complete, and what may become a stop text, are held back.
+    Incomplete characters (bytes still missing), and text that may become a stop text, are held back.
     result: the whole answer, once the iterator is exhausted; None before.
     """
 

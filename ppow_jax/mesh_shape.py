@@ -1,4 +1,4 @@
-"""How many devices each axis of the mesh has, as `--mesh` spells it. Importing this starts no JAX."""
+"""Number of devices along each axis of the mesh, in the syntax of `--mesh`. Importing this does not import JAX."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ HELP = "Devices per axis, as data:4,fsdp:1,tensor:2 (axes: data, fsdp, tensor, e
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """data: copies of everything, each with its own rows. fsdp: rows too, with matrices cut along their hidden axis.
-    tensor: heads, the width of MLPs, and the vocabulary. expert: experts of a mixture, and rows outside of it.
+    """data: replicas, each with its own rows. fsdp: also splits rows, and matrices along their hidden axis.
+    tensor: splits heads, the width of MLPs, and the vocabulary. expert: experts of a mixture, otherwise rows.
     """
 
     data: int = 1
@@ -22,9 +22,9 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str | None, where: str = "--mesh") -> "MeshShape | None":
-        """From `data:4,tensor:2`, axes that are not named being 1; None for None: as many on data as there are.
+        """Parses `data:4,tensor:2`; axes that are not named are 1. None stays None: all devices on data.
 
-        Raises UserError for anything else.
+        Raises UserError for malformed text.
         """
         if text is None:
             return None
@@ -40,17 +40,17 @@ class MeshShape:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the axes, in the order of AXES."""
+        """Sizes of the axes, in the order of AXES."""
         return dataclasses.astuple(self)
 
     @property
     def devices(self) -> int:
-        """How many it takes."""
+        """Number of devices in the mesh."""
         return math.prod(self.sizes)
 
     @property
     def rows(self) -> int:
-        """Parts that the rows of a batch are cut into."""
+        """Number of parts into which the rows of a batch are split."""
         return self.data * self.fsdp * self.expert
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class MeshShape:
 
 
 def check_processes(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Raises UserError unless the three flags are all given, and fit each other, or none is."""
+    """Raises UserError unless the three flags are all given, and consistent, or none is."""
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:

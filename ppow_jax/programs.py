@@ -1,4 +1,4 @@
-"""Compiled programs as a resource that a process can run out of."""
+"""Memory maps of compiled programs, a limited resource of a process."""
 
 import logging
 from pathlib import Path
@@ -8,14 +8,14 @@ import jax
 log = logging.getLogger(__name__)
 
 MAPS, LIMIT = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
-SHARE = 0.5  # of the memory maps that a process may have
+SHARE = 0.5  # share of the memory maps that a process may have
 
 
 def make_room() -> bool:
-    """Forgets all compiled programs where they take too many memory maps; says whether it did.
+    """Clears all compiled programs if they use too many memory maps; returns True if it did.
 
-    XLA:CPU maps the code of each kernel by itself, up to 1,600 maps a program, and Linux allows a process 65,530:
-    beyond that LLVM aborts it. Programs that are needed again are compiled again. Does nothing on other systems.
+    XLA:CPU maps the code of each kernel separately, up to 1,600 maps a program, and Linux allows a process 65,530:
+    beyond that LLVM aborts it. Programs that are needed again are recompiled. Does nothing on other systems.
     """
     try:
         limit = int(LIMIT.read_text())

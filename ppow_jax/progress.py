@@ -1,4 +1,4 @@
-"""A progress bar with rate and time left; plain log lines where standard error is not a terminal."""
+"""A progress bar with rate and time left; plain log lines if standard error is not a terminal."""
 
 import contextlib
 import io
@@ -11,21 +11,21 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
-SILENT = False  # True in processes that leave the talking to another one
+SILENT = False  # True in processes other than the one that reports progress
 _LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {rate_fmt}, {remaining} left{postfix}"
 
 logger = logging.getLogger(__name__)
 
 
 def bar(total: int, desc: str, unit: str = "step", initial: int = 0, every: float = LINE_SECONDS) -> tqdm:
-    """A tqdm bar: use it as a context manager, call `update(n)` and, if liked, `set_postfix(loss=1.2)`.
+    """A tqdm bar: use it as a context manager, call `update(n)` and, optionally, `set_postfix(loss=1.2)`.
 
     Args:
       total: number of units in all.
-      desc: what is being done.
-      unit: what is counted.
-      initial: units that an earlier run had done; they do not count for the rate.
-      every: seconds between two lines where standard error is not a terminal.
+      desc: description of the task.
+      unit: name of the unit.
+      initial: units done by an earlier run; they do not count for the rate.
+      every: seconds between two lines if standard error is not a terminal.
     """
     kwargs: dict[str, Any] = {"total": total, "desc": desc, "unit": f" {unit}", "initial": initial, "disable": SILENT}
     if sys.stderr.isatty():
@@ -35,7 +35,7 @@ def bar(total: int, desc: str, unit: str = "step", initial: int = 0, every: floa
 
 @contextlib.contextmanager
 def off_the_clock(bar: tqdm) -> Iterator[None]:
-    """What happens inside, such as compiling, takes no part in the bar's rate and time left."""
+    """Excludes the time spent inside, such as compilation, from the bar's rate and time left."""
     if bar.disable:
         yield
         return
@@ -47,7 +47,7 @@ def off_the_clock(bar: tqdm) -> Iterator[None]:
 
 
 class _Lines(tqdm):
-    """Logs a line every few seconds, and one at the end, in place of a bar that redraws itself."""
+    """Logs a line every few seconds, and one at the end, instead of redrawing a bar."""
 
     def __init__(self, every: float, **kwargs: Any):
         self._every = every
@@ -65,7 +65,7 @@ class _Lines(tqdm):
         return True
 
     def close(self) -> None:
-        """Logs where it stopped."""
+        """Logs the final state."""
         if not self.disable and self.n != self._shown_n:
             self._log()
         super().close()
@@ -76,7 +76,7 @@ class _Lines(tqdm):
 
 
 class LogHandler(logging.StreamHandler):
-    """Writes log lines to standard error without tearing a bar that stands there."""
+    """Writes log lines to standard error without disrupting a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes the record above the bar."""

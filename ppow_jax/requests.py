@@ -1,4 +1,4 @@
-"""Requests on their way to results: settings of each, batches of them, and answers as they grow."""
+"""Requests and their results: settings of each request, batches of requests, and answers as they grow."""
 
 import dataclasses
 import math
@@ -23,19 +23,19 @@ from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.weights.targets import Target
 
-Text = str | Sequence[int] | np.ndarray  # of a prompt: text, or token ids
+Text = str | Sequence[int] | np.ndarray  # a prompt: text, or token ids
 Stop = str | Sequence[str] | Sequence[Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What speculation did for one request, under vLLM's names. The prefill, and the first token, are in no count.
+    """Speculation statistics of one request, under vLLM's names. The prefill, and the first token, are not counted.
 
-    num_spec_steps: verifications (steps of plain decoding without speculation, and while an adaptive window rests).
-    num_draft_tokens: all that were verified, so of a tree all nodes. acceptance_histogram: verifications that accepted
-    0, 1, .. K drafted tokens; the last one as it was judged, even where the answer ended amid it, and those that ran
-    behind a stop text until the host looked. mean_acceptance_length: tokens per verification, the target's own
-    included. draft_acceptance_rate: accepted per drafted token. nan where there is nothing to judge by.
+    num_spec_steps: verifications (steps of plain decoding without speculation, and during an adaptive cooldown).
+    num_draft_tokens: all verified tokens, so for a tree all its nodes. acceptance_histogram: numbers of verifications
+    that accepted 0, 1, .. K drafted tokens; the last verification counts in full, even where the answer ended within
+    it, and so do those after a stop text, until the host read it. mean_acceptance_length: tokens per verification, the
+    target's own included. draft_acceptance_rate: accepted per drafted token. nan where nothing was verified.
     """
 
     mean_acceptance_length: float
@@ -47,7 +47,7 @@ class Stats:
 
     @classmethod
     def of(cls, histogram_K1: Sequence[int], drafted: int) -> "Stats":
-        """From how many verifications accepted 0..K tokens, and the number of drafted ones."""
+        """Statistics from the numbers of verifications that accepted 0..K tokens, and the number of drafted tokens."""
         steps, accepted = sum(histogram_K1), sum(k * count for k, count in enumerate(histogram_K1))
         mean, rate = 1 + accepted / (steps or math.nan), accepted / (drafted or math.nan)
         return cls(mean, rate, tuple(histogram_K1), steps, drafted, accepted)
@@ -57,10 +57,10 @@ class Stats:
 class Result:
     """An answer.
 
-    text: what stands behind the prompt's text, so with the blank it begins with; without special tokens, and cut before
-    a stop text. token_ids: the new tokens, an end token or those of a stop text included. finish_reason: "stop" after
-    an end token or a stop text; "length" at max_new_tokens, or where the
-    target's positions end. prefill_seconds, decode_seconds: of the whole batch, compilation included.
+    text: the continuation of the prompt's text (including the blank it may begin with), without special tokens, cut
+    before a stop text. token_ids: the new tokens, including an end token or those of a stop text. finish_reason: "stop"
+    after an end token or a stop text; "length" at max_new_tokens, or where the target's positions end.
+    prefill_seconds, decode_seconds: times of the whole batch, compilation included.
     """
 
     text: str
@@ -74,9 +74,9 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt, token ids [T], and what is its own of the settings. name: for errors.
+    """A prompt, token ids [T], and its own settings. name: used in errors.
 
-    stop: texts that end the answer; stop_ids: special tokens that do.
+    stop: texts that end the answer; stop_ids: special tokens that end it.
     """
 
     name: str
@@ -88,11 +88,11 @@ class Request:
 
     @property
     def stops(self) -> bool:
-        """Whether the host has to look for what ends the answer."""
+        """True if the host has to check for stop texts or stop tokens."""
         return bool(self.stop or self.stop_ids)
 
     def check(self, target: Target) -> None:
-        """Raises UserError for what cannot be answered."""
+        """Raises UserError if the request cannot be answered."""
         ids, config = self.prompt_ids, target.config
         require(len(ids) > 0, f"{self.name}: has no tokens")
         known = np.issubdtype(ids.dtype, np.integer) and (ids >= 0).all() and (ids < config.vocab_size).all()
@@ -112,7 +112,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Requests that are answered in one call. sampling: a row for each."""
+    """Requests that are answered in one call. sampling: one row for each request."""
 
     requests: list[Request]
     sampling: Sampling
@@ -134,7 +134,7 @@ class Job:
         seed: int | Sequence[int] = 0,
         batch_size: int = 8,
     ) -> "Job":
-        """The arguments of `Model.generate`, checked. Raises UserError."""
+        """Checks the arguments of `Model.generate`. Raises UserError."""
         require(_is_whole(batch_size) and batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
         require(np.iterable(prompts), f"prompts={prompts!r}: must be a text, token ids, or a list of these")
         several = prompts if _are_several(prompts) else [prompts]
@@ -153,16 +153,16 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Of every batch: the least power of two that all fit in, or batch_size."""
+        """Rows of every batch: the least power of two that holds all requests, or batch_size."""
         return min(self.batch_size, 1 << (len(self.requests) - 1).bit_length())
 
     def batches(self) -> list[list[int]]:
-        """Indices of the requests that are decoded together: of like lengths."""
+        """Indices of the requests that are decoded together, grouped by prompt length."""
         order = sorted(range(len(self.requests)), key=lambda i: len(self.requests[i].prompt_ids))
         return [order[i : i + self.rows] for i in range(0, len(order), self.rows)]
 
     def sampling_of(self, members: Sequence[int]) -> Sampling:
-        """Of a batch, filled up to `rows`."""
+        """Sampling settings of a batch, padded to `rows`."""
         filled = np.resize(members, self.rows)
         return jax.tree.map(lambda x: x[filled], self.sampling)
 
@@ -178,7 +178,7 @@ class Answer:
         self.result: Result | None = None
 
     def read(self, tokens_L, length, done, healthy, histogram_K1, drafted, *, seconds: float) -> None:
-        """Takes over what the row of a `generate.State` holds, after so many seconds."""
+        """Updates the answer from its row of a `generate.State`, `seconds` after decoding began."""
         prompt_ids = self.request.prompt_ids
         before, self.ids = len(self.ids), tokens_L[len(prompt_ids) : length].tolist()
         require(
@@ -188,7 +188,7 @@ class Answer:
         )
         self.text = self.decode(len(self.ids))
         by_id = (n for n in range(before, len(self.ids)) if self.ids[n] in self.request.stop_ids)
-        count = 1 + next(by_id, len(self.ids))  # tokens up to a special one, or one more than there are
+        count = 1 + next(by_id, len(self.ids))  # tokens up to and including a special one, or one more than there are
         if self._stop_at(self.text) is not None:
             counts = range(before, len(self.ids) + 1)
             count = min(count, next(n for n in counts if self._stop_at(self.decode(n)) is not None))
@@ -205,7 +205,7 @@ class Answer:
 
     @property
     def settled(self) -> str:
-        """The text that no later token changes and no stop text cuts."""
+        """The text that no later token can change and no stop text can cut."""
         if self.result:
             return self.text
         text = self._text_of.settled(self.ids)
@@ -213,17 +213,17 @@ class Answer:
         return text[: len(text) - max(held, default=0)]
 
     def decode(self, count: int) -> str:
-        """The text of its first `count` tokens."""
+        """Decodes the first `count` tokens."""
         return self._text_of.decode(self.ids[:count])
 
     def _stop_at(self, text: str) -> int | None:
-        """Where the first stop text begins."""
+        """Index of the first stop text in `text`; None if it has none."""
         return min((at for stop in self.request.stop if (at := text.find(stop)) >= 0), default=None)
 
 
 @dataclasses.dataclass
 class Batch:
-    """Answers that are decoded together, and how; see `generate.decode`."""
+    """Answers that are decoded together, with their state and settings; see `generate.decode`."""
 
     drafter: Drafter | None
     state: generate.State
@@ -234,11 +234,11 @@ class Batch:
 
     @property
     def finished(self) -> bool:
-        """Whether all answers are."""
+        """True if all answers are finished."""
         return all(answer.result for answer in self.answers)
 
     def look(self, begin: float) -> None:
-        """Reads the answers from the state, which has been decoded since `begin`, and ends those with a stop text."""
+        """Reads the answers from the state, decoded since the time `begin`, and ends those with a stop text."""
         s = self.state
         rows = sharding.fetch((s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B))
         seconds = time.perf_counter() - begin
@@ -250,7 +250,7 @@ class Batch:
 
 
 def arrays(requests: Sequence[Request], B: int, positions: int) -> tuple[np.ndarray, ...]:
-    """(prompt_BxP, prompt_B, limit_B, seed_B); rows without a request are done at once."""
+    """(prompt_BxP, prompt_B, limit_B, seed_B); rows without a request are done from the start."""
     P = rung(max(len(request.prompt_ids) for request in requests))
     prompt_BxP = np.zeros((B, P), np.int32)
     prompt_B, limit_B, seed_B = np.ones(B, np.int32), np.ones(B, np.int32), np.zeros(B, np.int32)
@@ -263,7 +263,7 @@ def arrays(requests: Sequence[Request], B: int, positions: int) -> tuple[np.ndar
 
 
 def _are_several(prompts: Text | Sequence[Text]) -> bool:
-    """Whether it is prompts, and not one text or one list of token ids."""
+    """True for a sequence of prompts, False for one text or one list of token ids."""
     return not isinstance(prompts, str) and all(isinstance(prompt, str) or np.iterable(prompt) for prompt in prompts)
 
 
@@ -272,10 +272,10 @@ def _is_whole(value: Any) -> bool:
 
 
 def _flat(ids: Any) -> np.ndarray:
-    """Token ids as an array [T]; whatever else it is comes as objects, which `Request.check` refuses."""
+    """Token ids as an array [T]; anything else becomes an object array, which `Request.check` refuses."""
     try:
         return np.asarray(ids).reshape(-1)
-    except ValueError:  # lists of unlike lengths
+    except ValueError:  # lists of different lengths
         return np.array([None])
 
 

@@ -1,13 +1,14 @@
-"""Where every array lies: one mesh of devices, one table from logical axes to its axes.
+"""Placement of all arrays: one mesh of devices, and one table from logical axes to mesh axes.
 
-Programs are written for whole arrays and jitted; XLA cuts them up (SPMD) as their inputs lie, which `NamedSharding`s
-say, and adds the communication. That is what `pjit` became. `pmap` is not used: it maps over a leading axis of devices
-that programs would have to carry, knows one axis where a mesh has four, and runs replicas only, so that neither a
-target larger than one device nor a decoding loop over cut caches can be written with it.
+Programs are written for whole arrays and jitted; XLA partitions them (SPMD) according to the shardings of their inputs
+(`NamedSharding`), and adds the communication, as `pjit` did. `pmap` is not used: it maps over a leading axis of devices
+that programs would have to carry, has one axis where a mesh has four, and runs replicas only, so that neither a
+target larger than one device nor a decoding loop over sharded caches can be written with it.
 
-A program finds the mesh around it (`jax.set_mesh`, here `use`); without one, or with a mesh of one device, everything
-here leaves arrays alone. What an array's axes mean is read off its name: `PARAMETERS` for parameters, and so for the
-moments of optimisers, which carry the same names; the suffix of shapes for all else, as in `k_BxKvxdxL`.
+A program finds the mesh in its context (`jax.set_mesh`, here `use`); without one, or with a mesh of one device, the
+functions here leave arrays unchanged. The meaning of an array's axes follows from its name: `PARAMETERS` for
+parameters, and for the moments of optimizers, which have the same names; the suffix of shapes for all else, as in
+`k_BxKvxdxL`.
 """
 
 import contextlib
@@ -29,11 +30,11 @@ __all__ = ["AXES", "Mesh", "MeshShape"]
 
 T = TypeVar("T")
 
-# Logical axis -> mesh axes. One that these do not divide is left whole, and so is what is not named: window (K), tokens
-# (T, S, L), head_dim (d), and the vocabulary of logits. Head axes are cut between heads only.
+# Logical axis -> mesh axes. An axis that these do not divide stays whole, and so do axes that are not listed: window
+# (K), tokens (T, S, L), head_dim (d), and the vocabulary of logits. Head axes are only split between heads.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
-    "tokens": ("data", "fsdp"),  # before experts, which see those of the whole expert axis
+    "tokens": ("data", "fsdp"),  # before experts, which process those of the whole expert axis
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
@@ -42,7 +43,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
 }
 
-# Parameters of target and drafter -> logical axes. In front of these an array may have stacked layers and experts.
+# Parameters of target and drafter -> logical axes. Arrays may have axes for stacked layers and experts before these.
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "embed": ("vocab", "hidden"),
     "embed_VxE": ("vocab", "hidden"),
@@ -65,7 +66,7 @@ PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "fc": ("hidden", None),
 }
 _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
-_STACKED = "stacked"  # a path with this name in it: layers lie stacked along the first axis
+_STACKED = "stacked"  # a path that contains this name: layers are stacked along the first axis
 
 # Letters of a shape suffix -> logical axes.
 _LETTERS = {"B": "batch", "H": "heads", "Kv": "kv_heads"}
@@ -73,10 +74,10 @@ _SUFFIX = re.compile(r"(?:.*_)?([A-Z][a-z]?\d*(?:x(?:[A-Z][a-z]?|[a-z])\d*)*)")
 
 
 def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices`, by default all there are, of every process; without a shape all of them on data.
+    """A mesh over `devices`, by default all devices of every process; without a shape all of them on data.
 
     Raises:
-      UserError: the shape takes another number of devices.
+      UserError: the shape needs a different number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = shape or MeshShape(data=len(devices))
@@ -86,13 +87,13 @@ def make_mesh(shape: MeshShape | None = None, devices: Sequence[Any] | None = No
 
 
 def shape_of(mesh: Mesh) -> MeshShape:
-    """How many devices each axis of a mesh has."""
+    """Number of devices along each axis of a mesh."""
     return MeshShape(**mesh.shape)
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh | None) -> Iterator[None]:
-    """Programs inside of the `with` run on the mesh; on none, they run on the default device."""
+    """Runs programs inside the `with` on the mesh; on None, they run on the default device."""
     if mesh is None or mesh.size == 1:
         yield
     else:
@@ -101,27 +102,27 @@ def use(mesh: Mesh | None) -> Iterator[None]:
 
 
 def current() -> Mesh | None:
-    """The mesh in use; None on a single device, and inside of programs, which know its sizes alone."""
+    """The mesh in use; None on a single device, and inside of programs, where only its sizes are known."""
     try:
         return jax.sharding.get_mesh() if in_use() else None
-    except ValueError:  # JAX's word for "inside of a program"
+    except ValueError:  # raised inside of a program
         return None
 
 
 def axis_sizes() -> dict[str, int]:
-    """Of the mesh in use, inside and outside of programs; empty on a single device."""
+    """Axis sizes of the mesh in use, inside and outside of programs; empty on a single device."""
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 
 def in_use() -> bool:
-    """Whether a mesh of several devices is, inside and outside of programs."""
+    """True if a mesh of several devices is in use, inside and outside of programs."""
     return bool(axis_sizes())
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int], counts: Mapping[str, int]) -> P:
     """Logical axes of an array -> its PartitionSpec on a mesh of these sizes.
 
-    counts: numbers of heads: an axis of H * d values is cut between heads or not at all.
+    counts: numbers of heads: an axis of H * d values is split between heads or not at all.
     """
     cut: list[tuple[str, ...] | str | None] = []
     for axis, length in zip(axes, shape, strict=True):
@@ -129,13 +130,13 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, i
         parts = math.prod(sizes[name] for name in names)
         fits = bool(names) and counts.get(axis, length) % parts == 0 and length % parts == 0
         cut.append((names if len(names) > 1 else names[0]) if fits else None)
-    while cut and cut[-1] is None:  # as XLA spells the layout of results: equal layouts must be equal keys of caches
+    while cut and cut[-1] is None:  # as XLA writes the sharding of results: equal ones must be equal cache keys
         cut.pop()
     return P(*cut)
 
 
 def logical_axes(name: str, ndim: int, stacked: bool = False) -> tuple[str | None, ...]:
-    """What the axes of an array of this name are; those of unknown arrays are None, that is whole."""
+    """Logical axes of an array of this name; those of unknown arrays are None, that is whole."""
     axes = PARAMETERS.get(name)
     if axes is None:
         found = _SUFFIX.fullmatch(name)
@@ -171,7 +172,7 @@ def shardings(tree: T, mesh: Mesh, config: Any = None) -> T:
 
 
 def abstract(tree: T, mesh: Mesh | None, config: Any = None) -> T:
-    """Shapes and dtypes with shardings: what programs are lowered from without arrays, and what is restored into."""
+    """Shapes and dtypes with shardings, for lowering programs without arrays and for restoring checkpoints."""
     if mesh is None:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     return jax.tree.map(
@@ -180,7 +181,7 @@ def abstract(tree: T, mesh: Mesh | None, config: Any = None) -> T:
 
 
 def born(make: Callable[..., T], *args: Any, config: Any = None) -> T:
-    """make(*args), compiled so that each device makes only what it holds of the result."""
+    """make(*args), compiled so that each device computes only its own shards of the result."""
     mesh = current()
     if mesh is None:
         return constrain(make(*args), config)
@@ -188,7 +189,7 @@ def born(make: Callable[..., T], *args: Any, config: Any = None) -> T:
 
 
 def place(tree: T, config: Any = None) -> T:
-    """Arrays of the host (the same on every process) or of devices, put where their names say."""
+    """Places arrays of the host (the same on every process) or of devices according to their names."""
     mesh = current()
     if mesh is None:
         return tree
@@ -196,7 +197,7 @@ def place(tree: T, config: Any = None) -> T:
 
 
 def put(x: Any, where: NamedSharding) -> jax.Array:
-    """One array under a sharding; of what the host holds, only what this process's devices need is copied."""
+    """Places one array; from the host, only the parts that this process's devices need are copied."""
     if isinstance(x, jax.Array) and jax.process_count() == 1:
         return jax.device_put(x, where)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -208,19 +209,19 @@ def put(x: Any, where: NamedSharding) -> jax.Array:
 
 
 def put_parts(path: Sequence[str | int], shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> jax.Array:
-    """A parameter out of a file (see `weights.layout`), each piece of it read alone by the process that needs it."""
+    """A parameter from a file (see `weights.layout`), each shard read separately by the process that needs it."""
     axes = logical_axes(str(path[-1]), len(shape))
     where = NamedSharding(current(), spec(axes, shape, axis_sizes(), {}))
     return jax.make_array_from_callback(shape, where, read)
 
 
 def like(tree: T) -> T:
-    """Shapes and dtypes of arrays that lie somewhere, and where."""
+    """Shapes, dtypes and shardings of existing arrays."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays as NumPy's, on every process; all of them have to ask."""
+    """The whole arrays as NumPy arrays, on every process; all processes have to call it."""
     mesh = current()
     if mesh is not None and not all(x.is_fully_addressable for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)):
         tree = _replicate(tree, where=NamedSharding(mesh, P()))
@@ -233,7 +234,7 @@ def _replicate(tree: Any, *, where: NamedSharding) -> Any:
 
 
 def constrain(tree: T, config: Any = None) -> T:
-    """Inside a program: the same arrays, lying where their names say."""
+    """Constrains arrays, inside a program, to the shardings of their names."""
     sizes = axis_sizes()
     if not sizes:
         return tree
@@ -241,7 +242,7 @@ def constrain(tree: T, config: Any = None) -> T:
 
 
 def pin(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Inside a program: an array whose first axes are these logical ones; None, and those left out, stay whole."""
+    """Constrains an array, inside a program, to these logical axes; None, and missing ones, stay whole."""
     sizes = axis_sizes()
     if not sizes:
         return x
@@ -250,16 +251,16 @@ def pin(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def whole_logits(logits_BxxV: jax.Array) -> jax.Array:
-    """Inside a program: logits [B, ..., V], made in parts of the vocabulary, then given whole to every device.
+    """Replicates logits [B, ..., V], inside a program, after computing them in shards of the vocabulary.
 
-    Asked for the whole at once, XLA gathers the matrix that makes them, which is much larger.
+    If asked for whole logits directly, XLA gathers the matrix that computes them, which is much larger.
     """
     between = (None,) * (logits_BxxV.ndim - 2)
     return pin(pin(logits_BxxV, "batch", *between, "vocab"), "batch")
 
 
 def parts(axis: str, length: int) -> int:
-    """Into how many equal parts a logical axis of this length is cut by the mesh in use."""
+    """Number of equal parts into which the mesh in use splits a logical axis of this length."""
     sizes = axis_sizes()
     number = math.prod(sizes.get(name, 1) for name in RULES[axis])
     return number if length % number == 0 else 1

@@ -1,1 +1,1 @@
-"""What XLA:CPU does too slowly: a matrix product of our own, compiled on this machine when it is first needed."""
+"""Custom CPU kernels for operations that are slow in XLA:CPU, compiled on this machine when first needed."""

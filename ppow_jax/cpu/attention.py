@@ -1,4 +1,4 @@
-"""Softmax attention on a CPU, in one call."""
+"""Softmax attention on a CPU as a single custom call."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ Array = jax.Array
 def attend(q_BxSxHxd: Array, blocks: Sequence[tuple[Array, Array, Array]]) -> Array:
     """Softmax attention over several blocks of keys as if they were one: [B, S, H, d] float32.
 
-    blocks: (k_BxKvxdxL, v_BxKvxLxd, mask_BxSxL) each, float32 and True = visible; H is a multiple of Kv. Where a query
-    sees nothing the result is 0. A query's result is bit for bit the same whatever other queries there are, and however
-    its keys are cut into blocks. Call it only in programs for CPUs, and only if `library.available()`.
+    blocks: (k_BxKvxdxL, v_BxKvxLxd, mask_BxSxL) each, float32 and True = visible; H is a multiple of Kv. The result is
+    0 for a query without visible keys. A query's result is bit for bit independent of the other queries, and of the
+    split of its keys into blocks. Call it only in programs for CPUs, and only if `library.available()`.
     """
     flat = [x for block in blocks for x in block]
     shape = jax.ShapeDtypeStruct(q_BxSxHxd.shape, jnp.float32)

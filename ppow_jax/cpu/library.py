@@ -1,4 +1,4 @@
-"""Compiles kernels.cc for this processor, once, and registers what it holds with XLA."""
+"""Compiles kernels.cc for this processor, once, and registers its kernels with XLA."""
 
 import ctypes
 import functools
@@ -16,16 +16,16 @@ import jaxlib
 
 log = logging.getLogger(__name__)
 
-SWITCH = "PPOW_JAX_CPU_KERNELS"  # environment: 0 leaves everything to XLA
+SWITCH = "PPOW_JAX_CPU_KERNELS"  # environment variable: 0 disables the kernels
 _SOURCE = Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
 
 @functools.cache
 def available() -> bool:
-    """Whether XLA:CPU has our products and attention: built and registered on the first call.
+    """True if the custom kernels can be used in XLA:CPU: built and registered on the first call.
 
-    Without a C++ compiler (`CXX`, or c++, g++ or clang++ on the path) they are left to XLA, with one warning.
+    Without a C++ compiler (`CXX`, or c++, g++ or clang++ on the path) XLA's own code is used, with one warning.
     """
     if os.environ.get(SWITCH, "1") == "0":
         return False
@@ -34,9 +34,9 @@ def available() -> bool:
 
 @functools.cache
 def kinds() -> tuple[str, ...]:
-    """The kinds of product that this processor has, slowest first: `vectors`, `dots` (AVX-512 BF16), `tiles` (AMX).
+    """Product kernels that this processor supports, slowest first: `vectors`, `dots` (AVX-512 BF16), `tiles` (AMX).
 
-    Empty where nothing could be compiled.
+    Empty if nothing could be compiled.
     """
     try:
         library = ctypes.CDLL(str(_built()))
@@ -52,20 +52,20 @@ def kinds() -> tuple[str, ...]:
 
 
 def target(kind: str, transposed: bool) -> str:
-    """The name under which XLA knows a product."""
+    """Name under which a product is registered with XLA."""
     return f"ppow_product_{kind}" + "_transposed" * transposed
 
 
 def _said(error: Exception) -> str:
-    """One line: the compiler's first complaint, or the error itself."""
+    """One line: the compiler's first error, or the exception itself."""
     lines = (getattr(error, "stderr", None) or "").splitlines()
     return next((line for line in lines if "error" in line), str(error))
 
 
 def _built() -> Path:
-    """The compiled library; processes that build it at once each put the same file in place.
+    """Path of the compiled library; processes that build it at the same time each put the same file in place.
 
-    Raises OSError without a compiler or a place to write to, CalledProcessError where it does not compile.
+    Raises OSError without a compiler or a writable directory, CalledProcessError if compilation fails.
     """
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -86,7 +86,7 @@ def _built() -> Path:
 
 
 def _processor() -> str:
-    """What -march=native means here: a home directory may be shared by different machines."""
+    """Identifies the target of -march=native: a home directory may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         told = {line for line in lines if line.split(":")[0].strip() in ("flags", "Features", "model", "cpu family")}

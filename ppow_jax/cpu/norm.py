@@ -1,6 +1,6 @@
-"""What a root-mean-square norm divides by, on a CPU: the same for a row whatever rows are beside it.
+"""Scale factor of a root-mean-square norm, on a CPU: the result of a row does not depend on the other rows.
 
-XLA sums a single row in another order than many.
+XLA sums a single row in a different order than many rows.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Packing of examples into rows of fixed shape, by index.
 
 The batch of a step is a function of (examples, seed, step) and nothing else, so the data state of a run is
-one integer. Every epoch holds each example once; its last batch is filled up with empty rows, because leaving
-rows out would leave out examples, and losses are (sum, denominator), which empty rows do not move.
+one integer. Every epoch holds each example once; its last batch is padded with empty rows, because dropping
+rows would drop examples, and losses are (sum, denominator), which empty rows do not change.
 """
 
 import logging
@@ -26,8 +26,8 @@ Array = TypeVar("Array")
 class PackedBatch(NamedTuple, Generic[Array]):
     """Rows of examples, each a segment 1.. (0 is padding) whose positions begin at 0.
 
-    Anchors index into T, ascending, those in use first; see `find_anchors`. int32, the mask bool. NumPy's arrays as
-    they are made here, JAX's within a program.
+    Anchors index into T, ascending, valid ones first; see `find_anchors`. int32, the mask bool. NumPy arrays when
+    created here, JAX arrays within a program.
     """
 
     tokens_BxT: Array
@@ -45,7 +45,7 @@ class EpochPlan(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the epoch."""
+        """Number of rows in the epoch."""
         return len(self.row_start) - 1
 
 
@@ -55,7 +55,7 @@ def find_anchors(answer_mask: np.ndarray) -> np.ndarray:
 
 
 def cut_to_fit(example: Example, row_length: int, max_anchors: int) -> Example:
-    """The left part of the example that a row can hold; the example itself when it fits."""
+    """The leading part of the example that fits a row; the example itself if it fits."""
     length = min(len(example.tokens), row_length)
     anchors = find_anchors(example.answer_mask[:length])
     if len(anchors) > max_anchors:
@@ -93,8 +93,8 @@ def plan_epoch(
 class Batches:
     """Packed batches of `examples`, addressed by step.
 
-    Examples too long for a row are cut; those without an anchor (answers of fewer than two tokens) teach
-    nothing and are left out, with a log line. Raises UserError when none is left or a size is below 1.
+    Examples too long for a row are cut; those without an anchor (answers of fewer than two tokens) carry no
+    training signal and are left out, with a log line. Raises UserError when none is left or a size is below 1.
     """
 
     def __init__(

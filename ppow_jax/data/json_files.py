@@ -1,7 +1,7 @@
 """Records of JSON files: lines, arrays, objects one after another, compressed or not.
 
-A reader of our own: the records of chat files mix types (a text here, null or a list there), which the tables of Arrow,
-and so the `datasets` library, refuse. Other formats are that library's: `ppow_jax.data.readers`.
+A custom reader: the records of chat files mix types (a text here, null or a list there), which the tables of Arrow,
+and so the `datasets` library, refuse. Other formats are read with that library: `ppow_jax.data.readers`.
 """
 
 import bz2
@@ -28,7 +28,7 @@ COMPRESSIONS: dict[bytes, Callable[[Any], Any]] = {  # the first bytes decide
     b"\xfd7zXZ\x00": lzma.open,
     b"\x28\xb5\x2f\xfd": lambda file: pyarrow.CompressedInputStream(file, "zstd"),
 }
-MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
+MARKS = {  # longer ones first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -36,16 +36,16 @@ MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _BLANK = re.compile(r"\s*")
-_DIGITS = 4300  # Python reads no longer integers, nor does anybody need them
+_DIGITS = 4300  # Python's limit for the digits of an integer
 
 
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place, record), place being "file:line" in JSON Lines and "file[index]" otherwise.
 
-    What the file holds decides, not its ending: a first line that is a whole value begins JSON Lines, which are read
-    one by one; anything else is read at once, an array as its items, several values one after another. A byte order
-    mark at the start is no part of the text.
-    Raises UserError with file and line for what is no UTF-8 text or no JSON, and for damaged files.
+    The contents decide, not the file's ending: if the first line is a complete value, the file is JSON Lines, which are
+    read one by one; anything else is read at once, an array as its items, several values one after another. A byte
+    order mark at the start is skipped.
+    Raises UserError with file and line for text that is not UTF-8 or not JSON, and for damaged files.
     """
     by_line = path.name.lower().removesuffix(".gz").endswith(LINES)
     with _reading(path), _open_text(path) as file:
@@ -70,9 +70,9 @@ def read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _values(path: Path, text: str, line: int, lines_error: UserError | None) -> Iterator[tuple[str, Any]]:
-    """The values of a text one after another; an array gives its items. line: of the text's beginning.
+    """The values of a text one after another; an array yields its items. line: of the text's beginning.
 
-    lines_error: raised in place of an error found here: that of the first line, in a file of JSON Lines.
+    lines_error: raised instead of an error found here: that of the first line, in a file of JSON Lines.
     """
     decoder, place, found = _decoder(), f"{path}:{line}", []
     _check_text(text, path, line)
@@ -111,7 +111,7 @@ def _decoder() -> json.JSONDecoder:
 
 
 def _check_text(text: str, path: Path | str, line: int | str) -> None:
-    """Bytes that are no UTF-8 came as surrogates (see `_open_text`)."""
+    """Raises UserError for bytes that are not UTF-8, which `_open_text` decodes as surrogates."""
     if not text.isascii():
         try:
             text.encode()
@@ -122,7 +122,7 @@ def _check_text(text: str, path: Path | str, line: int | str) -> None:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what damaged files raise into a UserError."""
+    """Turns errors from damaged files into UserError."""
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -147,7 +147,7 @@ def _open_text(path: Path) -> Iterator[TextIO]:
 
 
 def encoding(head: bytes) -> str:
-    """The encoding that a text's first bytes tell."""
+    """The encoding indicated by a text's first bytes."""
     return next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8")
 
 

@@ -1,6 +1,6 @@
-"""Token ids that a target has no embedding for: refused before anything is computed with them.
+"""Check for token ids without an embedding in the target, before anything is computed with them.
 
-JAX takes the last row for an index beyond the end, so such a token would be read as another one, without a word.
+JAX clamps an index beyond the end to the last row, so such a token would silently be read as another one.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from ppow_jax.errors import UserError
 def require_known(ids: Any, vocab_size: int, place: str, tokenizer: Any = None) -> None:
     """Raises UserError, which names `place`, id and size, unless all ids are of 0..vocab_size-1.
 
-    tokenizer: for the text of the token, or None.
+    tokenizer: used to show the text of the token, or None.
     """
     ids = np.asarray(ids)
     beyond = ids[(ids < 0) | (ids >= vocab_size)]

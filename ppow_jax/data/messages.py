@@ -1,11 +1,11 @@
-"""A conversation as everything here takes it: messages of a system, a user and an assistant, in turn."""
+"""Conversations: messages of a system, a user and an assistant, in turn."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `role` is "system", "user" or "assistant". reasoning: what an assistant thought before it answered."""
+    """One turn; `role` is "system", "user" or "assistant". reasoning: the assistant's reasoning before its answer."""
 
     role: str
     content: str
@@ -25,7 +25,7 @@ class Conversation:
 
     @property
     def user_turns(self) -> tuple[str, ...]:
-        """What the user said, in order."""
+        """Contents of the user's messages, in order."""
         return tuple(m.content for m in self.messages if m.role == "user")
 
     @property

@@ -1,7 +1,7 @@
 """Records of files, directories and Hugging Face data sets.
 
 The `datasets` library reads tables and text, always as a stream, and the hub; JSON is read in
-`ppow_jax.data.json_files`, which says why.
+`ppow_jax.data.json_files`, which explains why.
 """
 
 import glob
@@ -30,7 +30,7 @@ SPLITS = {  # by words in names of files and folders
 }
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of `datasets`
-_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}  # the first bytes count more than the ending
+_MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}  # the first bytes take precedence over the ending
 _REFUSED = {b"PK\x03\x04": "a zip archive", b"SQLite f": "an SQLite database", b"\x89HDF": "an HDF5 file"}
 
 
@@ -50,7 +50,7 @@ def stem(name: str) -> str:
 
 
 def is_place(name: str) -> bool:
-    """Whether a name can only be that of a file or a directory, there or not."""
+    """True if a name can only be that of a file or a directory, whether it exists or not."""
     name = os.path.expanduser(name)
     return os.path.exists(name) or ending(name) is not None or name.startswith(("/", "./", "../", "~"))
 
@@ -58,12 +58,12 @@ def is_place(name: str) -> bool:
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place, record) from a data file: "file:line" in JSON Lines, "file[index]" otherwise.
 
-    Raises UserError with the place for a file that is missing, damaged, or of no known kind.
+    Raises UserError with the place for a file that is missing, damaged, or of an unknown kind.
     """
     path = Path(os.path.expanduser(path))
     if os.path.isdir(path):
         raise UserError(f"cannot read data file {path}: it is a directory")
-    is_pipe = os.path.exists(path) and not os.path.isfile(path)  # and read but once
+    is_pipe = os.path.exists(path) and not os.path.isfile(path)  # a pipe can be read only once
     head = b"" if is_pipe else json_files.first_bytes(path)
     for magic, kind in _REFUSED.items():
         if head.startswith(magic):
@@ -94,10 +94,10 @@ def read_place(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_directory(directory: Path, split: str = "train") -> Iterator[tuple[str, Any]]:
-    """Yields (place, record) of a directory: what `Dataset.save_to_disk` wrote, or its data files, by name.
+    """Yields (place, record) of a directory: the output of `Dataset.save_to_disk`, or its data files, by name.
 
     Files and folders named after splits (`test.jsonl`, `data/validation-00000-of-00002.parquet`) belong to these, as on
-    the hub; all others are "train". Raises UserError where nothing belongs to the split that is asked for.
+    the hub; all others are "train". Raises UserError if nothing belongs to the requested split.
     """
     inner = directory / split if (directory / "dataset_dict.json").is_file() else directory
     if (inner / "state.json").is_file():
@@ -120,7 +120,7 @@ def read_directory(directory: Path, split: str = "train") -> Iterator[tuple[str,
 
 
 def _data_files(directory: Path) -> list[Path]:
-    """Its data files, by name; text files, which may be licences, only where there is nothing else."""
+    """Its data files, by name; text files, which may be licences, only if there are no others."""
     files = [file for file in sorted(directory.rglob("*")) if ending(file.name) and file.is_file()]
     files = [file for file in files if not re.search(r"(^|/)[._]", file.relative_to(directory).as_posix())]
     files = [file for file in files if file.name not in _NOTES]
@@ -128,7 +128,7 @@ def _data_files(directory: Path) -> list[Path]:
 
 
 def _saved(directory: Path) -> Iterator[tuple[str, Any]]:
-    import datasets  # takes seconds: only when it is needed
+    import datasets  # takes seconds: imported only when needed
 
     try:
         for i, row in enumerate(datasets.load_from_disk(str(directory))):
@@ -140,7 +140,7 @@ def _saved(directory: Path) -> Iterator[tuple[str, Any]]:
 def load_hub(name: str, split: str, config: str | None = None, stop: int | None = None) -> Iterable[dict]:
     """Rows of a Hugging Face data set, streamed when only the first `stop` are wanted.
 
-    Raises UserError that names the data set, whatever went wrong.
+    Raises UserError that names the data set for any failure.
     """
     import datasets
 
@@ -159,13 +159,13 @@ def load_hub(name: str, split: str, config: str | None = None, stop: int | None 
 
 
 def _read_table(path: Path, kind: str, encoding: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a table; lines of a text as prompts. Values of CSV are texts: "007" and "NA" are what they are."""
+    """Rows of a table; lines of a text as prompts. CSV values stay texts: "007" and "NA" are not converted."""
     import datasets
 
     builder, options = TABLES[kind]
     options = dict(options)
     encoding = "utf-8-sig" if encoding == "utf-8" else encoding
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what is wrong is said once, below
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # errors are reported once, below
     try:
         if builder == "csv":
             options |= _csv_options(path, options["sep"], encoding)
@@ -186,7 +186,7 @@ def _read_table(path: Path, kind: str, encoding: str) -> Iterator[tuple[str, Any
 
 
 def _csv_options(path: Path, separator: str, encoding: str) -> dict[str, Any]:
-    """Separator and columns of a CSV file; raises what pandas, which reads CSV in `datasets`, raises."""
+    """Separator and columns of a CSV file; raises the errors of pandas, which reads CSV in `datasets`."""
     import datasets
     import pandas
 

@@ -1,7 +1,7 @@
-"""The mapping of records to conversations: one table for all the shapes in which chats are published.
+"""Mapping of records to conversations: one table for all the shapes in which chats are published.
 
-The field that comes first in SHAPES and is not null decides what a record is; names of fields count whatever their
-case. Null and absent are the same everywhere. docs/data.md says in words what is read.
+The first field in the order of SHAPES that is not null determines the shape of a record; field names are
+case-insensitive. Null and absent are equivalent everywhere. docs/data.md describes in words what is read.
 """
 
 import json
@@ -20,10 +20,10 @@ ANSWERS = ("response", "completion", "answer", "output", "chosen")
 
 @dataclass(frozen=True)
 class Shape:
-    """A kind of record, known by the field `key`, which holds a chat, or the user's text, or texts.
+    """A kind of record, recognised by the field `key`, which holds a chat, or the user's text, or texts.
 
-    chat: only a chat will do. more: fields with text that belongs to the user's. answers: fields with what the
-    assistant said; the first that is not empty counts.
+    chat: only a chat is accepted. more: fields with text that is appended to the user's. answers: fields with the
+    assistant's answer; the first that is not empty is used.
     """
 
     key: str
@@ -59,25 +59,25 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TOOLS = ("tool_use", "tool_call", "tool_calls", "tool_result", "function_call", "function_call_output")
 _PAIRS = (("human", "user", "input", "question", "prompt"), ("assistant", "gpt", "bot", "output", "answer", "response"))
 
-# Reasons why the rest of a conversation is left out.
+# Reasons for dropping the rest of a conversation.
 TOOL, MEDIA, ORDER, EMPTY = "tool calls or results", "images or sound", "turns out of order", "empty turns"
 HALVES, UNUSABLE = "half surrogates", "unusable records"
 
 
 class _Malformed(Exception):
-    """What is wrong with a record, without its place."""
+    """A malformed record; the message does not include its place."""
 
 
 class _Cut(Exception):
-    """The conversation ends here, for one of the reasons above."""
+    """Raised where a conversation ends early, for one of the reasons above."""
 
 
 def conversation_from_record(record: Any, source: str, notes: Counter | None = None) -> Conversation | None:
-    """Reads one record in any of the usual chat shapes; None when it is well formed but of no use.
+    """Reads one record in any of the usual chat shapes; None when it is well formed but unusable.
 
-    A conversation ends before its first empty message, before its first turn out of order, and before what is no text:
-    calls of tools and their results, images. notes: counts these by reason, and the texts in which halves of surrogate
-    pairs were replaced by U+FFFD.
+    A conversation ends before its first empty message, before its first turn out of order, and before anything that is
+    not text: tool calls and their results, images. notes: counts these by reason, and the texts in which halves of
+    surrogate pairs were replaced by U+FFFD.
     Raises UserError with the place for a malformed record.
     """
     notes = Counter() if notes is None else notes
@@ -109,7 +109,7 @@ def conversation_from_record(record: Any, source: str, notes: Counter | None = N
 
 
 def whole_text(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair, which no tokenizer takes; whole pairs are joined."""
+    """The text with U+FFFD for each half of a surrogate pair, which no tokenizer accepts; whole pairs are joined."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -149,8 +149,8 @@ def _messages(record: Any) -> Iterator[Message]:
 
 
 def _said(fields: Mapping[str, Any], shape: Shape) -> Iterator[Message]:
-    """The messages of a record, but for a system prompt in a field of its own."""
-    for key in shape.answers:  # one that repeats the prompt is all there is to read
+    """The messages of a record, except for a system prompt in a field of its own."""
+    for key in shape.answers:  # an answer that repeats the prompt is read alone
         value = fields.get(key)
         if _is_chat(value) and _role(value[0]) in ("system", "user"):
             yield from _chat(value, key)
@@ -170,7 +170,7 @@ def _said(fields: Mapping[str, Any], shape: Shape) -> Iterator[Message]:
     for key in shape.answers:
         value = fields.get(key)
         if key == "completion" and fields.get("label") is False:
-            continue  # judged to be bad
+            continue  # labelled as bad
         if _is_chat(value):
             yield from _chat(value, key)
             return
@@ -181,7 +181,7 @@ def _said(fields: Mapping[str, Any], shape: Shape) -> Iterator[Message]:
 
 
 def _answer(value: Any, key: str) -> str:
-    """Text; numbers and truth values as JSON writes them; of several texts the first."""
+    """Text; numbers and booleans as JSON writes them; the first of several texts."""
     if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
         value = value[0]
     if isinstance(value, (bool, int)) or isinstance(value, float) and math.isfinite(value):
@@ -198,7 +198,7 @@ def _history(pairs: list) -> Iterator[Message]:
 
 
 def _is_chat(value: Any) -> bool:
-    """A list of messages, not one of a message's parts."""
+    """True for a list of messages, False for the parts of one message."""
     objects = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
     return objects and (_role(value[0]) is not None or "type" not in value[0])
 
@@ -254,7 +254,7 @@ def _turn(turn: Any, key: str) -> Iterator[Message]:
     text, thoughts = _content(content, key)
     if role != "assistant":
         yield Message(role, text)
-    else:  # stripped: else tokens reach across its borders
+    else:  # stripped: otherwise tokens span its borders
         yield Message(role, text.strip(), thoughts or _reasoning(turn))
 
 

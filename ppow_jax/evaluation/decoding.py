@@ -1,4 +1,4 @@
-"""Decoding batches of prompts with the clock running: the one way in which outputs are made and timed."""
+"""Timed decoding of batches of prompts: the single place where outputs are produced and timed."""
 
 import dataclasses
 import functools
@@ -20,16 +20,16 @@ from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.weights.targets import Target
 
-TO_THE_END = 1 << 30  # rounds
-SHORTEST = 256  # slots for a prompt that every cache has: a program is compiled for each length
+TO_THE_END = 1 << 30  # rounds: no limit
+SHORTEST = 256  # minimum prompt length, in slots, that caches are sized for: each length compiles a program
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How prompts are decoded; the same for plain and for speculative decoding.
+    """Decoding settings, the same for plain and for speculative decoding.
 
-    speculation: how a round drafts. temperature, top_k, top_p: see `Sampling`; 0, 0 and 1 are off.
-    batch_size: rows decoded at once. max_new_tokens: per answer.
+    speculation: speculation mode. temperature, top_k, top_p: see `Sampling`; 0, 0 and 1 are off.
+    batch_size: rows decoded at once. max_new_tokens: maximum length of an answer.
     """
 
     speculation: Speculation
@@ -42,7 +42,7 @@ class Decoding:
 
     def __post_init__(self):
         require(self.window >= 1, f"--window={self.window}: must be at least 1")
-        Sampling.of(self.temperature, self.top_k, self.top_p)  # checks them
+        Sampling.of(self.temperature, self.top_k, self.top_p)  # validates the numbers
         require(self.max_new_tokens >= 1, f"--max_new_tokens={self.max_new_tokens}: must be at least 1")
         require(self.batch_size >= 1, f"--batch_size={self.batch_size}: must be at least 1")
 
@@ -53,22 +53,22 @@ class Decoding:
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn."""
+        """Sampling settings of all rows."""
         return Sampling.of(self.temperature, self.top_k, self.top_p)
 
     def cache_length(self, prompt_length: int) -> int:
-        """L, the slots of both caches for prompts of this length. One per rung: each is compiled once."""
+        """L, the slots of both caches for prompts of this length. One per length bucket: each is compiled once."""
         return generate.cache_length(max(rung(prompt_length), SHORTEST), self.max_new_tokens, self.window)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """What a batch gave.
+    """Result of decoding a batch.
 
     answers: per prompt, its new token ids; the first comes from the prefill, and an end token is kept.
-    accepted_BxK1: per prompt, how many verifications accepted k drafted tokens; K = 0 without a drafter.
-    drafted: tokens drafted for all prompts. prefill_seconds, decode_seconds: of the whole batch. experts: different
-    experts that verifications touched (the mean over layers), summed over verifications; 0 where the target has none.
+    accepted_BxK1: per prompt, numbers of verifications that accepted k drafted tokens; K = 0 without a drafter.
+    drafted: tokens drafted for all prompts. prefill_seconds, decode_seconds: times of the whole batch. experts:
+    distinct experts touched (the mean over layers), summed over verifications; 0 for targets without experts.
     """
 
     answers: list[np.ndarray]
@@ -80,17 +80,17 @@ class Decoded:
 
     @property
     def decode_tokens(self) -> int:
-        """New tokens of all prompts, the first one of each left out: the prefill made it."""
+        """Number of new tokens of all prompts, without the first of each, which the prefill makes."""
         return sum(map(len, self.answers)) - len(self.answers)
 
     @property
     def verifications(self) -> int:
-        """Rounds that all prompts took together."""
+        """Number of verifications of all prompts together."""
         return int(self.accepted_BxK1.sum())
 
 
 def rung(length: int) -> int:
-    """The least of 64, 128, 192, 256, 384, 512, 768, ... that holds `length`: few shapes to compile."""
+    """Length bucket: the least of 64, 128, 192, 256, 384, 512, 768, ... that holds `length`, to compile few shapes."""
     step = max(64, 1 << max(0, (length - 1).bit_length() - 2))
     return -(-length // step) * step
 
@@ -116,9 +116,9 @@ def decode(
 ) -> Decoded:
     """Answers up to `batch_size` prompts (token ids [T]), speculatively, or plainly without a drafter.
 
-    Rows beyond the prompts are dummies that are done at once. ids: one number per prompt, which with the seed
-    makes its random key. rounds: stop early (one round compiles all there is). prices: of an
-    adaptive window, see `costs.measure_prices`. Times include any compilation.
+    Rows beyond the prompts are dummies that are done from the start. ids: one number per prompt, which together with
+    the seed makes its random key. rounds: maximum number of rounds (one round compiles every program). prices: cost
+    table of an adaptive window, see `costs.measure_prices`. Times include any compilation.
     """
     for number, prompt in enumerate(prompts):
         require_known(prompt, target.config.vocab_size, f"prompt {number}", target.tokenizer)

@@ -1,4 +1,4 @@
-"""The prompts of a benchmark as the target is asked them: turn by turn, in batches."""
+"""Prompts of a benchmark as requests to the target: turn by turn, in batches."""
 
 import dataclasses
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Dialogue:
-    """A prompt, its index in the benchmark, and what has been said so far."""
+    """A prompt, its index in the benchmark, and the messages so far."""
 
     prompt: Prompt
     number: int
@@ -42,13 +42,13 @@ class Request:
         return self.dialogue.number * 1000 + self.turn
 
     def answer(self, target: Target, ids: np.ndarray) -> None:
-        """Goes on with the dialogue: the next turn's prompt will hold this answer."""
+        """Continues the dialogue: the next turn's prompt will hold this answer."""
         text = target.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         self.dialogue.messages.append(Message("assistant", text.strip()))
 
 
 def short_enough(target: Target, benchmark: Benchmark, longest: int) -> Benchmark:
-    """The prompts of at most `longest` tokens, with all their turns; all of them where none is as short."""
+    """The prompts of at most `longest` tokens, with all their turns; all of them if none is that short."""
     kept = tuple(prompt for prompt, length in askable(target, benchmark) if length <= longest)
     if 0 < len(kept) < len(benchmark.prompts):
         left_out = len(benchmark.prompts) - len(kept)
@@ -57,9 +57,9 @@ def short_enough(target: Target, benchmark: Benchmark, longest: int) -> Benchmar
 
 
 def askable(target: Target, benchmark: Benchmark) -> list[tuple[Prompt, int]]:
-    """The prompts that the target's chat template takes, each with its tokens, empty answers between its turns.
+    """The prompts that the target's chat template accepts, each with its tokens, empty answers between its turns.
 
-    The others are left out, with a log line. Raises UserError where there is none.
+    The others are left out, with a log line. Raises UserError if none is left.
     """
     taken: list[tuple[Prompt, int]] = []
     refused: list[str] = []
@@ -75,8 +75,8 @@ def askable(target: Target, benchmark: Benchmark) -> list[tuple[Prompt, int]]:
 
 
 def _length(target: Target, prompt: Prompt) -> int:
-    """Tokens of the prompt with all its turns, between them answers that are as good as empty."""
-    for answer in ("", "."):  # some templates take no empty ones
+    """Number of tokens of the prompt with all its turns, with (almost) empty answers between them."""
+    for answer in ("", "."):  # some templates refuse empty ones
         messages = [m for turn in prompt.turns for m in (Message("user", turn), Message("assistant", answer))]
         try:
             return len(encode_prompt(target.tokenizer, messages[:-1], prompt.source))
@@ -111,7 +111,7 @@ def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> 
 
 
 def require_known_texts(target: Target, benchmarks: Sequence[Benchmark]) -> None:
-    """Raises UserError, naming the prompt, for a turn of which the target has no embedding of a token.
+    """Raises UserError, naming the prompt, for a turn with a token that has no embedding in the target.
 
     Turns that the chat template refuses are left to `askable`.
     """
@@ -136,10 +136,10 @@ def batches(
     how: Decoding,
     skipped: Callable[[int], Any] = lambda turns: None,
 ) -> Iterator[list[Request]]:
-    """All first turns in batches, then all second ones, ...; in a turn, prompts of like length together.
+    """Batches of all first turns, then of all second ones, ...; within a turn, prompts of similar length together.
 
-    Every request of a batch must be answered before the next batch is asked for. skipped: called with the
-    number of turns of a dialogue that are left out, because it has grown too long after all.
+    Every request of a batch must be answered before the next batch is requested. skipped: called with the
+    number of turns of a dialogue that are left out, because it has become too long.
     """
     dialogues = [Dialogue(prompt, i) for i, prompt in enumerate(prompts)]
     for turn in range(max(len(prompt.turns) for prompt in prompts)):
@@ -147,7 +147,7 @@ def batches(
         dialogues = [dialogue for dialogue in dialogues if len(dialogue.prompt.turns) > turn]
         for dialogue in dialogues[:]:
             dialogue.messages.append(Message("user", dialogue.prompt.turns[turn]))
-            try:  # `fitting` counted answers as they are made; read again, a text can take more tokens
+            try:  # `fitting` counted answers as generated; retokenised, a text can take more tokens
                 tokens = _prompt_ids(target, dialogue.messages, dialogue.prompt.source)
                 require_room(target, len(tokens), how, dialogue.prompt.source)
             except UserError as error:

@@ -1,10 +1,9 @@
-"""Bootstrap intervals of ratios over answers, such as tau, and of how two arms compare on the same answers.
+"""Bootstrap intervals of ratios over answers, such as tau, and of comparisons of two arms on the same answers.
 
-An arm is S drafters, trained alike with different seeds, on the same N answers: arrays [S, N], or [N] for one.
-Two levels are resampled: answers, jointly for all seeds and both arms, and seeds. Of S > 1 seeds S - 1 are drawn, with
-replacement: drawing S would give a mean over seeds (S - 1) / S of its variance (Rao & Wu 1988), which counts where
-there are few. Even so the shape of a distribution is hardly known from two or three seeds: intervals over so few are
-too narrow.
+An arm is S drafters, trained identically up to their seeds, on the same N answers: arrays [S, N], or [N] for one.
+Two levels are resampled: answers, jointly for all seeds and both arms, and seeds. Of S > 1 seeds, S - 1 are drawn with
+replacement: drawing S would give a mean over seeds (S - 1) / S of its variance (Rao & Wu 1988), which matters for
+small S. Even so, two or three seeds hardly determine the shape of a distribution: their intervals are too narrow.
 """
 
 from typing import NamedTuple
@@ -25,7 +24,7 @@ class Estimate(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Of one arm, [S, N] or [N] each: tokens gained, and the rounds, or costs, that this took."""
+    """Counts of one arm, [S, N] or [N] each: tokens gained, and the rounds, or costs, spent on them."""
 
     tokens: np.ndarray
     rounds: np.ndarray
@@ -39,13 +38,13 @@ def resampled_sums(columns_NxX: np.ndarray, resamples: int, seed: int) -> np.nda
 
 
 def percentiles(values_R: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The bounds that hold `level` of the values, as much left out below as above; NaNs do not count."""
+    """Bounds that hold `level` of the values, with equal tails on both sides; NaNs are ignored."""
     low, high = np.nanpercentile(values_R, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
 
 def micro_average(arm: Counts, *, resamples: int = 4000, level: float = 0.95, seed: int = 0) -> Estimate:
-    """Sum of tokens by sum of rounds over all answers and seeds: tau, or with costs for rounds the speedup."""
+    """Sum of tokens divided by sum of rounds over all answers and seeds: tau, or the speedup if rounds are costs."""
     (arm,) = _arms(arm)
     answers_RxN, (seeds_RxS,) = _weights([arm], resamples, seed, paired_seeds=False)
     return Estimate(_whole(arm), *percentiles(_resampled(arm, answers_RxN, seeds_RxS), level))
@@ -54,11 +53,11 @@ def micro_average(arm: Counts, *, resamples: int = 4000, level: float = 0.95, se
 def paired_difference(
     a: Counts, b: Counts, *, resamples: int = 4000, level: float = 0.95, seed: int = 0, paired_seeds: bool = True
 ) -> Estimate:
-    """Micro-average of `a` less that of `b`, on the same answers.
+    """Micro-average of `a` minus that of `b`, on the same answers.
 
-    paired_seeds: drafter s of both arms has something in common, such as the start of its training, so that the same
-    are drawn of both; else the seeds of each arm are drawn by themselves, and their numbers may differ.
-    Raises ValueError where shapes do not fit each other.
+    paired_seeds: drafter s of both arms shares something, such as the start of its training, so that the same seeds
+    are drawn for both; otherwise the seeds of each arm are drawn independently, and their numbers may differ.
+    Raises ValueError where shapes are inconsistent.
     """
     return _compared(np.subtract, a, b, resamples, level, seed, paired_seeds)
 
@@ -66,7 +65,7 @@ def paired_difference(
 def paired_ratio(
     a: Counts, b: Counts, *, resamples: int = 4000, level: float = 0.95, seed: int = 0, paired_seeds: bool = True
 ) -> Estimate:
-    """Micro-average of `a` by that of `b`, on the same answers; see `paired_difference`."""
+    """Micro-average of `a` divided by that of `b`, on the same answers; see `paired_difference`."""
     return _compared(np.divide, a, b, resamples, level, seed, paired_seeds)
 
 
@@ -88,7 +87,7 @@ def _arms(*arms: Counts) -> list[Counts]:
 
 
 def _weights(arms: list[Counts], resamples: int, seed: int, paired_seeds: bool) -> tuple[np.ndarray, list[np.ndarray]]:
-    """How often each answer, and each seed of each arm, is drawn: [R, N], and [R, S] per arm."""
+    """Resampling weights: draws of each answer, and of each seed of each arm, [R, N], and [R, S] per arm."""
     rng = np.random.default_rng(seed)
 
     def drawn(items: int, draws: int) -> np.ndarray:

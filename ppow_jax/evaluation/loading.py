@@ -1,4 +1,4 @@
-"""From the names that entry points take to a drafter in memory."""
+"""Finds and loads drafters by the names that entry points take."""
 
 from pathlib import Path
 

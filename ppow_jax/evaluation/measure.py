@@ -1,6 +1,6 @@
 """The measurement: the same prompts decoded plainly and speculatively, in one run.
 
-`evaluate` gives one row per benchmark; `docs/results_schema.md` says what its keys mean, and how is counted.
+`evaluate` returns one row per benchmark; `docs/results_schema.md` documents its keys and the way results are counted.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ __all__ = ["Costs", "Output", "acceptance", "environment", "evaluate", "measure_
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """A prompt, token ids [T], and the new token ids that plain decoding and one way to speculate made of it."""
+    """A prompt, token ids [T], and the new token ids of plain decoding and of one speculation mode."""
 
     benchmark: str
     source: str
@@ -59,7 +59,7 @@ class Output:
 
     @property
     def identical(self) -> bool:
-        """Whether both are the same, token for token."""
+        """True if both are the same, token for token."""
         return np.array_equal(self.autoregressive_ids, self.speculative_ids)
 
 
@@ -103,7 +103,7 @@ class _Tally:
 
 
 class _Arm:
-    """What one way to decode gave: by the prompts that were decoded together, for confidence intervals."""
+    """Result of one decoding mode: grouped by the prompts that were decoded together, for confidence intervals."""
 
     def __init__(self) -> None:
         self.by_prompts: dict[tuple[int, ...], _Tally] = {}
@@ -134,21 +134,21 @@ def evaluate(
     on_output: Callable[[Output], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
-    """Decodes every prompt plainly and with `drafter` -> one row per benchmark and way to speculate, see the module.
+    """Decodes every prompt plainly and with `drafter` -> one row per benchmark and speculation mode, see the module.
 
-    The arms, plain decoding among them, take turns batch by batch, and in who goes first, so that a slow phase of the
-    machine meets all. Every program runs once before it is timed. Costs are measured once, at the median prompt's cache
-    length; those that an adaptive window decides by, before.
+    The arms, including plain decoding, alternate batch by batch, and rotate their order, so that a slow phase of the
+    machine affects all. Every program runs once before it is timed. Costs are measured once, at the median prompt's
+    cache length; the cost tables of adaptive windows before that.
 
     Args:
-      speculations: how rounds draft; each is an arm.
+      speculations: speculation modes; each is an arm.
       temperature: 0 is greedy.
       batch_size: prompts decoded at once.
-      max_new_tokens: longest answer, at least 2 (the first token is the prefill's).
-      seeds: of the sampling at temperature > 0; the prompts are decoded once for each.
-      skip_long_prompts: leave out what does not fit the target's positions.
-      on_output: called with every answer pair, way by way in the order of the prompts, when a benchmark is through.
-      stop: asked before every batch; once it says yes, there are no rows.
+      max_new_tokens: maximum length of an answer, at least 2 (the first token is the prefill's).
+      seeds: seeds of sampling at temperature > 0; the prompts are decoded once for each.
+      skip_long_prompts: leave out prompts that do not fit the target's positions.
+      on_output: called with every answer pair, mode by mode in the order of the prompts, at the end of a benchmark.
+      stop: checked before every batch; once it returns True, no rows are returned.
 
     Raises:
       UserError: before anything is compiled: for impossible settings, and for a prompt that has, with its
@@ -212,8 +212,8 @@ def _output(benchmark: str, request: Request, how: Decoding, plain: np.ndarray, 
 def acceptance(accepted_K1: Sequence[int]) -> tuple[list[float | None], list[float | None]]:
     """(conditional, marginal) acceptance of the K positions, from a histogram of accepted lengths.
 
-    Conditional: P(j-th accepted | all before it accepted). Marginal: P(j-th accepted), which takes that all
-    before it were. None where there is no verification to judge by.
+    Conditional: P(j-th accepted | all before it accepted). Marginal: P(j-th accepted), which implies that all
+    before it were. None where there is no verification to estimate it from.
     """
     at_least_K1 = np.cumsum(np.asarray(accepted_K1)[::-1])[::-1].tolist()
     total = at_least_K1[0]
@@ -222,7 +222,7 @@ def acceptance(accepted_K1: Sequence[int]) -> tuple[list[float | None], list[flo
 
 
 def environment(precision: str) -> dict[str, Any]:
-    """What a result file begins with: schema, device, precision of the matrices, versions."""
+    """Header of a result file: schema, device, precision of the matrices, versions."""
     device = jax.devices()[0]
     kind = device.device_kind
     if device.platform == "cpu":
@@ -274,7 +274,7 @@ def _all_arms(
     first: int,
     prices_of: PricesOf,
 ) -> list[Decoded]:
-    """The batch decoded plainly and in all ways, in a circle from arm `first` on."""
+    """The batch decoded plainly and in all modes, in rotated order beginning with arm `first`."""
     arms = _arms(drafter, ways)
     order = [(first + i) % len(arms) for i in range(len(arms))]
     decoded = {arm: _run(target, arms[arm][0], batch, arms[arm][1], prices_of) for arm in order}
@@ -282,7 +282,7 @@ def _all_arms(
 
 
 def _arms(drafter: Drafter, ways: Sequence[Decoding]) -> list[tuple[Drafter | None, Decoding]]:
-    """Plain decoding, then all ways to speculate."""
+    """Plain decoding, then all speculation modes."""
     return [(None, ways[0]), *((drafter, how) for how in ways)]
 
 
@@ -343,7 +343,7 @@ def _row(
 
 
 def _intervals(plain_arm: _Arm, fast_arm: _Arm, resamples: int = 1000) -> dict[str, list[float] | None]:
-    """95 % bootstrap intervals of tau and speedup over prompts (over batches of them, where they share the clock)."""
+    """95 % bootstrap intervals of tau and speedup over prompts (over batches, where prompts are timed together)."""
     pairs = [(plain_arm.by_prompts[key], tally) for key, tally in fast_arm.by_prompts.items()]
     if len(pairs) < 2:
         return {"tau_interval": None, "speedup_interval": None}
@@ -361,7 +361,7 @@ def _intervals(plain_arm: _Arm, fast_arm: _Arm, resamples: int = 1000) -> dict[s
 
 
 def _differences(target: Target, outputs: Sequence[Output], how: Decoding) -> dict[str, Any]:
-    """How near a tie the target was where a greedy answer first left plain decoding's: its top-2 margins, in logits."""
+    """The target's top-2 margins, in logits, at which greedy answers first differ from plain decoding's."""
     if not how.sampling.greedy:
         return {"first_difference_margins": None}
     margins = []

@@ -1,13 +1,14 @@
 """Greedy speculative decoding replayed on recorded answers, without decoding.
 
-At temperature 0 the target's text does not depend on the drafter, so that one set of the target's own answers serves
-to compare many drafters and ways to speculate: the target reads the answers once (`training.features` keeps what it
-made of them), the drafter drafts from every place of them at once (`evaluation.replay_tables`), and the rounds follow
-from these drafts one after the other, the decisions of adaptive windows among them, answer by answer as at batch 1.
+At temperature 0 the target's text does not depend on the drafter, so one set of the target's own answers serves to
+compare many drafters and speculation modes: the target reads the answers once (`training.features` stores the
+resulting features), the drafter drafts from every position of them at once (`evaluation.replay_tables`), and the rounds
+are then simulated one after the other from these drafts, including the decisions of adaptive windows, answer by answer
+as at batch 1.
 
 Counts are those of `evaluation.decoding.decode`, up to the target's rounding: the same answers, read in one pass or in
-many, give logits that differ in their last digits. One thing is left out: drafts of an answer's last round that the
-target would accept behind the end of the answer, of which the answer does not tell. They count in decode's histogram,
+many, give logits that differ in their last digits. One difference remains: drafts of an answer's last round that the
+target would accept after the end of the answer, which the answer does not show. They count in decode's histogram,
 and neither in its tokens nor in its rounds.
 """
 
@@ -33,11 +34,11 @@ Array = jax.Array
 
 
 class Replayed(NamedTuple):
-    """What decoding N answers takes; arrays in the order of `batches.examples`.
+    """Simulated counts of decoding N answers; arrays in the order of `batches.examples`.
 
-    tokens_N: tokens that decoding gains, all of an answer but the first, which the prefill makes. rounds_N:
-    verifications. drafted_N: drafted tokens that were verified. steps_N: draft steps. cost_N: of all rounds, in steps
-    of plain decoding; nan without prices. accepted_NxK1: how many rounds accepted 0..K drafts.
+    tokens_N: tokens gained by decoding, that is all of an answer but the first, which the prefill makes. rounds_N:
+    verifications. drafted_N: drafted tokens that were verified. steps_N: draft steps. cost_N: cost of all rounds, in
+    steps of plain decoding; nan without prices. accepted_NxK1: numbers of rounds that accepted 0..K drafts.
     """
 
     tokens_N: np.ndarray
@@ -54,14 +55,14 @@ class Replayed(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """Over plain decoding, as the prices have it; nan without prices."""
+        """Speedup over plain decoding according to the cost table; nan without prices."""
         return float(self.tokens_N.sum() / self.cost_N.sum())
 
 
 class Tables(NamedTuple):
     """All drafts of one drafter from A anchors: a table per plan (see `replay_tables`), [A, ...].
 
-    start_N, count_N: the anchors of each answer, in the order of `batches.examples`.
+    start_N, count_N: first anchor and number of anchors of each answer, in the order of `batches.examples`.
     """
 
     of: dict[Plan, Table]
@@ -78,7 +79,7 @@ def replay(
     prices: Prices | None = None,
     features: FeatureStore | None = None,
 ) -> Replayed:
-    """One way to speculate; see `replay_all`."""
+    """Replays one speculation mode; see `replay_all`."""
     return replay_all(drafter, target_params, config, batches, [speculation], prices, features)[0]
 
 
@@ -91,21 +92,21 @@ def replay_all(
     prices: Prices | None = None,
     features: FeatureStore | None = None,
 ) -> list[Replayed]:
-    """What greedy decoding at batch 1 would count in each of some ways to speculate, on the answers of `batches`.
+    """Counts that greedy decoding at batch 1 would give in several speculation modes, on the answers of `batches`.
 
-    Ways share the target's pass and, where they draft alike, their drafts: chains of any length, and trees of any depth
-    and size with the same branch.
+    Modes share the target's pass and, where they draft in the same way, their drafts: chains of any length, and trees
+    of any depth and size with the same branch.
 
     Args:
-      config: of the target.
+      config: the target's configuration.
       batches: the target's own greedy answers, one per example. An example that was cut to fit a row is an answer of
         that length.
-      prices: of rounds, for as many verified tokens as the widest way has, or more; needed by adaptive windows, which
-        decide by them.
-      features: of these batches, where the target has read them before.
+      prices: cost table of rounds, for at least as many verified tokens as the widest mode has; required by adaptive
+        windows, which decide by it.
+      features: features of these batches, where the target has read them before.
 
     Raises:
-      UserError: for a way without drafts, prices that are missing or too few, features of other batches, or an example
+      UserError: for a mode without drafts, prices that are missing or too few, features of other batches, or an example
         with more than one answer.
     """
     for way in speculations:
@@ -122,7 +123,7 @@ def read_tables(
     speculations: Sequence[Speculation],
     features: FeatureStore | None = None,
 ) -> Tables:
-    """The drafts that the ways to speculate are replayed from, whatever the prices; see `replay_all`."""
+    """Drafts that the speculation modes are replayed from, whatever the cost table; see `replay_all`."""
     for way in speculations:
         if way.window < 1:
             raise UserError("a replay without drafts has nothing to count: its window must be at least 1")
@@ -148,12 +149,12 @@ def read_tables(
                 for whole, part in zip(jax.tree.leaves(found), jax.tree.leaves(tables), strict=True):
                     whole[start_N[i] : start_N[i] + count_N[i]] = part[b, m : m + count_N[i]]
                 m += count_N[i]
-    assert found is not None  # batches hold an example at least
+    assert found is not None  # batches hold at least one example
     return Tables(dict(zip(plans, jax.device_put(found), strict=True)), start_N, count_N)
 
 
 def simulate(tables: Tables, speculation: Speculation, prices: Prices | None = None) -> Replayed:
-    """The rounds of all answers, from tables that hold the drafts of such a way; see `replay_all`."""
+    """Simulates the rounds of all answers, from tables that hold the drafts of this mode; see `replay_all`."""
     prices = _check_prices(speculation, prices)
     table = next((table for plan, table in tables.of.items() if plan.holds(speculation)), None)
     if table is None:
@@ -164,7 +165,7 @@ def simulate(tables: Tables, speculation: Speculation, prices: Prices | None = N
 
 
 def _check_prices(speculation: Speculation, prices: Prices | None) -> Prices | None:
-    """The prices of as many tokens as the way verifies at most."""
+    """The cost table for 0..N verified tokens, N the mode's maximum. Raises UserError if it is missing or too short."""
     if prices is None:
         if speculation.adaptive:
             raise UserError("adaptive windows decide by prices, but none are given")
@@ -178,7 +179,7 @@ def _check_prices(speculation: Speculation, prices: Prices | None) -> Prices | N
 
 class _Round(NamedTuple):
     """One round of each answer, [N] each: draft steps, verified drafts, accepted ones, the most that could be accepted,
-    and what their chances add up to.
+    and the sum of the drafts' path probabilities.
     """
 
     steps_N: Array
@@ -192,7 +193,7 @@ class _Round(NamedTuple):
 def _rounds(
     table: Table, start_N: Array, count_N: Array, prices: Prices | None, *, speculation: Speculation
 ) -> tuple[Array, ...]:
-    """Rounds of all answers, each deciding by itself, until the longest is through: the fields of `Replayed`."""
+    """Simulates all answers, each deciding by itself, until the longest is finished: the fields of `Replayed`."""
     one_round = _chain_round if isinstance(table, ChainTable) else _tree_round
     N, K1 = len(count_N), speculation.window + 1
     none_N, free_N = jnp.zeros(N, jnp.int32), jnp.zeros(N)
@@ -232,7 +233,7 @@ def _tree_round(here: TreeTable, speculation: Speculation, pace: Pace, prices: P
     steps_N = _steps(speculation, pace, prices, lambda s: here.frontier_AxKxX[:, s - 1])
 
     def drafted(x_NxKxX: Array) -> Array:
-        """After the levels that were drafted."""
+        """Values after the levels that were drafted."""
         last_N = jnp.maximum(steps_N - 1, 0)
         return jnp.take_along_axis(x_NxKxX, last_N[:, None, None], 1)[:, 0]
 
@@ -249,7 +250,7 @@ def _tree_round(here: TreeTable, speculation: Speculation, pace: Pace, prices: P
 
 
 def _steps(speculation: Speculation, pace: Pace, prices: Prices | None, logp_NxX) -> Array:
-    """[N]: draft steps of a round. logp_NxX: steps made -> log-chances of what the next one would extend."""
+    """[N]: draft steps of a round. logp_NxX: steps made -> log-probabilities of the paths the next one would extend."""
     K = speculation.window
     if not speculation.adaptive:
         return jnp.full(pace.rest_B.shape, K, jnp.int32)

@@ -1,9 +1,9 @@
-"""What a drafter would draft at every place of recorded greedy answers, and how far the text agrees.
+"""Drafts from every position of recorded greedy answers, and their agreement with the text.
 
-At temperature 0 a round of speculative decoding is a function of the text before it. So all rounds that decoding could
-make are drafted here at once, from every anchor of packed answers: chains with `propose`, trees with
-`draft_candidates`, by the very programs of decoding. What is kept of them is small, and enough to replay any way to
-speculate (`evaluation.replay`).
+At temperature 0 a round of speculative decoding is a function of the text before it. All rounds that decoding could
+make are therefore drafted here at once, from every anchor of packed answers: chains with `propose`, trees with
+`draft_candidates`, by the same programs as decoding. The tables that are kept are small, and sufficient to replay any
+speculation mode (`evaluation.replay`).
 
 Shapes: A anchors, K steps or levels, X branches, N nodes.
 """
@@ -30,12 +30,12 @@ from ppow_jax.training.scoring import score
 
 Array = jax.Array
 WINDOWS = 1024  # windows of one draft step that are computed at once
-FAR = jnp.iinfo(jnp.int32).max  # the rank of a node that was not drafted
+FAR = jnp.iinfo(jnp.int32).max  # rank of a node that was not drafted
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is drafted from each anchor: the widest of all that share it. Hashable: static in every program.
+    """Drafting plan for each anchor: the widest of all modes that share it. Hashable: static in every program.
 
     depth: K. shape: of the tree; None for chains.
     """
@@ -44,7 +44,7 @@ class Plan:
     shape: TreeShape | None = None
 
     def holds(self, speculation: Speculation) -> bool:
-        """Whether `speculation` can be replayed from what this plan drafts."""
+        """True if `speculation` can be replayed from the drafts of this plan."""
         shape = speculation.shape
         if self.depth < speculation.window or (self.shape is None) != (shape is None):
             return False
@@ -52,7 +52,7 @@ class Plan:
 
 
 def plans_of(speculations: Sequence[Speculation]) -> tuple[Plan, ...]:
-    """The fewest plans that hold all of some ways to speculate: one for all chains, one for all trees of a branch."""
+    """The fewest plans that cover the speculation modes: one for all chains, one for all trees of a branch."""
     found: dict[int, Plan] = {}
     for way in speculations:
         key = way.shape.branch if way.shape else 0
@@ -65,8 +65,8 @@ def plans_of(speculations: Sequence[Speculation]) -> tuple[Plan, ...]:
 
 
 class ChainTable(NamedTuple):
-    """Of a chain from each anchor. accepted_A: leading drafts that are the text's. logp_AxK: log-chance of the chain up
-    to each draft.
+    """Chains from each anchor. accepted_A: leading drafts that equal the text. logp_AxK: log-probability of the chain
+    up to each draft.
     """
 
     accepted_A: Array
@@ -74,11 +74,11 @@ class ChainTable(NamedTuple):
 
 
 class TreeTable(NamedTuple):
-    """Of a tree from each anchor, for each number of drafted levels 1..K.
+    """Trees from each anchor, for each number of drafted levels 1..K.
 
-    frontier_AxKxX: log-chances of the nodes that the next level would expand. best_AxKxN, level_AxKxN: log-chances of
-    the best nodes, falling, -inf where there are fewer, and their levels from 1. rank_AxKxK: the place among the best,
-    from 0, of the text's own node at level 1..K (the last axis); FAR where it was not drafted.
+    frontier_AxKxX: log-probabilities of the nodes that the next level would expand. best_AxKxN, level_AxKxN:
+    log-probabilities of the best nodes, descending, -inf where there are fewer, and their levels from 1. rank_AxKxK:
+    the rank among the best, from 0, of the text's own node at level 1..K (the last axis); FAR where it was not drafted.
     """
 
     frontier_AxKxX: Array
@@ -91,7 +91,7 @@ Table = ChainTable | TreeTable
 
 
 def text_ahead(windows: Windows, K: int) -> Array:
-    """[B, M, K]: the tokens that an anchor's window should draft; NONE behind the end of the answer."""
+    """[B, M, K]: the tokens that an anchor's window should draft; NONE after the end of the answer."""
     T = windows.tokens_BxT.shape[1]
     wanted = []
     for s in range(K):
@@ -101,7 +101,7 @@ def text_ahead(windows: Windows, K: int) -> Array:
 
 
 def tree_table(candidates: Candidates, wanted_AxK: Array, shape: TreeShape) -> TreeTable:
-    """See `TreeTable`. wanted_AxK: the text's tokens, NONE behind its end."""
+    """Builds a `TreeTable`. wanted_AxK: the text's tokens, NONE after its end."""
     logp_AxC, token_AxC, parent_AxC, _ = candidates
     ends = [shape.candidates_of(level) for level in range(shape.depth + 1)]
     levels = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
@@ -114,7 +114,7 @@ def tree_table(candidates: Candidates, wanted_AxK: Array, shape: TreeShape) -> T
         index_A = here.start + jnp.argmax(own_AxC, -1)
         own_A = jnp.take_along_axis(logp_AxC, index_A[:, None], 1)
         before_AxC = jnp.arange(ends[-1]) < index_A[:, None]
-        better_AxC = (logp_AxC > own_A) | ((logp_AxC == own_A) & before_AxC)  # of equals the first, as in `top_k`
+        better_AxC = (logp_AxC > own_A) | ((logp_AxC == own_A) & before_AxC)  # ties go to the first, as in `top_k`
         rank_AxK = jnp.cumsum(jnp.stack([better_AxC[:, level].sum(-1) for level in levels], -1), -1)
         drafted_AxK = alive_A[:, None] & (jnp.arange(shape.depth) >= j)
         ranks.append(jnp.where(drafted_AxK, rank_AxK, FAR))
@@ -133,7 +133,7 @@ def tree_table(candidates: Candidates, wanted_AxK: Array, shape: TreeShape) -> T
 
 
 def _table(drafter: Drafter, embed_VxD: Array, plan: Plan, prefix, g_BxMxE, root_BxM, position_BxM, wanted) -> Table:
-    """Of one block of anchors, A = B M."""
+    """Table of one block of anchors, A = B M."""
     B, M, K = wanted.shape
     anchored = drafter, embed_VxD, g_BxMxE, root_BxM, position_BxM, prefix
     wanted_AxK = wanted.reshape(B * M, K)
@@ -155,9 +155,9 @@ def read_batch(
     config: ModelConfig,
     plans: tuple[Plan, ...],
 ) -> tuple[Table, ...]:
-    """A table per plan, its anchors those of the batch [B, M, ...]; see `score` for `cached`.
+    """One table per plan, its anchors those of the batch [B, M, ...]; see `score` for `cached`.
 
-    Anchors are drafted from in blocks of about WINDOWS windows, so that memory does not grow with their number.
+    Drafts from anchors in blocks of about WINDOWS windows, so that memory does not grow with their number.
     """
     layers, embed_VxD = drafter.config.feature_layers, target_params["embed"]
     windows = score(target_params, config, layers, drafter.target_ids_W, batch, True, cached).windows
@@ -169,7 +169,7 @@ def _read_plan(drafter: Drafter, embed_VxD: Array, windows: Windows, g_BxTxE: Ar
     B, M = windows.anchor_BxM.shape
     blocks = -(-B * M * (plan.shape.branch if plan.shape else 1) // WINDOWS)
     size = -(-M // min(blocks, M))
-    blocks = -(-M // size)  # all of them needed
+    blocks = -(-M // size)  # number of blocks that hold all anchors
 
     def in_blocks(x_BxM: Array) -> Array:
         """[blocks, B, size, ...]."""

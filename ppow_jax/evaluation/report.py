@@ -1,8 +1,8 @@
 """Results as console table, JSON, Markdown and plots.
 
 A report is `{"schema": 1, "device", "precision", "versions", "settings", "arms": [{"name", "results": [row],
-"mean_tau", "mean_speedup"}]}`; a row is what one benchmark gave (`benchmark`, `tau`, `speedup`, ...). A training run
-adds to each arm two checksums, `drafter` and `conditions`, by which it knows later what it has measured.
+"mean_tau", "mean_speedup"}]}`; a row holds the results of one benchmark (`benchmark`, `tau`, `speedup`, ...). A
+training run adds two checksums to each arm, `drafter` and `conditions`, by which it later recognises what it measured.
 """
 
 import io
@@ -27,7 +27,7 @@ from ppow_jax.files import write_atomic
 Report = Mapping[str, Any]
 Row = Mapping[str, Any]
 
-# What the table shows of a result row: key -> heading.
+# Columns of the table: key of a result row -> heading.
 COLUMNS = {
     "arm": "drafter",
     "benchmark": "benchmark",
@@ -79,7 +79,7 @@ _SHARED = ("tau_sim",)  # comparable between stages: one panel for all of them
 def arm(name: str, results: Sequence[Row]) -> dict[str, Any]:
     """An arm of a report: its rows and the plain means of tau and speedup over them.
 
-    Rows without a verification have neither, and are left out; where nothing is left, the means are nan.
+    Rows without a verification have neither, and are left out; if no row is left, the means are nan.
     """
     judged = [row for row in results if np.isfinite(_number(row["tau"]))]
     means = {f"mean_{key}": _mean([_number(row[key]) for row in judged]) for key in ("tau", "speedup")}
@@ -87,8 +87,8 @@ def arm(name: str, results: Sequence[Row]) -> dict[str, Any]:
 
 
 def winners(results: Sequence[Row]) -> list[dict[str, Any]]:
-    """Where several ways to speculate were measured: of each mode the one with the greatest mean speedup over the
-    benchmarks, for each temperature and batch size, best first.
+    """Best sizes where several speculation modes were measured: of each mode the one with the highest mean speedup over
+    the benchmarks, for each temperature and batch size, best first.
     """
     ways: dict[tuple, list[Row]] = {}
     for row in results:
@@ -103,7 +103,7 @@ def winners(results: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def arms_by_way(results: Sequence[Row]) -> list[dict[str, Any]]:
-    """An arm for each way to speculate: `chain 5`, `tree 5 (15 nodes)`, ..."""
+    """One arm for each speculation mode and size: `chain 5`, `tree 5 (15 nodes)`, ..."""
     ways: dict[str, list[Row]] = {}
     for row in results:
         ways.setdefault(f"{row['mode']} {_size(row)}", []).append(row)
@@ -111,7 +111,7 @@ def arms_by_way(results: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _size(row: Row) -> str:
-    """K, and the nodes of a tree."""
+    """K, and the number of nodes of a tree."""
     tree = row.get("tree")
     return f"{row['window']} ({tree['nodes']} nodes)" if tree else str(row["window"])
 
@@ -126,14 +126,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _number(value: float | None) -> float:
-    """nan for None, which is how JSON keeps it."""
+    """nan for None, which stands for nan in JSON."""
     return math.nan if value is None else value
 
 
 def headline(arms: Sequence[Mapping[str, Any]]) -> str:
-    """What a run gained, in a sentence or two: acceptance length against the start, speed against plain decoding.
+    """Summary of a run's gain, in a sentence or two: acceptance length against the start, speed against plain decoding.
 
-    arms: as in the report, the start first, the last-named `ppow` or else the last arm is what was gained.
+    arms: as in the report, the start first; the gain is that of the arm `ppow`, or else of the last arm.
     """
     start, *others = arms
     final = next((a for a in others if a["name"] == "ppow"), others[-1] if others else start)
@@ -228,7 +228,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_markdown(path: str | os.PathLike, report: Report, plots: Sequence[str | os.PathLike] = ()) -> None:
-    """Writes the report for people: summary, results, acceptance by position, plots, settings.
+    """Writes the report as a readable page: summary, results, acceptance by position, plots, settings.
 
     Args:
       path: the file; plots are named relative to its folder.
@@ -264,7 +264,7 @@ def write_markdown(path: str | os.PathLike, report: Report, plots: Sequence[str 
 
 
 def _flag(value: Any) -> str:
-    """A setting as its flag is written."""
+    """A setting in the syntax of its flag."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
@@ -273,7 +273,7 @@ def _flag(value: Any) -> str:
 
 
 def _time(spent: Mapping[str, Any]) -> str:
-    """Where a training run's time went (see `training.clock`)."""
+    """Breakdown of a training run's time (see `training.clock`)."""
     kinds = list(dict.fromkeys(["wall", *(kind for seconds in spent["seconds"].values() for kind in seconds)]))
     rows = [{"name": stage, **seconds} for stage, seconds in spent["seconds"].items()]
     columns = {"name": "seconds", **{kind: kind for kind in kinds}}
@@ -317,7 +317,7 @@ def plot_curves(
 
     Args:
       path: the file.
-      rows: rows of metrics.jsonl (`step`, `stage`, metrics), as `read_metrics` gives them.
+      rows: rows of metrics.jsonl (`step`, `stage`, metrics), as `read_metrics` returns them.
       names: the metrics to draw, each in a panel per stage; `tau_sim`, which stages share, in one panel.
     """
     stages = list(dict.fromkeys(row["stage"] for row in rows))
@@ -356,7 +356,7 @@ def _bars(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: str) -> 
 
 
 def _label(row: Row, arms: Sequence[Mapping[str, Any]]) -> str:
-    """The benchmark, and whatever else tells the rows of an arm apart."""
+    """The benchmark, and the other keys by which rows of an arm differ."""
     label = str(row["benchmark"])
     for key, short in (("mode", ""), ("temperature", "T="), ("batch_size", "B="), ("window", "K=")):
         if any(len({str(other.get(key)) for other in a["results"]}) > 1 for a in arms):
@@ -368,7 +368,7 @@ def _label(row: Row, arms: Sequence[Mapping[str, Any]]) -> str:
 def _acceptance(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
     """One faint line per row, and the mean over an arm's rows in full colour."""
     for i, a in enumerate(arms):
-        lines = [np.asarray(row[key], float) for row in a["results"] if row.get(key)]  # None: never reached
+        lines = [np.asarray(row[key], float) for row in a["results"] if row.get(key)]  # None: position never reached
         if not lines:
             continue
         for line in lines:
@@ -417,7 +417,7 @@ def _curve(ax: Axes, rows: Sequence[Row], name: str, having: Sequence[str], stag
 
 
 def _smooth(value: np.ndarray, width: int) -> np.ndarray:
-    """Centred running mean over `width` points, those that are not finite left out."""
+    """Centred running mean over `width` points; points that are not finite are ignored."""
     finite = np.isfinite(value)
     window = np.ones(width)
     total = np.convolve(np.where(finite, value, 0), window, mode="same")
@@ -425,7 +425,7 @@ def _smooth(value: np.ndarray, width: int) -> np.ndarray:
 
 
 def colour(index: int) -> str:
-    """The colour of an arm by its number."""
+    """Colour of an arm by its index."""
     return _COLOURS[index % len(_COLOURS)]
 
 

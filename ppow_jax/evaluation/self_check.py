@@ -1,8 +1,8 @@
-"""Whether a drafter really helps its target: a short decoding of built-in prompts, and what is wrong if it does not.
+"""Self-check of a drafter: a short decoding of built-in prompts, with a diagnosis if the drafter does not help.
 
-A drafter whose layer ids, vocabulary or norms were read in another way than it was trained loads without any error and
-is lossless; only that less of it is accepted, or hardly anything, gives it away. How much less depends: layer ids off
-by one cost the shipped drafter of SmolLM2 4 % of its tau. So every reading of the layers is tried in any case.
+A drafter whose layer ids, vocabulary or norms are read in another convention than it was trained with loads without any
+error and is lossless; only a lower acceptance, or almost none, reveals it. The loss varies: layer ids off by one cost
+the shipped drafter of SmolLM2 4 % of its tau. So every reading of the layers is always tried.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from ppow_jax.speculation.settings import chain
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
-LEAST_TAU = 1.05  # tokens per verification; a drafter that guesses at random stays below, any that was trained is above
-CLEARLY = 1.03  # how much better another reading of the files must be to be taken for the right one
-LEAST_COVERAGE = 0.5  # of the target's tokens that the draft vocabulary holds
+LEAST_TAU = 1.05  # tokens per verification; random guesses stay below it, any trained drafter is above
+CLEARLY = 1.03  # ratio of tau above which another reading of the files is taken for the right one
+LEAST_COVERAGE = 0.5  # share of the target's tokens that the draft vocabulary holds
 PROMPTS = (
     "How does a rainbow form?",
     "Write a short story about a lighthouse.",
@@ -33,12 +33,12 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class SelfCheck:
-    """What the decoding gave.
+    """Result of the check.
 
     tau: tokens per verification, the bonus token included. accepted: drafted tokens that were accepted, of `drafted`.
-    identical: answers that are the plainly decoded ones, of `prompts` (all are in float32). coverage: part of the
-    target's own tokens that the draft vocabulary holds. otherwise: tau with one thing about the drafter changed: every
-    other reading of its target layers always, its norms where it does not help as it is.
+    identical: answers that equal the plainly decoded ones, of `prompts` (all of them in float32). coverage: share of
+    the target's own tokens that the draft vocabulary holds. otherwise: tau with one property of the drafter changed:
+    always every other reading of its target layers, and its norms if it does not help as it is.
     """
 
     tau: float
@@ -51,21 +51,21 @@ class SelfCheck:
 
     @property
     def helps(self) -> bool:
-        """Whether any tokens to speak of are accepted."""
+        """True if a meaningful number of tokens is accepted."""
         return self.tau >= LEAST_TAU
 
     @property
     def better(self) -> dict[str, float]:
-        """The changes that make it clearly better: signs that its files mean something else."""
+        """Changes that clearly raise tau: signs that its files mean something else."""
         return {what: tau for what, tau in self.otherwise.items() if tau >= max(LEAST_TAU, CLEARLY * self.tau)}
 
     @property
     def passed(self) -> bool:
-        """Whether the drafter helps, and no other reading of it helps more."""
+        """True if the drafter helps, and no other reading of it helps more."""
         return self.helps and not self.better
 
     def advice(self) -> str:
-        """What is likely to be wrong, the likeliest first; for a check that failed."""
+        """Probable causes of a failed check, most likely first."""
         better = sorted(self.better.items(), key=lambda item: -item[1])
         causes = [f"with {what} tau is {tau:.2f}: that is how it was trained" for what, tau in better[:1]]
         causes += [f"with {what} tau is {tau:.2f}, which is better too" for what, tau in better[1:]]
@@ -97,13 +97,13 @@ def self_check(target: Target, drafter: Drafter, window: int = 4, max_new_tokens
     plain, speculative = decode(None), decode(drafter)
     coverage = float(np.isin(np.concatenate(plain.answers), np.asarray(drafter.target_ids_W)).mean())
     otherwise: dict[str, float] = {}
-    if coverage >= LEAST_COVERAGE:  # else the vocabulary explains it
+    if coverage >= LEAST_COVERAGE:  # otherwise the vocabulary explains it
         readings = _readings(drafter.config, target.config.num_layers)
         changes = readings | ({} if _tau(speculative) >= LEAST_TAU else _flipped(drafter.config))
         for what, config in changes.items():
             enough = max(LEAST_TAU, CLEARLY * _tau(speculative))
             if what not in readings and max(otherwise.values(), default=0.0) >= enough:
-                break  # the layers explain it; of these, all are tried and compared
+                break  # the layers explain it; all of their readings are tried and compared
             log.info("tau is %.2f; trying %s", _tau(speculative), what)
             otherwise[what] = _tau(decode(drafter.replace(config=config)))
     pairs = zip(plain.answers, speculative.answers, strict=True)
@@ -126,7 +126,7 @@ def _tau(decoded: decoding.Decoded) -> float:
 def _readings(config: DrafterConfig, num_layers: int) -> dict[str, DrafterConfig]:
     """The drafter with every other choice of target layers that its files may mean.
 
-    One lower and one higher (the files' ids read by the other convention); and the usual choice, as inputs and as
+    One lower and one higher (the files' ids read by the other convention); and the default choice, as inputs and as
     outputs, for files whose ids are not the drafter's own.
     """
     result = _shifted(config, num_layers)
@@ -154,7 +154,7 @@ def _shifted(config: DrafterConfig, num_layers: int) -> dict[str, DrafterConfig]
 
 
 def _flipped(config: DrafterConfig) -> dict[str, DrafterConfig]:
-    """The drafter with each switch that leaves no trace in the weights the other way."""
+    """The drafter with each switch that the weights do not determine flipped."""
     result = {}
     for name in ("norm_before_residual", "norm_output"):
         changes: dict[str, Any] = {name: not getattr(config, name)}

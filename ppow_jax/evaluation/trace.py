@@ -1,4 +1,4 @@
-"""One answer decoded round by round from the host, with all that happened in each: to look at, not to be fast."""
+"""Trace of one answer, decoded round by round from the host: for inspection, not for speed."""
 
 import dataclasses
 import functools
@@ -25,14 +25,14 @@ from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.speculation.tree import Tree
 
-LIKELY = 4  # of the target's most probable tokens are noted down
+LIKELY = 4  # number of the target's most probable tokens that are recorded
 
 
 @dataclasses.dataclass(frozen=True)
 class Drafted:
     """A drafted token. parent: index in the window of the token that it follows, 0 for the root, n + 1 for drafted[n].
 
-    drafter, target: how probable they held it there, at temperature 1.
+    drafter, target: the probability that each gives to it there, at temperature 1.
     """
 
     token: int
@@ -44,10 +44,10 @@ class Drafted:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A round: what was drafted after `root`, parents first, and the token that the target added itself.
+    """A round: the tokens drafted after `root`, parents first, and the token that the target added itself.
 
-    own_target: how probable the target held that; likely: its most probable tokens there; both at temperature 1.
-    gained: tokens that the answer grew by; fewer than accepted and own ones where it ended amid them.
+    own_target: the target's probability of that token; likely: its most probable tokens there; both at temperature 1.
+    gained: tokens added to the answer; fewer than the accepted ones and the target's own where it ended among them.
     """
 
     root: int
@@ -67,7 +67,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """An answer and the rounds that made it; its first token came with the prompt. settings: those that were given."""
+    """An answer and the rounds that made it; its first token came with the prefill. settings: as given to `record`."""
 
     target: str
     prompt: str
@@ -78,19 +78,19 @@ class Trace:
     tokenizer: Any
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes one HTML page that needs nothing else."""
+        """Writes one self-contained HTML page."""
         write_atomic(path, trace_page.page(self))
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, for notebooks."""
+        """The page in an iframe, for notebooks."""
         style = "width:100%;height:600px;border:1px solid #d9dce0;border-radius:6px"
         return f'<iframe srcdoc="{escape(trace_page.page(self))}" style="{style}"></iframe>'
 
 
 def record(model: Model, prompt: Text, **settings: Any) -> Trace:
-    """Answers one prompt as `Model.generate` does, with its settings, noting down every round.
+    """Answers one prompt as `Model.generate` does, with its settings, recording every round.
 
-    Drafting and verification are programs of their own here, so that each can be timed; they run once before.
+    Drafting and verification are separate programs here, so that each can be timed; they are compiled beforehand.
     """
     job = model.job([prompt], **settings)
     for width in job.speculation.widths if job.speculation.adaptive else (None,):
@@ -117,7 +117,7 @@ class _Timed(NamedTuple):
 
 
 def _round(model: Model, batch: Batch, width: int | None = None) -> _Timed:
-    """Decodes one round of a batch of one. width: of its verification, by default what the draft needs."""
+    """Decodes one round of a batch of one. width: width of its verification, by default as the draft needs."""
     params, config = model.target.params, model.target.config
     how = {"speculation": batch.speculation, "sampling": batch.sampling, "prices": batch.prices}
     state, draft = batch.state, None
@@ -153,7 +153,7 @@ def _step(model: Model, batch: Batch) -> Step:
 
 
 def _drafts(draft: Draft | Tree | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(token_N, parent_N, the drafter's probability of each after its parents)."""
+    """(token_N, parent_N, the drafter's probability of each given its parents)."""
     if draft is None:
         return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
     if isinstance(draft, Tree):
@@ -186,10 +186,10 @@ def _verify(
     width: int | None,
 ) -> tuple[State, Round]:
     state, result = generate.verify_window(params, config, drafter, state, draft, speculation, sampling, prices, width)
-    return state, result._replace(kv=(), features_BxK1xF=None)  # the state holds what is needed of them
+    return state, result._replace(kv=(), features_BxK1xF=None)  # the state already holds what is needed of them
 
 
 @jax.jit
 def _probabilities(params: dict, hidden_N1xD: jax.Array) -> jax.Array:
-    """The target's law [N1, V] after each index of the window, at temperature 1."""
+    """The target's distribution [N1, V] after each index of the window, at temperature 1."""
     return jax.nn.softmax(transformer.logits(params, hidden_N1xD).astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""The page that shows a trace: HTML in one file, no script or style from elsewhere."""
+"""HTML page of a trace: one file, without external scripts or styles."""
 
 from html import escape
 from string import Template
@@ -60,7 +60,7 @@ reading the prompt {1000 * trace.result.prefill_seconds:.0f} ms</p>"""
 
 
 def _answer(trace: "Trace") -> str:
-    """Every token as a span: where it came from, and the step that made it."""
+    """Every token as a span: its origin, and the step that made it."""
     ids, decode = trace.result.token_ids, trace.tokenizer.decode
     origins = [("first", 0, "from reading the prompt")]
     for number, step in enumerate(trace.steps, 1):
@@ -72,10 +72,10 @@ def _answer(trace: "Trace") -> str:
         stop = len(text.rstrip("\ufffd")) if n < len(ids) else len(text)
         piece, shown = trace.result.text[shown:stop], max(shown, stop)
         if not piece and "\ufffd" not in (label := decode([ids[n - 1]])):
-            kind, piece = f"{kind} hidden", label  # an end token, or what a stop text cut off
+            kind, piece = f"{kind} hidden", label  # an end token, or text cut off by a stop text
         place = f"step {number}\n" if number else ""
         about = f'class="t {kind}" data-step="{number}" data-tip="{escape(place + tip)}"'
-        written = escape(piece).replace("\r", "&#13;")  # which a browser would take for a line break
+        written = escape(piece).replace("\r", "&#13;")  # browsers would turn it into a line break
         spans.append(f"<span {about}>{written}</span>")
     return "".join(spans)
 
@@ -100,7 +100,7 @@ def _bar(draft: float, verify: float) -> str:
 
 
 def _children(trace: "Trace", step: "Step", index: int) -> str:
-    """What follows a window index, as branches: first what the answer took, then the rest, the likeliest first."""
+    """Branches after a window index: first the token that the answer took, then the others, likeliest first."""
     nodes = [(n, token) for n, token in enumerate(step.drafted) if token.parent == index]
     nodes.sort(key=lambda node: (not node[1].accepted, -node[1].drafter))
     shown = []
@@ -108,7 +108,7 @@ def _children(trace: "Trace", step: "Step", index: int) -> str:
         shown.append(_node("own", _label(trace, step.own), _own_tip(trace, step), ""))
     for n, token in nodes:
         kind, label = "ok" if token.accepted else "no", _label(trace, token.token)
-        if kind == "no":  # struck through, but not the blanks before it
+        if kind == "no":  # struck through, except for leading blanks
             word = label.lstrip()
             label = f"{label[: len(label) - len(word)]}<s>{word}</s>"
         shown.append(_node(kind, label, _drafted_tip(trace, step, n), _children(trace, step, n + 1)))
@@ -136,7 +136,7 @@ def _label(trace: "Trace", token: int) -> str:
 
 
 def _visible(text: str) -> str:
-    """With signs for white space that would not be seen."""
+    """Replaces white space that would be invisible by visible signs."""
     text = text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
     return text if text.strip() else text.replace(" ", "␣") or "∅"
 

@@ -1,4 +1,4 @@
-"""Fixed-length key/value caches, written only with what is already accepted."""
+"""Fixed-length key/value caches, written only with accepted tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def empty(B: int, num_kv_heads: int, L: int, head_dim: int, dtype=jnp.float32) -
 
 
 def write(cache: KV, new: KV, start_B: Array) -> KV:
-    """Writes S consecutive positions from start_B on. The caller sees to start_B + S <= L.
+    """Writes S consecutive positions from start_B on. The caller ensures start_B + S <= L.
 
     Slots behind the accepted ones may be filled with anything: lengths, not contents, are rolled back.
     """
@@ -26,7 +26,7 @@ def write(cache: KV, new: KV, start_B: Array) -> KV:
 
 
 def write_rows(buffer: Array, new: Array, start_B: Array, axis: int = 0) -> Array:
-    """Puts new[b] into buffer[b] from start_B[b] on, along `axis` of the row."""
+    """Writes new[b] into buffer[b] from start_B[b] on, along `axis` of the row."""
     new = new.astype(buffer.dtype)
     if buffer.shape[0] == 1:  # a plain slice update stays in place on every backend
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, start_B[0], axis + 1)
@@ -35,7 +35,7 @@ def write_rows(buffer: Array, new: Array, start_B: Array, axis: int = 0) -> Arra
 
 
 def grow(kv: KV, L: int, dtype=jnp.float32) -> KV:
-    """The same keys and values at the start of a cache of length L."""
+    """Copies keys and values to the start of a cache of length L."""
     room = L - kv.v_BxKvxLxd.shape[2]
     k_BxKvxdxL = jnp.pad(kv.k_BxKvxdxL.astype(dtype), ((0, 0), (0, 0), (0, 0), (0, room)))
     return KV(k_BxKvxdxL, jnp.pad(kv.v_BxKvxLxd.astype(dtype), ((0, 0), (0, 0), (0, room), (0, 0))))

@@ -1,4 +1,4 @@
-"""The description of a target model, read from Hugging Face config files; helpers that a drafter's config shares."""
+"""Configuration of a target model, read from Hugging Face config files, and helpers shared with drafter configs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ MAX_LAYERS = 4096
 class ModelConfig:
     """A decoder-only transformer (the target). Hashable, so it can be a static argument of jit.
 
-    qkv_bias, o_bias, mlp_bias: which products add a bias. qk_norm: queries and keys are normed, head by head.
-    sliding_layers: those where a token sees itself and the sliding_window - 1 tokens before it only. experts: of the
-    layers that have a mixture of experts instead of one MLP.
+    qkv_bias, o_bias, mlp_bias: the projections that add a bias. qk_norm: queries and keys are normed, head by head.
+    sliding_layers: layers whose tokens attend only to themselves and the sliding_window - 1 tokens before. experts:
+    settings of the layers that have a mixture of experts instead of one MLP.
     """
 
     architecture: str
@@ -99,14 +99,14 @@ class ModelConfig:
         return result
 
     def window(self, layer: int) -> int | None:
-        """How many tokens, itself included, a token of this layer sees at most; None: all."""
+        """Number of tokens, itself included, that a token of this layer attends to at most; None: no limit."""
         return self.sliding_window if layer in self.sliding_layers else None
 
 
 def layer_fields(config: Mapping[str, Any], where: str, default_head_dim: int | None = None) -> dict[str, Any]:
-    """The fields that ModelConfig and DrafterConfig share, from a Hugging Face config of Llama's kind.
+    """The fields that ModelConfig and DrafterConfig share, from a Hugging Face config in Llama's format.
 
-    default_head_dim: where the config names none; None for hidden_size / num_attention_heads.
+    default_head_dim: used where the config has none; None for hidden_size / num_attention_heads.
 
     Raises:
       UserError: naming key, value, rule and `where`.
@@ -142,7 +142,7 @@ def layer_fields(config: Mapping[str, Any], where: str, default_head_dim: int | 
 
 
 def layer_fields_to_hf(config: Any) -> dict[str, Any]:
-    """The inverse of `layer_fields` (for a ModelConfig or DrafterConfig), in the keys that every loader knows."""
+    """The inverse of `layer_fields` (for a ModelConfig or DrafterConfig), in the keys that every loader supports."""
     return {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

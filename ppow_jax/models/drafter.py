@@ -1,8 +1,8 @@
-"""The EAGLE-3 drafter: a decoder layer over (target feature, embedding of the next token), seldom plain ones above it.
+"""The EAGLE-3 drafter: a decoder layer over (target feature, embedding of the next token), rarely plain ones above it.
 
 Index i of the drafter holds the feature g_i and the embedding of token i+1, and predicts token i+2. A draft
 window continues from an *anchor* index: step 0 sees the keys of all indices up to the anchor; step s adds one key
-per earlier step, at the same index, in one joint softmax. Training-time test, rollouts and decoding are this same
+per earlier step, at the same index, in one joint softmax. Training-time test, rollouts and decoding all use this
 `step`, with M anchors per row (EAGLE-3, 2503.01840; EAGLE-3.1 norms, 2605.09992).
 """
 
@@ -36,13 +36,13 @@ Layers = tuple[tuple[Array, Array], ...]  # (key, value) [B, M, Kv, d] of one st
 
 
 class Prefix(NamedTuple):
-    """One block of the drafter's keys of earlier indices: per layer a `KV` of length L, and what each window sees."""
+    """One block of the drafter's keys of earlier indices: per layer a `KV` of length L, and each window's mask."""
 
     kv: tuple[KV, ...]
     mask_BxMxL: Array
 
-# Policies of `jax.checkpoint`. none keeps everything; dots keeps the products with parameters and computes attention
-# again; full keeps what enters a step alone.
+# Policies of `jax.checkpoint`. none stores everything; dots stores the products with parameters and recomputes
+# attention; full stores only the inputs of a step.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -53,9 +53,9 @@ REMAT = {
 class Drafter(flax.struct.PyTreeNode):
     """A drafter with its vocabulary.
 
-    params: see `drafter_config.parameter_shapes`. target_ids_W: int32, the target's id of each draft id, ascending.
-    embed_VxE: an embedding of the drafter's own, frozen; None for the target's. mixed: multiply float32 parameters in
-    bfloat16, in both passes (for training). remat: what a draft step computes again in the backward pass, see REMAT.
+    params: see `drafter_config.parameter_shapes`. target_ids_W: int32, the target id of each draft id, ascending.
+    embed_VxE: the drafter's own embedding, frozen; None if it uses the target's. mixed: compute dtype bfloat16 for
+    products with float32 parameters, in both passes (for training). remat: backward recomputation, see REMAT.
     """
 
     config: DrafterConfig = flax.struct.field(pytree_node=False)
@@ -73,7 +73,7 @@ class Drafter(flax.struct.PyTreeNode):
 
     @property
     def linear(self):
-        """The matrix product of the drafter's precision."""
+        """Matrix product in the drafter's compute dtype."""
         return linear_bf16 if self.mixed else linear
 
     def rotation(self, position_BxM: Array) -> tuple[Array, Array]:
@@ -85,7 +85,7 @@ class Drafter(flax.struct.PyTreeNode):
         return rms_norm(x, self.params[layer_name(layer, name)], self.config.rms_norm_eps)
 
     def embed(self, target_embed_VxD: Array, tokens: Array) -> Array:
-        """Embeddings [..., E] of tokens, float32: the drafter's own, where it has them, or the target's."""
+        """Embeddings [..., E] of tokens, float32: the drafter's own if it has them, otherwise the target's."""
         return rows_of(target_embed_VxD if self.embed_VxE is None else self.embed_VxE, tokens)
 
 
@@ -100,7 +100,7 @@ def fuse(drafter: Drafter, features_BxTxF: Array) -> Array:
 
 
 def inputs(drafter: Drafter, g_BxMxE: Array, embed_BxMxE: Array) -> tuple[Array, Array]:
-    """(what the first layer's attention sees: [normed embedding, normed feature], 2E wide; its residual)."""
+    """(input of the first layer's attention: [normed embedding, normed feature], 2E wide; its residual)."""
     normed_BxMxE = drafter.norm(g_BxMxE, "hidden_norm")
     a_BxMx2E = jnp.concatenate([drafter.norm(embed_BxMxE, "input_norm"), normed_BxMxE], -1)
     return a_BxMx2E, normed_BxMxE if drafter.config.norm_before_residual else g_BxMxE
@@ -116,8 +116,8 @@ def prefix_keys(
 ) -> tuple[KV, ...]:
     """Keys of indices that hold true target features, laid out as a cache, for each layer.
 
-    Keys above the first layer follow from outputs: mask_BxTxT (which of these indices each one sees, itself and earlier
-    ones) and contexts (keys of earlier indices) count only for drafters of several layers.
+    Keys above the first layer depend on outputs: mask_BxTxT (indices that each index attends to, itself and earlier
+    ones) and contexts (keys of earlier indices) only matter for drafters of several layers.
     """
     num_layers = drafter.config.num_layers
     rotary = drafter.rotation(position_BxT)
@@ -151,7 +151,7 @@ def step(
     """One draft step of M windows per row -> (out_BxMxE before the final norm, the chain with this step's keys).
 
     position_BxM: anchor index + step. prefix: blocks of keys of the indices up to the anchor (mask_BxMxL). The first
-    step's own key is the anchor's, which the prefix holds already; later steps add theirs to the chain.
+    step's own key is the anchor's, which the prefix already holds; later steps append theirs to the chain.
     """
     once: Callable = functools.partial(_step, first=first)
     if drafter.remat != "none":
@@ -189,7 +189,7 @@ def _keys(drafter: Drafter, layer: int, a: Array, rotary: tuple[Array, Array]) -
 
 
 def _finish(drafter: Drafter, layer: int, residual_BxMxE: Array, attended_BxMxF: Array) -> Array:
-    """What a layer makes of its attention: the projection, then the MLP, each added to the residual."""
+    """Output of a layer, from its attention: the projection, then the MLP, each added to the residual."""
     y_BxMxE = residual_BxMxE + drafter.product(attended_BxMxF, "o_proj", layer)
     gate, up, down = (drafter.params[layer_name(layer, name)] for name in ("gate_proj", "up_proj", "down_proj"))
     return y_BxMxE + swiglu(drafter.norm(y_BxMxE, "post_norm", layer), gate, up, down, drafter.linear)
@@ -206,13 +206,13 @@ def logits(drafter: Drafter, out: Array) -> Array:
 
 
 def cast(drafter: Drafter, dtype: str) -> Drafter:
-    """The drafter as decoding wants it: matrices in `dtype`, norms and biases in float32."""
+    """Casts a drafter for decoding: matrices in `dtype`, norms and biases in float32."""
     params = {k: v if is_vector(k) else jnp.asarray(v, jnp.dtype(dtype)) for k, v in drafter.params.items()}
     return drafter.replace(params=params, mixed=False)
 
 
 def init(key: Array, config: DrafterConfig, scale: float = 0.02) -> dict:
-    """Random float32 parameters (see `training.initialise` for the start from the target's own layers)."""
+    """Random float32 parameters (see `training.initialise` for initialisation from the target's own layers)."""
     shapes = parameter_shapes(config)
     matrices = [name for name in shapes if not is_vector(name)]
     params = {

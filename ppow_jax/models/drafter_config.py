@@ -1,4 +1,4 @@
-"""The description of an EAGLE-3 drafter, and whether it fits a target."""
+"""Configuration of an EAGLE-3 drafter, and checks that it fits a target."""
 
 import dataclasses
 import math
@@ -15,12 +15,12 @@ class DrafterConfig:
 
     hidden_size: E, the drafter's own width; target_hidden_size: D. `feature_layers` holds the three target layers whose
     *inputs* are the features, in ascending order: id i means Hugging Face's `hidden_states[i]`, 0 is the embedding. It
-    is empty where a file leaves them to the target's depth, which is not known: such a drafter cannot run.
+    is empty if a file derives them from the target's depth and the depth is unknown: such a drafter cannot run.
 
     EAGLE-3.1 is fc_norm (a norm on each feature) with norm_output (the post-norm vector fed back); norm_before_fc is
     one norm over all three features instead. norm_before_residual: the normed feature is the first layer's residual.
     attention_bias: q, k and v have biases; output_bias: o too. qk_norm: queries and keys are normed per head, as in
-    Qwen3. num_layers: the first sees feature and embedding, later ones are plain decoder layers. own_embed: the
+    Qwen3. num_layers: the first takes feature and embedding, later ones are plain decoder layers. own_embed: the
     embedding is the drafter's, not the target's.
     """
 
@@ -49,17 +49,17 @@ class DrafterConfig:
 
 
 def layer_name(layer: int, name: str) -> str:
-    """Key of one of a layer's parameters; the first layer's, which nearly always is the only one, have plain names."""
+    """Key of one of a layer's parameters; those of the first layer, usually the only one, have no prefix."""
     return name if layer == 0 else f"layers.{layer}.{name}"
 
 
 def is_vector(name: str) -> bool:
-    """Whether a parameter is a norm's scale or a bias: kept in float32 where matrices are not."""
+    """True for norm scales and biases, which stay in float32 when matrices are cast."""
     return name.endswith(("norm", "bias"))
 
 
 def parameter_shapes(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each of the drafter's parameters by its key; matrices are `[out, in]`. The embedding is not one."""
+    """Shape of each drafter parameter by key; matrices are `[out, in]`. The embedding is not included."""
     E, D, d, wide = config.hidden_size, config.target_hidden_size, config.head_dim, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"fc": (E, 3 * D)}
     if config.fc_norm or config.norm_before_fc:

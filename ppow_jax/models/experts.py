@@ -1,8 +1,8 @@
 """Mixture of experts: every token goes to its best experts, none is dropped, all shapes are fixed.
 
 The (token, expert) pairs are sorted by expert and cut into blocks that belong to one expert each. A loop over the
-blocks that are there multiplies each with its expert's matrices, so time and memory traffic follow the experts that are
-touched, not all there are: what counts when a window of a few tokens is verified.
+non-empty blocks multiplies each with its expert's matrices, so time and memory traffic scale with the number of experts
+touched, not with all experts: this matters when a window of a few tokens is verified.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from ppow_jax.models.families import Experts
 from ppow_jax.models.layers import linear, swiglu
 
 Array = jax.Array
-BLOCK = 128  # rows of a block where there are many tokens
+BLOCK = 128  # maximum rows per block
 
 
 class Routes(NamedTuple):
-    """expert_MxX: the X experts of each token, best first. weight_MxX: their shares, float32."""
+    """expert_MxX: the X experts of each token, best first. weight_MxX: their weights, float32."""
 
     expert_MxX: Array
     weight_MxX: Array
@@ -35,7 +35,7 @@ def route(x_MxD: Array, router_ExD: Array, experts: Experts) -> Routes:
 
 
 def block_rows(N: int, E: int) -> int:
-    """Rows of a block, for N pairs and E experts: about what one expert gets."""
+    """Rows per block, for N pairs and E experts: about the load of one expert."""
     return min(BLOCK, max(8, 1 << (N // E).bit_length()))
 
 
@@ -43,14 +43,14 @@ def mixture(layer: dict, x_MxD: Array, routes: Routes, first: Array | int = 0) -
     """sum_i weight_i expert_i(x), float32 [M, D].
 
     layer: gate_proj, up_proj [E, I, D] and down_proj [E, D, I]. They may hold a part of the experts, from number
-    `first` on, as one device of several does: the result is then what these add to the sum. Or those of N layers,
-    [N, E, ...], of which `number` is this one.
+    `first` on, as on one device of several: the result is then the contribution of these. Or they may hold those of N
+    layers, [N, E, ...], of which `number` selects one.
     """
     M, X = routes.expert_MxX.shape
     E, N = layer["gate_proj"].shape[-3], M * X
     S = block_rows(N, E)
     number_N = routes.expert_MxX.reshape(N) - first
-    number_N = jnp.where((number_N >= 0) & (number_N < E), number_N, E)  # E: not one of these
+    number_N = jnp.where((number_N >= 0) & (number_N < E), number_N, E)  # E: not an expert of this part
     order_N = jnp.argsort(number_N, stable=True)
 
     # Expert e has the sorted pairs start_e .. start_e + size_e - 1, in ceil(size_e / S) blocks that end at block end_e.
@@ -64,7 +64,7 @@ def mixture(layer: dict, x_MxD: Array, routes: Routes, first: Array | int = 0) -
         offset = (i - (end_E[e] - blocks_E[e])) * S + jnp.arange(S)
         inside_S = offset < size_E[e]
         pair_S = order_N[jnp.minimum(start_E[e] + offset, N - 1)]
-        token_S = jnp.where(inside_S, pair_S // X, M)  # what points behind the end is not added
+        token_S = jnp.where(inside_S, pair_S // X, M)  # entries past the end are dropped
         weight_S = routes.weight_MxX.reshape(N)[pair_S]
         out_SxD = swiglu(x_MxD[pair_S // X], *(_matrix(layer, name, e) for name in _MATRICES)) * weight_S[:, None]
         return y_MxD.at[token_S].add(out_SxD, mode="drop")
@@ -76,7 +76,7 @@ _MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
 def _matrix(layer: dict, name: str, e: Array) -> Array:
-    """An expert's matrix, read where it lies."""
+    """Slices an expert's matrix out of the stacked array."""
     w = layer[name]
     where = (e,) if w.ndim == 3 else (layer["number"], e)
     found = jax.lax.dynamic_slice(w, (*where, 0, 0), (*(1 for _ in where), *w.shape[-2:]))
@@ -84,9 +84,9 @@ def _matrix(layer: dict, name: str, e: Array) -> Array:
 
 
 def spread_mixture(layer: dict, x_MxD: Array, routes: Routes) -> Array:
-    """`mixture` on the mesh in use: every device applies the experts, and the part of their width, that it holds.
+    """`mixture` on the mesh in use: every device applies its shard of the experts, and of their width.
 
-    The tokens of an expert axis are brought together before, and what its devices give is added up after.
+    Tokens are gathered along the expert axis before, and the results of its devices are summed after.
     """
     sizes = sharding.axis_sizes()
     if not sizes:

@@ -1,4 +1,4 @@
-"""What sets the supported families of targets apart, read from their config files.
+"""Supported families of targets and their differences, read from their config files.
 
 Each family is one function from a Hugging Face config to the fields of `ModelConfig` that not all families have. A new
 family gets its function and its line in `FAMILIES`.
@@ -11,16 +11,16 @@ from typing import Any
 from ppow_jax.errors import UserError
 from ppow_jax.models.reading import boolean, indices, positive_int, refuse_options
 
-MAX_EXPERTS = 1 << 17  # of all layers together; no real model comes near
+MAX_EXPERTS = 1 << 17  # of all layers together; far above any real model
 Reader = Callable[[Mapping[str, Any], int, str], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """Mixture of experts: the layers that have one, and how a token chooses (2101.03961, 2505.09388).
+    """Mixture of experts: the layers that have one, and the routing of tokens (2101.03961, 2505.09388).
 
-    A router gives a softmax over all experts in float32; the best `per_token` share the token by it. normalize: their
-    weights are made to sum to 1. intermediate_size: width of one expert.
+    A router computes a softmax over all experts in float32; the best `per_token` experts are weighted by it. normalize:
+    their weights are scaled to sum to 1. intermediate_size: width of one expert.
     """
 
     number: int
@@ -34,7 +34,7 @@ class Experts:
 class Family:
     """model_type: Hugging Face's name. read: (config, number of layers, place for errors) -> fields of ModelConfig.
 
-    head_dim: the default where the config names none; None for hidden_size / num_attention_heads.
+    head_dim: the default where the config has none; None for hidden_size / num_attention_heads.
     """
 
     model_type: str
@@ -43,7 +43,7 @@ class Family:
 
 
 def _llama(config: Mapping[str, Any], num_layers: int, where: str) -> dict[str, Any]:
-    kinds = config.get("layer_types")  # transformers' class has no windows, but servers take them from here
+    kinds = config.get("layer_types")  # transformers' class has no windows, but servers read them from here
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise UserError(f"{where}: layer_types = {kinds!r} is not supported, only 'full_attention' in every layer")
     bias = boolean(config, "attention_bias", where, default=False)
@@ -60,7 +60,7 @@ def _qwen3(config: Mapping[str, Any], num_layers: int, where: str) -> dict[str, 
 
 def _qwen3_moe(config: Mapping[str, Any], num_layers: int, where: str) -> dict[str, Any]:
     refuse_options(config, where, {"shared_expert_intermediate_size": (0,), "n_shared_experts": (0,)})
-    window = _window(config, where)  # of every layer: this family knows neither max_window_layers nor layer_types
+    window = _window(config, where)  # for every layer: this family has neither max_window_layers nor layer_types
     sliding = {} if window is None else {"sliding_window": window, "sliding_layers": tuple(range(num_layers))}
     return {**_qwen3_attention(config, where), **sliding, "experts": _experts(config, num_layers, where)}
 
@@ -76,7 +76,7 @@ def _window(config: Mapping[str, Any], where: str) -> int | None:
 
 
 def _sliding(config: Mapping[str, Any], num_layers: int, where: str) -> dict[str, Any]:
-    """Which layers see only a window: `layer_types` of transformers 5, or those from `max_window_layers` on."""
+    """Layers with a sliding window: from `layer_types` of transformers 5, or those from `max_window_layers` on."""
     window = _window(config, where)
     kinds = config.get("layer_types")
     if kinds is None:
@@ -101,7 +101,7 @@ def _experts(config: Mapping[str, Any], num_layers: int, where: str) -> Experts 
     dense = indices(config, "mlp_only_layers", where, num_layers)
     step = positive_int(config, "decoder_sparse_step", where, default=1)
     layers = tuple(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0)
-    count = "num_experts" if config.get("num_experts") is not None else "num_local_experts"  # either is written
+    count = "num_experts" if config.get("num_experts") is not None else "num_local_experts"  # both spellings are in use
     if config.get(count) == 0 or not layers:
         return None
     number = positive_int(config, count, where)
@@ -120,7 +120,7 @@ def _experts(config: Mapping[str, Any], num_layers: int, where: str) -> Experts 
 
 
 def experts_to_hf(experts: Experts | None, num_layers: int) -> dict[str, Any]:
-    """The keys from which `FAMILIES` reads the experts again."""
+    """Config keys from which `FAMILIES` rebuilds the experts."""
     if experts is None:
         return {"num_experts": 0}
     return {

@@ -1,4 +1,4 @@
-"""The few operations that the target and the drafter share.
+"""Operations shared by the target and the drafter.
 
 Matrices are stored `[out, in]`. Activations are float32; a product runs in the precision of its weights and
 always accumulates and returns float32, which is the fast path on CPU (bfloat16 outputs and one-row bfloat16
@@ -19,13 +19,13 @@ from ppow_jax.models.rope import Scaling
 
 Array = jax.Array
 QUERY_BLOCK = 128
-NEGATIVE = -1e30  # masks scores; finite, so that a row without any key gives no NaN
+NEGATIVE = -1e30  # mask value of scores; finite, so that a row without any key gives no NaN
 
 
 class KV(NamedTuple):
     """Keys (already rotated) and values of one layer.
 
-    Keys lie transposed, so that scores are a plain matrix product (XLA:CPU is 2.6 times faster on it).
+    Keys are stored transposed, so that scores are a plain matrix product (2.6 times faster on XLA:CPU).
     """
 
     k_BxKvxdxL: Array
@@ -33,7 +33,7 @@ class KV(NamedTuple):
 
     @classmethod
     def of(cls, k_BxLxKvxd: Array, v_BxLxKvxd: Array) -> "KV":
-        """From keys and values as projections give them."""
+        """Builds the cache layout from keys and values as projections return them."""
         return cls(k_BxLxKvxd.transpose(0, 2, 3, 1), v_BxLxKvxd.transpose(0, 2, 1, 3))
 
 
@@ -53,7 +53,7 @@ def inner(a: Array, b: Array) -> Array:
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Root-mean-square normalisation over the last axis, in float32. scale: [D], or more axes that fit x."""
+    """Root-mean-square normalisation over the last axis, in float32. scale: [D], or more axes that broadcast with x."""
 
     def plain(x: Array) -> Array:
         return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
@@ -102,7 +102,7 @@ def _product(x_MxI: Array, w_OxI: Array) -> Array:
 
 
 def _ours() -> bool:
-    """Whether to put our own products into programs for CPUs: no mesh can cut them, other hosts need none."""
+    """True if CPU programs use our own kernels: custom calls cannot be partitioned, and other backends need none."""
     return jax.default_backend() == "cpu" and not sharding.in_use() and library.available()
 
 
@@ -120,8 +120,8 @@ def input_gradient(g_MxO: Array, w_OxI: Array) -> Array:
 def linear_bf16(x: Array, w_OxI: Array) -> Array:
     """Like `linear` for float32 master weights, with every product of both passes in bfloat16.
 
-    Differentiating a bfloat16 product the plain way multiplies a float32 cotangent, which falls off the fast
-    path; here the cotangent is rounded to bfloat16 too, and laid out for the weight gradient.
+    Plain differentiation of a bfloat16 product multiplies a float32 cotangent, which leaves the fast path; here the
+    cotangent is rounded to bfloat16 too, and laid out for the weight gradient.
     """
     y_MxO = _product_bf16(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_OxI)
     return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
@@ -130,7 +130,7 @@ def linear_bf16(x: Array, w_OxI: Array) -> Array:
 def weight_gradient(g_PxMxO: Array, x_PxMxI: Array) -> Array:
     """g^T x of each part -> float32 [P, O, I].
 
-    On a CPU in bfloat16 the cotangent is transposed in memory first: twice as fast.
+    On a CPU in bfloat16 the cotangent is first transposed in memory, which is twice as fast.
     """
 
     def plain(g_PxMxO, x_PxMxI):
@@ -173,7 +173,7 @@ def rotation(
     if scaling is not None:
         frequency_h = scaling.scale(frequency_h, theta)
     angle_BxSx1xh = (position_BxS[..., None].astype(jnp.float32) * frequency_h)[:, :, None]
-    # held together, or XLA:CPU makes them again for each head of each layer, inside the fusions that use them
+    # kept behind a barrier: XLA:CPU would recompute them for each head of each layer, inside the fusions that use them
     cos, sin = jax.lax.optimization_barrier((jnp.cos(angle_BxSx1xh), jnp.sin(angle_BxSx1xh)))
     return (cos, sin) if scaling is None else (cos * scaling.attention_factor, sin * scaling.attention_factor)
 
@@ -210,15 +210,15 @@ def weighted_values(p_BxKvxgxSxL: Array, v_BxKvxLxd: Array) -> Array:
 
 
 def query_blocks(S: int) -> list[slice]:
-    """S queries in blocks whose scores stay in a processor's cache (3.4 times faster at S = 512 on CPU)."""
+    """Splits S queries into blocks whose scores stay in a processor's cache (3.4 times faster at S = 512 on CPU)."""
     return [slice(start, min(start + QUERY_BLOCK, S)) for start in range(0, S, QUERY_BLOCK)]
 
 
 def attention(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
     """Softmax attention over several blocks of keys as if they were one: [B, S, H, d] float32.
 
-    own: the keys of the S queries themselves, of which a query never sees a later one. A cache and the window that
-    is being verified are separate blocks: nothing has to be written to a cache before it is known what is accepted.
+    own: the keys of the S queries themselves; a query never attends to a later one. A cache and the window being
+    verified are separate blocks: nothing has to be written to a cache before acceptance is known.
     """
     if not _ours() or any(block.kv.k_BxKvxdxL.dtype != jnp.float32 for block in (*contexts, own)):
         return _in_query_blocks(q_BxSxHxd, contexts, own)
@@ -262,7 +262,7 @@ def _attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
 
 
 def biased(x: Array, params: dict, name: str) -> Array:
-    """x times the matrix `name`_proj of `params`, plus `name`_bias where there is one."""
+    """x times the matrix `name`_proj of `params`, plus `name`_bias if present."""
     y, bias_O = linear(x, params[f"{name}_proj"]), params.get(f"{name}_bias")
     return y if bias_O is None else y + bias_O.astype(jnp.float32)
 

@@ -1,17 +1,17 @@
-"""Values out of Hugging Face config files, each checked where it is read."""
+"""Validated reading of values from Hugging Face config files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ppow_jax.errors import UserError
 
-MAX_SIZE = 1 << 31  # no dimension of a real model comes near; a larger one is a broken file
+MAX_SIZE = 1 << 31  # far above any dimension of a real model; a larger one is a broken file
 
 
 def positive_int(
     config: Mapping[str, Any], key: str, where: str, default: int | None = None, limit: int = MAX_SIZE
 ) -> int:
-    """`config[key]`, an integer of 1..limit; absent or null it is `default`, if there is one."""
+    """`config[key]`, an integer of 1..limit; `default`, if there is one, where it is absent or null."""
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value <= limit:
@@ -21,7 +21,7 @@ def positive_int(
 
 
 def boolean(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
-    """`config[key]`, true or false; absent or null it is `default`."""
+    """`config[key]`, true or false; `default` where it is absent or null."""
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not bool:
@@ -30,7 +30,7 @@ def boolean(config: Mapping[str, Any], key: str, where: str, default: bool) -> b
 
 
 def positive_float(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
-    """`config[key]`, a finite number above 0; absent or null it is `default`, if there is one."""
+    """`config[key]`, a finite number above 0; `default`, if there is one, where it is absent or null."""
     value = config.get(key)
     value = default if value is None else value
     if type(value) not in (int, float) or not 0 < value < 1e30:
@@ -39,7 +39,7 @@ def positive_float(config: Mapping[str, Any], key: str, where: str, default: flo
 
 
 def indices(config: Mapping[str, Any], key: str, where: str, below: int) -> tuple[int, ...]:
-    """`config[key]`, a list of integers of 0..below-1, in ascending order; absent or null it is empty."""
+    """`config[key]`, a list of integers of 0..below-1, in ascending order; empty where it is absent or null."""
     value = config.get(key)
     value = [] if value is None else value
     if not isinstance(value, Sequence) or not all(type(i) is int and 0 <= i < below for i in value):
@@ -48,7 +48,7 @@ def indices(config: Mapping[str, Any], key: str, where: str, below: int) -> tupl
 
 
 def refuse_options(config: Mapping[str, Any], where: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises UserError if a key is present with another value than the supported ones."""
+    """Raises UserError if a key is present with an unsupported value."""
     for key, values in supported.items():
         value = config.get(key)
         if not any(type(value) is type(v) and value == v for v in (*values, None)):

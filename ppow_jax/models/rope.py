@@ -1,8 +1,8 @@
-"""Rotary position embedding for texts longer than those of pre-training: how each rule scales the frequencies.
+"""Rotary position embedding for texts longer than those of pre-training: rules that scale the frequencies.
 
-The rules are Hugging Face's: `linear` divides all frequencies, `llama3` the low ones, `yarn` ramps between both and
-sharpens attention (2309.00071), and factors given one by one (GGUF's `rope_freqs`, `longrope` with one list).
-`dynamic` begins to scale behind `max_position_embeddings`, where nothing here decodes: it is no scaling.
+The rules are Hugging Face's: `linear` divides all frequencies, `llama3` the low ones, `yarn` interpolates between both
+and sharpens attention (2309.00071), and factors given one by one (GGUF's `rope_freqs`, `longrope` with one list).
+`dynamic` scales only beyond `max_position_embeddings`, where nothing here decodes: it is treated as no scaling.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Linear:
     """All frequencies divided by `factor`."""
 
     factor: float
-    attention_factor: ClassVar[float] = 1.0  # by which queries and keys are multiplied after rotation
+    attention_factor: ClassVar[float] = 1.0  # factor by which queries and keys are multiplied after rotation
 
     def scale(self, frequency_h: Array, theta: float) -> Array:
         """Frequencies (radians per token) after scaling."""
@@ -63,8 +63,8 @@ class Llama3:
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """Dimensions that turn more than beta_fast times in the original length keep their frequency, those that turn less
-    than beta_slow times are divided by `factor`, with a ramp over the dimensions between (YaRN, 2309.00071).
+    """Dimensions with more than beta_fast turns in the original length keep their frequency, those with fewer
+    than beta_slow are divided by `factor`, with a ramp over the dimensions between (YaRN, 2309.00071).
     """
 
     factor: float
@@ -79,7 +79,7 @@ class Yarn:
         half = len(frequency_h)
 
         def index(turns: float) -> float:
-            """The (fractional) frequency index that turns so often in the original length."""
+            """The (fractional) frequency index with this number of turns in the original length."""
             return half * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / math.log(theta)
 
         low, high = index(self.beta_fast), index(self.beta_slow)
@@ -121,7 +121,7 @@ def read_rope(
     """(rope_theta, scaling or None) of a config of transformers 4 or 5.
 
     transformers 5 writes `rope_parameters` with theta inside; 4 wrote `rope_theta` beside `rope_scaling`. Where both
-    are there, the one that scales counts, not one of type `default`; nulls count as absent.
+    are present, the one that scales is used, not one of type `default`; nulls count as absent.
 
     Raises:
       UserError: for an unknown rule, rules per kind of layer, two entries that contradict each other, and values that
@@ -134,7 +134,7 @@ def read_rope(
         raise UserError(f"{where}: rope_scaling and rope_parameters contradict each other; delete the wrong one")
     theta = _theta(config, entries, where)
     for key, rope in scaling.items():
-        original = config.get("original_max_position_embeddings")  # the config's own comes first, if it has one
+        original = config.get("original_max_position_embeddings")  # the config's own value takes precedence
         original = rope.get("original_max_position_embeddings") if original is None else original
         if original is None and rope["rope_type"] in ("llama3", "yarn"):
             original = max_position_embeddings
@@ -150,9 +150,9 @@ def read_rope(
 
 
 def positions(max_position_embeddings: int, scaling: Scaling | None) -> int:
-    """How many positions a model has: YaRN's factor times the original ones, where the config names fewer.
+    """Number of positions of a model: the maximum of the config's own number and, for YaRN, factor times the original.
 
-    Files name the original number, a rounded one or the whole: Qwen documents all three.
+    Files give the original number, a rounded one or the scaled one: Qwen documents all three.
     """
     if not isinstance(scaling, Yarn):
         return max_position_embeddings
@@ -161,7 +161,7 @@ def positions(max_position_embeddings: int, scaling: Scaling | None) -> int:
 
 
 def _entry(rope: Any, place: str) -> dict[str, Any]:
-    """The values that are given in an entry, with its `rope_type`."""
+    """The non-null values of an entry, with its `rope_type`."""
     if not isinstance(rope, Mapping):
         raise UserError(f"{place} = {rope!r} must be an object or null")
     given = {key: value for key, value in rope.items() if value is not None}
@@ -181,7 +181,7 @@ def _entry(rope: Any, place: str) -> dict[str, Any]:
 
 
 def _theta(config: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]], where: str) -> float:
-    """rope_theta, from wherever it is given; 10000 if nowhere."""
+    """rope_theta, wherever it is given; 10000 by default. Raises UserError for values that contradict each other."""
     places = {"": config, **entries}
     named: dict[str, float] = {}
     for key, values in places.items():

@@ -1,11 +1,11 @@
-"""Layers stacked into one array per parameter: a program then holds the code of one layer, however deep the model is.
+"""Layers stacked into one array per parameter, so that a program holds the code of one layer, whatever the depth.
 
-Compilation takes minutes for eighty layers written out, on any device, and seconds for one that is scanned over. On a
-CPU the layers stay apart nonetheless: there `lax.scan` copies the bfloat16 weights of each layer before it uses them,
+Compilation takes minutes for eighty unrolled layers, on any device, and seconds for a scan over one. On a CPU the
+layers stay separate: there `lax.scan` copies the bfloat16 weights of each layer before it uses them,
 which makes a pass five times slower.
 
-A model's `layers` are a list of *runs*: a layer's parameters, or {"stacked": the parameters of N alike layers, stacked
-along their first axis}. Keys and values come likewise, one `KV` or `StackedKV` per run.
+A model's `layers` are a list of *runs*: a layer's parameters, or {"stacked": the parameters of N equal layers, stacked
+along their first axis}. Keys and values have the same form, one `KV` or `StackedKV` per run.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
 
 def runs(layers: Sequence[dict]) -> Iterator[Run]:
-    """The runs that a model's layers are made of, in order."""
+    """Iterates over a model's runs of layers, in order."""
     begin = 0
     for params in layers:
         stacked = STACKED in params
@@ -48,14 +48,14 @@ def runs(layers: Sequence[dict]) -> Iterator[Run]:
 
 
 def layer(layers: Sequence[dict], index: int) -> dict:
-    """The parameters of one layer, negative indices from the end."""
+    """The parameters of one layer; negative indices count from the end."""
     apart = [(run, n) for run in runs(layers) for n in range(run.number)]
     run, n = apart[index]
     return {name: x[n] for name, x in run.params.items()} if run.stacked else run.params
 
 
 def stack(params: dict, config: ModelConfig) -> dict:
-    """The same parameters with their layers stacked, in as few runs as there are kinds of layers next to each other.
+    """Stacks the layers of a parameter tree, one run per sequence of adjacent layers of the same kind.
 
     Works on arrays and, under `jax.eval_shape`, on shapes.
     """
@@ -74,7 +74,7 @@ def stack(params: dict, config: ModelConfig) -> dict:
 
 
 def each_layer(function: Callable[..., KV], *kv: Sequence[KV | StackedKV]) -> tuple[KV | StackedKV, ...]:
-    """function(KV, ...) of every layer; several sequences of runs are taken side by side."""
+    """Applies function(KV, ...) to every layer; several sequences of runs are mapped in parallel."""
 
     def of_run(*run: KV | StackedKV) -> KV | StackedKV:
         if isinstance(run[0], KV):
@@ -89,14 +89,14 @@ def like(layers: Sequence[dict], kv: KV) -> tuple[KV | StackedKV, ...]:
     return tuple(
         StackedKV(*(jnp.broadcast_to(x, (run.number, *x.shape)) for x in kv))
         if run.stacked
-        else KV(*map(jnp.copy, kv))  # buffers of their own: they are donated
+        else KV(*map(jnp.copy, kv))  # separate buffers, because they are donated
         for run in runs(layers)
     )
 
 
 class Scanned(NamedTuple):
-    """x_BxSxD after the last layer of a run; features: what entered each of the layers that were asked for; rest: what
-    else the layers gave, stacked.
+    """x_BxSxD after the last layer of a run; features: inputs of the requested layers; rest: the other outputs of the
+    layers, stacked.
     """
 
     x_BxSxD: Array
@@ -113,10 +113,10 @@ def scan(
 ) -> Scanned:
     """Applies the layers of a stacked run, one(parameters, x_BxSxD, KVs of the contexts) -> (x_BxSxD, *rest) each.
 
-    What enters a chosen layer is put aside as the loop passes it: slot f of a buffer for the f-th, a last slot for all
+    The input of a requested layer is stored as the loop passes it: slot f of a buffer for the f-th, a last slot for all
     others, so that the buffer is written in place and never read. Experts are not scanned over: a layer gets those of
-    all layers, and its `number` in the stack, and takes the few that it needs (`models.experts`); a scan would copy all
-    of a layer's first.
+    all layers, and its `number` in the stack, and slices the few that it needs (`models.experts`); a scan would first
+    copy all of a layer's.
     """
     experts = {name: x for name, x in run.params.items() if x.ndim > 3}
     scanned = {name: x for name, x in run.params.items() if name not in experts}

@@ -1,6 +1,6 @@
 """The frozen target: a decoder-only transformer as pure functions of (parameters, tokens, visible keys).
 
-Llama and Qwen, dense and with experts, are one code: what a layer does follows from the parameters that it has.
+Llama and Qwen, dense and with experts, share this code: the parameters of a layer determine what it computes.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ Array = jax.Array
 
 
 class Outputs(NamedTuple):
-    """What a forward pass gives for S new tokens.
+    """Outputs of a forward pass over S new tokens.
 
     hidden_BxSxD: the final hidden state, normed (input of the head). features_BxSxF: the hidden states that
-    enter the chosen layers, side by side (F = 3 * D). kv: the new tokens' keys and values, of each run of layers.
-    experts: per layer that has them, the experts of each token, [B, S, experts per token].
+    enter the chosen layers, concatenated (F = 3 * D). kv: the new tokens' keys and values, of each run of layers.
+    experts: for each layer with experts, the experts of each token, [B, S, experts per token].
     """
 
     hidden_BxSxD: Array
@@ -34,9 +34,9 @@ class Outputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """Keys of earlier tokens: per run of layers a `KV` of length L, and mask_BxSxL of what each new token sees.
+    """Keys of earlier tokens: per run of layers a `KV` of length L, and mask_BxSxL of visible keys.
 
-    position_BxL: of those tokens (or [L], or [1, L], the same for all rows); only sliding windows need it.
+    position_BxL: positions of those tokens (or [L], or [1, L], shared by all rows); needed for sliding windows only.
     """
 
     kv: Sequence[KV | StackedKV]
@@ -53,12 +53,12 @@ def forward(
     contexts: Sequence[Context] = (),
     feature_layers: Sequence[int] = (),
 ) -> Outputs:
-    """Runs the target over S new tokens that see the contexts and, through self_mask, each other.
+    """Runs the target over S new tokens that attend to the contexts and, through self_mask, to each other.
 
-    params: layers apart or stacked (`models.stack`), with the same results. self_mask_BxSxS: a new token may see itself
-    and earlier ones of the S, never later ones. Layers with a sliding window see less than the masks say.
+    params: layers separate or stacked (`models.stack`), with the same results. self_mask_BxSxS: a new token may attend
+    to itself and earlier ones of the S, never to later ones. Sliding windows restrict the masks further.
     feature_layers: indices in the "input of layer" convention (N = the output of the last layer, before the norm). The
-    pass writes nothing: the caller decides which of the returned keys to keep.
+    pass is pure: the caller decides which of the returned keys to keep.
     """
     x_BxSxD = rows_of(params["embed"], tokens_BxS)
     rotary = rotation(position_BxS, config.head_dim, config.rope_theta, config.rope_scaling)
@@ -71,7 +71,7 @@ def forward(
         )
 
     def applied(run: Run):
-        """(parameters, x_BxSxD, KVs of the contexts) -> the outputs of a layer of this run; all of it see alike."""
+        """(parameters, x_BxSxD, KVs of the contexts) -> outputs of a layer; the run's layers share masks."""
         own_mask, context_masks = masks if config.window(run.begin) is None else sliding_masks
 
         def one(layer: dict, x_BxSxD: Array, context_kv: Sequence[KV]) -> LayerOutputs:
@@ -102,7 +102,7 @@ def forward(
 
 
 def _near(config: ModelConfig, position_BxS: Array, position_BxL: Array | None) -> Array:
-    """[B, S, L]: whether a query's sliding window reaches back to a key."""
+    """[B, S, L]: True where a query's sliding window reaches back to a key."""
     if position_BxL is None:
         raise ValueError("a target with sliding windows needs the positions of every context")
     distance_BxSxL = position_BxS[..., None] - jnp.atleast_2d(position_BxL)[:, None]
@@ -125,10 +125,10 @@ def decoder_layer(
     self_mask_BxSxS: Array,
     blocks: Sequence[Keys],
 ) -> LayerOutputs:
-    """One layer's parameters applied to the residual stream.
+    """Applies one layer's parameters to the residual stream.
 
-    rotary: see `layers.rotation`. blocks: this layer's keys of earlier tokens, masked as this layer sees them. Nothing
-    depends on which layer it is.
+    rotary: see `layers.rotation`. blocks: this layer's keys of earlier tokens, with this layer's masks. The code is
+    independent of the layer's index.
     """
     attended_BxSxD, kv = _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks)
     x_BxSxD += attended_BxSxD
@@ -191,7 +191,7 @@ def shapes(config: ModelConfig) -> dict:
 
 
 def init(key: Array, config: ModelConfig, dtype=jnp.float32, scale: float = 0.02) -> dict:
-    """Random parameters (for tests and the tiny target). Norms are 1; biases are random, so that they count."""
+    """Random parameters (for tests and the tiny target). Norms are 1; biases are random, so that they matter."""
     keys = iter(jax.random.split(key, 8 * config.num_layers + 2))
     bias_keys = iter(jax.random.split(jax.random.fold_in(key, 1), 7 * config.num_layers))
 

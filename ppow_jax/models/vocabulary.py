@@ -1,4 +1,4 @@
-"""Reductions over the vocabulary: a fast argmax, and statistics that never hold [..., V]."""
+"""Reductions over the vocabulary: a fast argmax, and statistics that never materialise [..., V]."""
 
 from typing import NamedTuple
 
@@ -23,10 +23,10 @@ def argmax(z: Array) -> Array:
 
 
 def top_k(z: Array, k: int, groups: int = 64) -> tuple[Array, Array]:
-    """The k largest of the last axis, falling, and their indices, as `jax.lax.top_k`; equal ones in any order.
+    """The k largest of the last axis, descending, and their indices, as `jax.lax.top_k`; ties in any order.
 
-    The k groups with the largest maxima hold them all. XLA:CPU's own selection over 8192 takes as long as a
-    vocabulary softmax; a maximum per group first makes it three times as fast.
+    The k groups with the largest maxima contain them all. XLA:CPU's own selection over 8192 takes as long as a
+    vocabulary softmax; computing a maximum per group first makes it three times as fast.
     """
     V = z.shape[-1]
     if V % groups or k > groups:
@@ -40,7 +40,7 @@ def top_k(z: Array, k: int, groups: int = 64) -> tuple[Array, Array]:
 
 
 class Survey(NamedTuple):
-    """Of softmax(hidden head^T / temperature), per row: argmax_N int32, its logsumexp_N, entropy_N (nats)."""
+    """Statistics of softmax(hidden head^T / temperature), per row: argmax_N int32, logsumexp_N, entropy_N (nats)."""
 
     argmax_N: Array
     logsumexp_N: Array
@@ -50,8 +50,8 @@ class Survey(NamedTuple):
 def survey(hidden_NxD: Array, head_VxD: Array, temperature: float = 1.0, chunk: int = 8192) -> Survey:
     """Streams over the vocabulary in chunks of rows of the head, so that at most [N, chunk] logits exist.
 
-    Ties go to the lowest id, as in `argmax` over the whole vocabulary. On a mesh that cuts the vocabulary its P parts
-    are streamed side by side, each where it lies, and put together at the end.
+    Ties go to the lowest id, as in `argmax` over the whole vocabulary. On a mesh that shards the vocabulary, its P
+    parts are streamed in parallel, each on its own device, and combined at the end.
     """
     N, V = hidden_NxD.shape[0], head_VxD.shape[0]
     P = sharding.parts("vocab", V)
@@ -69,7 +69,7 @@ def survey(hidden_NxD: Array, head_VxD: Array, temperature: float = 1.0, chunk: 
         total = total * scale + e_NxPxC.sum(-1)
         weighted = weighted * scale + inner(e_NxPxC, z_NxPxC)
     best_N = best.max(-1)
-    first_N = argmax(best)  # of equals the first: the lowest ids
+    first_N = argmax(best)  # ties go to the first, which has the lowest ids
     argmax_N = first_N * (V // P) + jnp.take_along_axis(index, first_N[:, None], 1)[:, 0]
     scale = jnp.exp(best - best_N[:, None])
     total_N, weighted_N = (total * scale).sum(-1), (weighted * scale).sum(-1)

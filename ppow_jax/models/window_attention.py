@@ -14,8 +14,8 @@ Array = jax.Array
 def attend(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence[tuple[Array, Array]]) -> Array:
     """Joint softmax over the prefix blocks and the window's own chain: [B, M, H*d] float32.
 
-    prefix: blocks with a mask_BxMxL each. chain: (key, value) [B, M, Kv, d] of the window's steps so far; window m sees
-    its own alone.
+    prefix: blocks with a mask_BxMxL each. chain: (key, value) [B, M, Kv, d] of the window's steps so far; window m
+    attends to its own only.
     """
     outs = []
     for rows in query_blocks(q_BxMxHxd.shape[1]):

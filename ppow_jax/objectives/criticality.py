@@ -1,4 +1,4 @@
-"""ADAW: which windows are worth a rollout (PPOW, 2605.14978)."""
+"""ADAW: chooses the windows that are worth a rollout (PPOW, 2605.14978)."""
 
 import functools
 
@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 def criticality(entropy: Array, divergence: Array, vocab_size: int) -> Array:
-    """v = C(P) * KL(P || Q), C(P) = 1 - H(P) / log |V|: high where the target is sure and the drafter disagrees.
+    """v = C(P) * KL(P || Q), C(P) = 1 - H(P) / log |V|: high where the target is confident and the drafter disagrees.
 
     entropy: H(P) in nats over the whole vocabulary; divergence: KL(P || Q) in nats; any equal shapes.
     """
@@ -31,10 +31,9 @@ def window_means(v_BxM: Array, K: int) -> Array:
 
 
 def choose_windows(key_B: Array, weight_BxM: Array, allowed_BxM: Array, A: int) -> tuple[Array, Array]:
-    """A distinct anchors per row, drawn without replacement with probability proportional to weight.
+    """Draws A distinct anchors per row without replacement, with probability proportional to weight, by Gumbel top-k.
 
-    key_B: one per row. Returns (index_BxA into M, valid_BxA: False where a row has fewer than A allowed anchors). By
-    Gumbel top-k.
+    key_B: one per row. Returns (index_BxA into M, valid_BxA: False where a row has fewer than A allowed anchors).
     """
     gumbel_BxM = jax.vmap(lambda key: jax.random.gumbel(key, weight_BxM.shape[1:]))(key_B)
     score_BxM = jnp.log(jnp.maximum(weight_BxM, 1e-12)) + gumbel_BxM

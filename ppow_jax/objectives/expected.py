@@ -1,8 +1,8 @@
 """PPOW's objective without sampling noise: the expected reward of a window, in closed form.
 
-On text that the target wrote at temperature 0, greedy acceptance keeps a drafted token exactly while it is the text's
-own, y. With a_j = the probability that y_j is drafted after y_<j (`head_loss.DraftRule`), at least k tokens of a window
-are accepted with probability prod_{j<=k} a_j, and
+On text that the target wrote at temperature 0, greedy acceptance keeps a drafted token exactly while it equals the
+text's own, y. With a_j = the probability that y_j is drafted after y_<j (`head_loss.DraftRule`), at least k tokens of a
+window are accepted with probability prod_{j<=k} a_j, and
 
     E[R] = sum_k (R(k) - R(k-1)) prod_{j<=k} a_j.
 
@@ -10,13 +10,14 @@ The group-relative policy gradient of PPOW (2605.14978) estimates the gradient o
 here it is computed, for every window of the text at once, from the same unrolled draft steps as the supervised loss.
 R_dist has no closed form and is left out.
 
-Windows are one horizon; whole answers are the other (`horizon="answer"`). Where a round ends decides where the next one
+The horizon is a window, or a whole answer (`horizon="answer"`). The end of a round determines where the next one
 begins, so the expected number of rounds C(m) from position m to the end of the answer follows from
 
     C(m) = 1 + sum_k P(exactly k accepted at m) C(m + k + 1),
 
-and a k-th accepted token is worth C(m + k) - C(m + k + 1) rounds in place of R(k) - R(k-1). A window then counts as
-often as a round begins there. Minimising log C maximises the acceptance length of the whole answer, log(tokens / C).
+and a k-th accepted token is worth C(m + k) - C(m + k + 1) rounds in place of R(k) - R(k-1). A window is then weighted
+by the probability that a round begins there. Minimising log C maximises the acceptance length of the whole answer,
+log(tokens / C).
 """
 
 import dataclasses
@@ -38,10 +39,10 @@ HORIZONS = ("window", "answer")
 
 @dataclasses.dataclass(frozen=True)
 class ExactSettings:
-    """Hashable. rule: how tokens are drafted, which the reward is computed for. horizon: see the module.
-    divide_by_std: a window's gradient over the deviation of its reward, as group-relative advantages have it.
-    kl_weight: beta of KL(target || drafter) on the drafter's own path. supervised_weight: of stage 1's loss over the
-    same draft steps, and decay: the weight in it of a step relative to the one before.
+    """Hashable. rule: drafting rule that the reward is computed for. horizon: see the module.
+    divide_by_std: divides a window's gradient by the standard deviation of its reward, as group-relative advantages do.
+    kl_weight: beta of KL(target || drafter) on the drafter's own path. supervised_weight: weight of stage 1's loss over
+    the same draft steps, and decay: its weight of a step relative to the one before.
     """
 
     rule: DraftRule = SAMPLED
@@ -53,8 +54,9 @@ class ExactSettings:
 
 
 class Expected(NamedTuple):
-    """Of windows of K drafted tokens. chance_Kx: that at least 1..K tokens are accepted. reach_Kx: that the tokens
-    before are. mean_x, std_x: of the reward. weight_Kx: gradient of the mean by the log-probability of each token.
+    """Statistics of windows of K drafted tokens. chance_Kx: probability that at least 1..K tokens are accepted.
+    reach_Kx: probability that all tokens before are. mean_x, std_x: of the reward. weight_Kx: gradient of the mean by
+    the log-probability of each token.
     """
 
     chance_Kx: Array
@@ -65,7 +67,7 @@ class Expected(NamedTuple):
 
 
 def expected_reward(log_a_Kx: Array, reward_K1: Array) -> Expected:
-    """From log a_j of the K tokens that the target wants (-inf: cannot be accepted), and R(0), .., R(K)."""
+    """Computes `Expected` from log a_j of the text's K tokens (-inf: cannot be accepted), and R(0), .., R(K)."""
     chance_Kx, reach_Kx = chances(log_a_Kx)
     rest = (1,) * (chance_Kx.ndim - 1)
     above_K1 = reward_K1 - reward_K1[0]
@@ -137,9 +139,9 @@ def window_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """(a loss whose gradient is that of the objective, metrics).
 
-    The objective is -(mean over windows of E[R], over std where it is asked for) + beta KL + supervised loss.
+    The objective is -(mean over windows of E[R], divided by std if requested) + beta KL + supervised loss.
 
-    steps: `supervised.unroll`, K of them. last_BxM: see `supervised.last_anchors`. adaw: whether windows count by their
+    steps: `supervised.unroll`, K of them. last_BxM: see `supervised.last_anchors`. adaw: weight windows by their
     criticality (a boolean scalar).
     vocab_size: of the target. All terms are cross-entropies at the same logits, so one pass over the head with their
     weights gives the gradient of all.
@@ -160,7 +162,7 @@ def window_loss(
     else:
         visit_BxM = jnp.ones(valid_KxBxM.shape[1:])
     if settings.divide_by_std:
-        weight_KxBxM /= jnp.maximum(expected.std_x, 0.05)  # near certainty a deviation tends to 0
+        weight_KxBxM /= jnp.maximum(expected.std_x, 0.05)  # the standard deviation tends to 0 near certainty
     counted_BxM = jnp.where(valid_KxBxM[0], visit_BxM * jnp.where(adaw, priority_BxM, 1.0), 0.0)
     whole = jnp.maximum(counted_BxM.sum(), 1e-9)
     reached_KxBxM = jnp.where(valid_KxBxM, expected.reach_Kx * counted_BxM, 0.0)
@@ -209,8 +211,8 @@ def priority(steps: list[DraftStep], kl_KxBxM: Array, vocab_size: int) -> Array:
     """ADAW's weight of the window at each anchor, [B, M], mean 1 over the anchors in use.
 
     The mean of v_t over the window's own positions, with the drafter's distribution at step t of this very window as Q.
-    Of KL(P || Q) it counts what the drafter can reduce, mass(P) KL(P restricted || Q). Positions from the first label
-    on that the draft vocabulary lacks cannot be accepted, and count nothing.
+    Of KL(P || Q) only the part that the drafter can reduce is used, mass(P) KL(P restricted || Q). Positions from the
+    first label on that the draft vocabulary lacks cannot be accepted, and contribute nothing.
     """
     used_BxM = steps[0].valid_BxM
     total = length = jnp.zeros(used_BxM.shape)

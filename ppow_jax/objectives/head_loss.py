@@ -1,9 +1,9 @@
-"""The drafter's head and its losses in one function, so that [B, M, W] logits are never kept.
+"""The drafter's head and its losses in one function, so that [B, M, W] logits are never stored.
 
 Two losses share the logits: the soft cross-entropy against the target's distribution, and -log of the probability that
 the drafted token is accepted. Their gradients are known as soon as the logits are, so the forward pass computes them
 too, one batch row at a time while the row's logits are still in the processor's cache; the backward pass only scales.
-On a mesh it is one row of every device at a time: P parts of the batch go side by side.
+On a mesh it is one row of every device at a time: P parts of the batch are processed in parallel.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class DraftRule:
-    """How a token is drafted, which decides how likely the label is among what is drafted. Hashable.
+    """Drafting rule, which determines the probability that the label is drafted. Hashable.
 
     temperature: of softmax(z / T); as it falls, sampled drafting becomes greedy drafting. rivals: 0 for one sampled
     token, q_T(label). Above 0 the probability is sigmoid((z_label - z_rival) / T) with the rivals-th largest logit of
-    the other tokens: a smooth form of "the label is among the first `rivals`", which is what a tree asks for.
+    the other tokens: a smooth form of "the label is among the first `rivals`", the condition for acceptance in a tree.
     """
 
     temperature: float = 1.0
@@ -39,8 +39,8 @@ SAMPLED = DraftRule()  # one token, drawn from the drafter's distribution
 
 class HeadLoss(NamedTuple):
     """total: sum of the weighted losses, the one differentiable part. loss_BxM: cross-entropy against p. match_BxM:
-    whether the label has the highest logit. overlap_BxM: sum_v min(mass p, q), the acceptance rate of a sampled draft
-    at temperature 1. log_a_BxM: log-probability that the label is drafted, -inf where it is unknown.
+    True where the label has the highest logit. overlap_BxM: sum_v min(mass p, q), the acceptance rate of a sampled
+    draft at temperature 1. log_a_BxM: log-probability that the label is drafted, -inf where it is unknown.
     """
 
     total: Array
@@ -51,8 +51,8 @@ class HeadLoss(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The target's side of a draft step. p_BxMxW: its distribution over the draft vocabulary (sums to 1). mass_BxM: the
-    probability that it gives to the draft vocabulary. label_BxM: draft id of its argmax, -1 where there is none.
+    """The target's side of a draft step. p_BxMxW: its distribution over the draft vocabulary (sums to 1). mass_BxM: its
+    total probability of the draft vocabulary. label_BxM: draft id of its argmax, -1 where there is none.
     """
 
     p_BxMxW: Array
@@ -73,7 +73,7 @@ def head_loss(
     """sum of soft * (-sum_v p_v log softmax(h w^T)_v) + hard * (-log a(label)) over anchors, and its parts.
 
     h_BxMxE: normed hidden states. w_WxE: the head. soft_BxM, hard_BxM: weights, constant for the gradient; hard None
-    leaves its term out, and so is faster. rule: of the acceptance a. dtype: of the products.
+    drops its term, which is faster. rule: drafting rule that defines a. dtype: of the products.
     """
     rows = [_row(h, w_WxE, Wanted(*wanted), rule, dtype)[:4] for h, *wanted in _rows(h_BxMxE, *wanted)]
     return _gather(rows, soft_BxM, hard_BxM)

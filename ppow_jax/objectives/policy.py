@@ -1,5 +1,6 @@
-"""The clipped, group-relative, target-anchored objective over windows (PPOW, 2605.14978; PPO, 1707.06347; GRPO,
-2402.03300).
+"""The clipped, group-relative, target-anchored objective over windows.
+
+Sources: PPOW (2605.14978), PPO (1707.06347), GRPO (2402.03300).
 """
 
 from typing import NamedTuple
@@ -22,7 +23,7 @@ def centred(reward_xG: Array) -> Array:
 
 
 def flat_groups(reward_xG: Array) -> Array:
-    """True for each group whose rewards are all equal: it teaches nothing."""
+    """True for each group whose rewards are all equal, and which therefore has no gradient."""
     return reward_xG.max(-1) - reward_xG.min(-1) < 1e-6
 
 
@@ -30,8 +31,9 @@ def decisive_tokens(accepted_xG: Array, r_dist_xG: Array, K: int) -> Array:
     """mask_xGxK of the drafted tokens that the reward depends on, for groups of G windows.
 
     Under token-by-token verification the tokens after the first rejection cannot change R_speedup, so leaving them out
-    is exact and cuts variance. R_dist scores the whole window where nothing was accepted: there all tokens count if it
-    differs between such windows of the group; where it is the same for all of them it says nothing about their tokens.
+    is exact and reduces variance. R_dist scores the whole window where nothing was accepted: there all tokens count if
+    it differs between such windows of the group; if it is equal for all of them it carries no signal about their
+    tokens.
     """
     none_xG = accepted_xG == 0
     most = jnp.where(none_xG, r_dist_xG, -jnp.inf).max(-1, keepdims=True)
@@ -41,14 +43,14 @@ def decisive_tokens(accepted_xG: Array, r_dist_xG: Array, K: int) -> Array:
 
 
 def decision_logp(logp_xK: Array, target_logp: Array, accepted: Array) -> Array:
-    """log-probability of drafting each token and deciding about it as was decided, [..., K].
+    """Joint log-probability of drafting each token and of its acceptance decision, [..., K].
 
-    Under p/q rejection a token is accepted with min(1, p / q): drafted and accepted has probability min(p, q), drafted
-    and rejected max(q - p, 0). logp_xK: log q. target_logp: log p, [..., K]. accepted: the number of accepted tokens of
-    each window, [...]. Tokens after the first rejection keep log q; they do not count.
+    Under p/q rejection a token is accepted with probability min(1, p / q): drafted and accepted has probability
+    min(p, q), drafted and rejected max(q - p, 0). logp_xK: log q. target_logp: log p, [..., K]. accepted: the number of
+    accepted tokens of each window, [...]. Tokens after the first rejection keep log q; they are masked out elsewhere.
     """
     place_K = jnp.arange(logp_xK.shape[-1])
-    gap_xK = jnp.maximum(-jnp.expm1(target_logp - logp_xK), 1e-6)  # 1 - p/q, of a token that was rejected
+    gap_xK = jnp.maximum(-jnp.expm1(target_logp - logp_xK), 1e-6)  # 1 - p/q, for a token that was rejected
     rejected_xK = logp_xK + jnp.log(gap_xK)
     decided_xK = jnp.where(place_K == accepted[..., None], rejected_xK, logp_xK)
     return jnp.where(place_K < accepted[..., None], jnp.minimum(logp_xK, target_logp), decided_xK)
@@ -73,7 +75,7 @@ def clipped_surrogate(
 ) -> Surrogate:
     """mean min(r A, clip(r, 1 - clip, 1 + clip) A), r = pi(window) / pi_old(window) over the decisive tokens.
 
-    count: valid windows of the batch that the mean is taken over, where these are a part of it.
+    count: number of valid windows in the whole batch, if these are only a part of it.
     """
     difference_NxK = jnp.where(decisive_NxK, logp_NxK - old_logp_NxK, 0.0)
     ratio_N = jnp.exp(jnp.clip(difference_NxK.sum(-1), -20.0, 20.0))

@@ -1,4 +1,4 @@
-"""What a speculative window is worth (PPOW, 2605.14978): a cost-aware speedup reward and a proximity reward."""
+"""Rewards of a speculative window (PPOW, 2605.14978): a cost-aware speedup reward and a proximity reward."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ Array = jax.Array
 class CostModel:
     """Costs in units of one plain step of the target. Hashable.
 
-    The paper's reward charges drafting for accepted tokens only, k / (k gamma + 1). With `general`, the window pays
-    for all it does: (k + bonus) / (gamma K + verify + rollback (K - k)).
+    The paper's reward charges drafting for accepted tokens only, k / (k gamma + 1). With `general`, the window is
+    charged for all its work: (k + bonus) / (gamma K + verify + rollback (K - k)).
 
-    gamma: one draft step. verify: one verification of the whole window. rollback: each token thrown away.
+    gamma: one draft step. verify: one verification of the whole window. rollback: each rejected token.
     bonus: tokens that the verification adds (1 counts the target's own).
     """
 
@@ -38,7 +38,7 @@ def proximity_reward(accepted: Array, reference_logp: Array, draft_logp: Array, 
     """R_dist = eta * 1[Delta < eps] where nothing was accepted, else 0.
 
     Delta = reference_logp - draft_logp: the target's log-probability (summed over the window, nats) of its own greedy
-    continuation less that of the drafted window, each conditioned on its own prefix.
+    continuation minus that of the drafted window, each conditioned on its own prefix.
     """
     near = reference_logp - draft_logp < eps
     return jnp.where((accepted == 0) & near, eta, 0.0)

@@ -2,7 +2,7 @@
 
 Every anchor unrolls a window of S draft steps over ground-truth tokens; from step 1 on the feature is the drafter's
 own output. Gradients flow through all steps. The loss of a step is the cross-entropy against the target's
-distribution restricted to the draft vocabulary; positions whose target argmax lies outside it carry no loss.
+distribution restricted to the draft vocabulary; positions whose target argmax is outside it carry no loss.
 """
 
 from typing import NamedTuple
@@ -19,13 +19,13 @@ Array = jax.Array
 
 
 class Windows(NamedTuple):
-    """What the drafter needs of a batch of packed rows, M anchors each.
+    """Inputs of the drafter from a batch of packed rows, M anchors each.
 
     features_BxTxF: target features. tokens_BxT, segment_BxT (0 = padding), position_BxT; anchor_BxM,
     anchor_mask_BxM: see `data.batches`. label_BxM: the target's argmax after the anchor's next token, that is the
     token that the anchor's first step should propose, as a draft id, -1 where the draft vocabulary lacks it.
-    probability_BxMxW: the target's distribution there, over the draft vocabulary. mass_BxM: the probability that the
-    target gives to the draft vocabulary there. entropy_BxM: of its distribution over the whole vocabulary, nats.
+    probability_BxMxW: the target's distribution there, over the draft vocabulary. mass_BxM: the target's total
+    probability of the draft vocabulary there. entropy_BxM: of its distribution over the whole vocabulary, nats.
     """
 
     features_BxTxF: Array
@@ -41,7 +41,7 @@ class Windows(NamedTuple):
 
 
 class StepScores(NamedTuple):
-    """Per draft step s and anchor. total_S: sum of decay^s * the masked mean loss, differentiable. loss_SxBxM;
+    """Scores per draft step s and anchor. total_S: sum of decay^s * the masked mean loss, differentiable. loss_SxBxM;
     match_SxBxM: the drafter's argmax is the target's; valid_SxBxM: the step's token belongs to the anchor's answer;
     known_SxBxM: the draft vocabulary holds the target's argmax; overlap_SxBxM: sum_v min(P, Q) over the whole
     vocabulary, the acceptance rate at temperature 1.
@@ -61,7 +61,7 @@ def prefix(drafter: Drafter, embed_VxD: Array, windows: Windows) -> tuple[Array,
     following_BxT = jnp.concatenate([windows.tokens_BxT[:, 1:], windows.tokens_BxT[:, :1]], 1)
     embed_BxTxE = drafter.embed(embed_VxD, following_BxT)
     every_BxT = jnp.broadcast_to(jnp.arange(following_BxT.shape[1]), following_BxT.shape)
-    mask_BxTxT = anchor_mask(windows, every_BxT)  # which counts for drafters of several layers alone
+    mask_BxTxT = anchor_mask(windows, every_BxT)  # used by drafters of several layers only
     return g_BxTxE, drafting.prefix_keys(drafter, g_BxTxE, embed_BxTxE, windows.position_BxT, mask_BxTxT)
 
 
@@ -76,8 +76,8 @@ def anchor_mask(windows: Windows, anchor_BxM: Array) -> Array:
 class DraftStep(NamedTuple):
     """Draft step s of every anchor's window, over the text's own tokens.
 
-    hidden_BxMxE: the drafter's normed output. label_BxM, probability_BxMxW, mass_BxM, entropy_BxM: of the target there,
-    see `Windows`. valid_BxM: the step's token belongs to the anchor's answer.
+    hidden_BxMxE: the drafter's normed output. label_BxM, probability_BxMxW, mass_BxM, entropy_BxM: those of the target
+    at this step, see `Windows`. valid_BxM: the step's token belongs to the anchor's answer.
     """
 
     hidden_BxMxE: Array
@@ -89,19 +89,19 @@ class DraftStep(NamedTuple):
 
 
 def ahead(x_BxM: Array, s: int) -> Array:
-    """What anchor m + s holds: anchors of an answer are consecutive."""
+    """Values of anchor m + s at anchor m: anchors of an answer are consecutive."""
     M = x_BxM.shape[1]
     return jnp.pad(x_BxM, ((0, 0), (0, s)) + ((0, 0),) * (x_BxM.ndim - 2))[:, s : s + M]
 
 
 def in_answer(windows: Windows, s: int) -> Array:
-    """[B, M]: whether the token of the anchors' step s belongs to the anchor's answer."""
+    """[B, M]: True where the token of the anchors' step s belongs to the anchor's answer."""
     valid_BxM = windows.anchor_mask_BxM & ahead(windows.anchor_mask_BxM, s)
     return valid_BxM & (ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s)
 
 
 def last_anchors(windows: Windows) -> Array:
-    """[B, M]: the last anchor of each answer."""
+    """[B, M]: True at the last anchor of each answer."""
     return windows.anchor_mask_BxM & ~in_answer(windows, 1)
 
 
@@ -111,13 +111,13 @@ def _at_step(windows: Windows, s: int) -> tuple[Array, Array]:
 
 
 def counts(windows: Windows, steps: int) -> Array:
-    """How many anchors carry a loss at each step, float32 [S]."""
+    """Number of anchors that carry a loss at each step, float32 [S]."""
     at_steps = (_at_step(windows, s) for s in range(steps))
     return jnp.stack([jnp.sum(valid & (label >= 0), dtype=jnp.float32) for label, valid in at_steps])
 
 
 def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> list[DraftStep]:
-    """`steps` draft steps from every anchor, tokens from the text, features the drafter's own from step 1 on."""
+    """Unrolls `steps` draft steps from every anchor: tokens from the text, own features from step 1 on."""
     T = windows.tokens_BxT.shape[1]
     g_BxTxE, kv = prefix(drafter, embed_VxD, windows)
     keys = [Prefix(kv, anchor_mask(windows, windows.anchor_BxM))]
@@ -158,7 +158,7 @@ def training_time_test(
 ) -> StepScores:
     """Unrolls `steps` draft steps from every anchor; see `StepScores` (each field stacked over steps).
 
-    counts_S: of the batch that the mean loss is taken over, where these rows are a part of it; see `counts`.
+    counts_S: counts of the whole batch (see `counts`), if these rows are only a part of it.
     """
     counts_S = counts(windows, steps) if counts_S is None else counts_S
     scores = []
@@ -175,9 +175,10 @@ def training_time_test(
 class Totals(NamedTuple):
     """Sums of `StepScores` over rows and anchors, so that microbatches and devices add up exactly. All [S], float32.
 
-    accepted_S, reached_S: of the anchors whose earlier steps all matched, how many match, and how many there were.
-    Their ratios are the conditional acceptances of a greedy chain; see `simulated_length`. loss_S, known_S: of the
-    anchors that carry a loss. match_S, overlap_S, valid_S: of all whose step belongs to their answer.
+    accepted_S, reached_S: the number of anchors that match, among those whose earlier steps all matched, and the number
+    of the latter. Their ratios are the conditional acceptance rates of a greedy chain; see `simulated_length`. loss_S,
+    known_S: over the anchors that carry a loss. match_S, overlap_S, valid_S: over all whose step belongs to their
+    answer.
     """
 
     accepted_S: Array
@@ -190,7 +191,7 @@ class Totals(NamedTuple):
 
     @classmethod
     def of(cls, scores: StepScores) -> "Totals":
-        """Of one batch of rows."""
+        """Sums over one batch of rows."""
 
         def total(x_SxBxM, mask_SxBxM):
             return jnp.sum(jnp.where(mask_SxBxM, x_SxBxM, 0), (1, 2), dtype=jnp.float32)

@@ -1,1 +1,1 @@
-"""What a program would take on a device that is not there: compiled, counted, never run."""
+"""Resource plans for devices that are not available: programs are compiled and counted, never run."""

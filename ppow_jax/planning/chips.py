@@ -1,13 +1,13 @@
-"""What chips can do at most, as their makers publish it."""
+"""Peak performance of chips, as published by their makers."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one chip. memory: bytes of main memory (HBM). flops: bfloat16 operations per second. bandwidth: bytes per
-    second between main memory and chip. link: bytes per second that one link to a neighbour carries, in each direction.
-    links: neighbours. source: where the figures stand.
+    """Peak figures of one chip. memory: bytes of main memory (HBM). flops: bfloat16 operations per second. bandwidth:
+    bytes per second between main memory and chip. link: bytes per second of one link to a neighbour, in each direction.
+    links: number of neighbours. source: origin of the figures.
     """
 
     name: str
@@ -20,7 +20,7 @@ class Chip:
 
     @property
     def intensity(self) -> float:
-        """Operations per byte from which on compute limits, not memory."""
+        """Operations per byte above which compute is the limit, not memory."""
         return self.flops / self.bandwidth
 
     @property
@@ -29,7 +29,7 @@ class Chip:
         return 2 * self.link
 
     def share(self, parts: float) -> "Chip":
-        """One of the devices that the chip shows as."""
+        """One of the devices that the chip is presented as."""
         if parts == 1:
             return self
         scaled = {name: getattr(self, name) / parts for name in ("memory", "flops", "bandwidth", "link")}

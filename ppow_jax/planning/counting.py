@@ -1,8 +1,8 @@
-"""What a compiled program does on one device: operations of its matrix products, traffic with main memory, messages.
+"""Work of a compiled program on one device: operations of its matrix products, traffic with main memory, messages.
 
-    flops: 2 per multiply-add of matrix products and convolutions; all else is small beside them.
-    bytes: what instructions read from and write to main memory. What XLA keeps on the chip between two instructions
-      costs nothing here, a slice costs what it takes out, an update in place what it puts in.
+    flops: 2 per multiply-add of matrix products and convolutions; all other operations are negligible.
+    bytes: what instructions read from and write to main memory. Values that XLA keeps on the chip between two
+      instructions cost nothing here, a slice costs its own size, an update in place the size of the update.
     messages: see `Collective`.
 """
 
@@ -27,9 +27,9 @@ _FREE = {  # move nothing, or are counted elsewhere: an asynchronous operation c
 class Collective:
     """One kind of communication among groups of `group` devices, `count` times a step.
 
-    payload_bytes: size of the results, summed. sent_bytes: what a device sends for them around a ring, the least that
-    any algorithm needs: of n devices and b bytes of the whole array, (n-1)/n b to gather or to scatter, twice that to
-    reduce and give back to all, (n-1)/n of its own for all-to-all, b for a permutation.
+    payload_bytes: total size of the results. sent_bytes: bytes that a device sends for them around a ring, the least
+    that any algorithm needs: of n devices and b bytes of the whole array, (n-1)/n b for all-gather or reduce-scatter,
+    twice that for all-reduce, (n-1)/n of its own part for all-to-all, b for a permutation.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Of one step on one device. unknown_loops: loops that were counted as one round."""
+    """Counts of one step on one device. unknown_loops: loops that were counted as one round."""
 
     flops: float
     bytes: float
@@ -50,15 +50,15 @@ class Counts:
 
     @property
     def sent_bytes(self) -> int:
-        """What a device sends to others."""
+        """Bytes that a device sends to others."""
         return sum(c.sent_bytes for c in self.collectives)
 
 
 def count(module: Module, assumed: Rounds = lambda loop: None) -> Counts:
-    """Walks the program as it runs. assumed: rounds of loops of unknown length, see `Module.executed`."""
+    """Walks the program as it runs and counts. assumed: rounds of loops of unknown length, see `Module.executed`."""
     flops = moved = 0.0
     messages: dict[tuple[str, int], list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
-    spread: set[str] = set()  # channels of collectives that go on behind several fusions, in loops too: they count once
+    spread: set[str] = set()  # channels of collectives that span several fusions, also in loops: they count once
     for computation, instruction, times in module.executed(assumed):
         flops += times * _flops(module, computation, instruction)
         moved += times * _bytes(module, computation, instruction)
@@ -112,13 +112,13 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
         return 2.0 * batch * math.sqrt(lhs.size / batch * (rhs.size / batch) * (out.size / batch))
     if instruction.opcode == "custom-call" and called == "ppow_attention":  # cpu/attention.py
         (q,), *blocks = _shapes_of(computation, instruction)
-        return 4.0 * q.size * sum(k.dims[-1] for (k,) in blocks[::3])  # scores and values, of all keys
+        return 4.0 * q.size * sum(k.dims[-1] for (k,) in blocks[::3])  # scores and values, for all keys
     return 0.0
 
 
 def _convolution(computation: Computation, instruction: Instruction) -> float:
-    """XLA writes products for a TPU as convolutions, and batches of them as dilated windows that mostly meet padding:
-    only taps that meet values count.
+    """Operations of a convolution. XLA writes products for a TPU as convolutions, and batches of them as dilated
+    windows that are mostly padding: only taps that meet values count.
     """
     (lhs,), (rhs,) = _shapes_of(computation, instruction)[:2]
     out = instruction.shapes[0]
@@ -181,7 +181,7 @@ def _main(shapes: tuple[Shape, ...]) -> float:
 
 
 def _read(module: Module, inner: Computation, number: int, parameter: Instruction, source: Instruction) -> float:
-    """What a fusion takes of an operand out of main memory: all, or slices, or nothing where it writes in place."""
+    """Bytes of an operand that a fusion reads from main memory: all, or slices, or nothing if it writes in place."""
     whole = _main(source.shapes)
     if not whole:
         return 0.0
@@ -190,7 +190,7 @@ def _read(module: Module, inner: Computation, number: int, parameter: Instructio
 
 
 def _taken(module: Module, inner: Computation, source: Instruction) -> float | None:
-    """Bytes that slices take out of a value within a fusion; None if something reads all of it."""
+    """Bytes that slices read from a value within a fusion; None if something reads all of it."""
     total = 0.0
     for user in inner.instructions.values():
         if source.name not in user.operands:
@@ -198,9 +198,9 @@ def _taken(module: Module, inner: Computation, source: Instruction) -> float | N
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == source.name:
             total += user.shapes[0].bytes
         elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == source.name:
-            total += 0.0  # in place; what is put there counts as written
+            total += 0.0  # in place; the update counts as written
         elif user.opcode in COLLECTIVES or (user.opcode == "tuple" and user.root):
-            total += 0.0  # what `count` adds; what is handed on
+            total += 0.0  # counted by `count`; passed on
         elif user.opcode in ("bitcast", "get-tuple-element"):
             below = _taken(module, inner, user)
             if below is None:
@@ -219,7 +219,7 @@ def _taken(module: Module, inner: Computation, source: Instruction) -> float | N
 
 
 def _written(module: Module, inner: Computation, instruction: Instruction) -> float:
-    """What a fusion puts into main memory: its results, or the updates of those that it changes in place."""
+    """Bytes that a fusion writes to main memory: its results, or the updates of those that it changes in place."""
     root = inner.root
     roots = [inner.instructions[o] for o in root.operands] if root.opcode == "tuple" else [root]
     if len(roots) != len(instruction.shapes):
@@ -233,7 +233,7 @@ def _written(module: Module, inner: Computation, instruction: Instruction) -> fl
 def _update(module: Module, inner: Computation, value: Instruction) -> float:
     while value.opcode in ("bitcast", "copy") and value.operands:
         value = inner.instructions[value.operands[0]]
-    if value.opcode in COLLECTIVES or value.opcode == "parameter":  # what `count` adds; what is handed on
+    if value.opcode in COLLECTIVES or value.opcode == "parameter":  # counted by `count`; passed on
         return 0.0
     if value.opcode == "dynamic-update-slice":
         return inner.instructions[value.operands[1]].shapes[0].bytes
@@ -250,7 +250,7 @@ def _update(module: Module, inner: Computation, value: Instruction) -> float:
 def _collectives(
     module: Module, computation: Computation, instruction: Instruction
 ) -> list[tuple[Computation, Instruction]]:
-    """The instruction itself, or what a fusion holds, each with its computation."""
+    """The instruction itself, or the collectives in a fusion, each with its computation."""
     if inner := _inner(module, instruction):
         return [found for i in inner.instructions.values() for found in _collectives(module, inner, i)]
     return [(computation, instruction)] if instruction.opcode.removesuffix("-start") in COLLECTIVES else []
@@ -266,7 +266,7 @@ def _message(module: Module, collective: Instruction, around: Instruction) -> tu
     payload = sum(shape.bytes for shape in shapes)
     n = group_size(collective, module.devices)
     if kind == "all-reduce" and around is not collective and "all-reduce-scatter" in (around.called("calls") or ""):
-        kind, payload = "reduce-scatter", payload // n  # how a TPU program writes it
+        kind, payload = "reduce-scatter", payload // n  # the form in a TPU program
     if kind == "all-reduce":
         sent = 2 * payload * (n - 1) // n
     elif kind == "reduce-scatter":
@@ -279,9 +279,9 @@ def _message(module: Module, collective: Instruction, around: Instruction) -> tu
 
 
 def group_size(collective: Instruction, devices: int) -> int:
-    """Devices that take part in one group of a collective.
+    """Number of devices in one group of a collective.
 
-    Its groups are written `{{0,1},{2,3}}`, `[4,2]<=[8]` (four groups of two) or `mesh['x'=4,'y'=2] {'y'}`.
+    Groups are written as `{{0,1},{2,3}}`, `[4,2]<=[8]` (four groups of two) or `mesh['x'=4,'y'=2] {'y'}`.
     """
     if collective.attribute("source_target_pairs"):
         return devices

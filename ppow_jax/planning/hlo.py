@@ -1,7 +1,7 @@
-"""The text of a compiled XLA program (HLO) as instructions with shapes, and how often its loops run.
+"""Parser of a compiled XLA program's text (HLO): instructions with shapes, and trip counts of its loops.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs; layers that are scanned over would be
-counted as one. Here the program is walked with the trip counts that its loops' conditions give.
+XLA's own cost analysis counts the body of a loop once, whatever its trip count; layers that are scanned over would be
+counted as one. Here the program is walked with the trip counts that follow from its loops' conditions.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}  # all other types end in their bits, as bf16, f8e4m3fn
+_BITS = {"pred": 8, "token": 0, "opaque": 0}  # all other type names end in their number of bits, such as bf16, f8e4m3fn
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -21,7 +21,7 @@ _MAX_TRIPS = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array. memory: its space, 0 being the device's main memory, others are on the chip or the host's."""
+    """An array. memory: its memory space; 0 is the device's main memory, others are on the chip or the host's."""
 
     kind: str
     dims: tuple[int, ...]
@@ -29,12 +29,12 @@ class Shape:
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Without the padding of a layout."""
+        """Size in bytes, without the padding of a layout."""
         bits = _BITS.get(self.kind)
         if bits is None:
             found = re.match(r"[a-z]+(\d+)", self.kind)
@@ -44,7 +44,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """shapes: of the result, a tuple's laid out flat. operands: names. rest: attributes as they stand."""
+    """shapes: of the result; a tuple's are flattened. operands: names. rest: attributes as written."""
 
     name: str
     opcode: str
@@ -66,17 +66,17 @@ class Instruction:
 
     @property
     def scopes(self) -> str:
-        """Where in the traced program it comes from, as `jit(f)/layers/dot_general`."""
+        """Scope of the traced program that it comes from, such as `jit(f)/layers/dot_general`."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
     def called(self, name: str) -> str | None:
-        """The computation that an attribute such as `body` names."""
+        """The computation named by an attribute such as `body`."""
         value = self.attribute(name)
         return value.lstrip("%") if value else None
 
 
-# Of a loop of unknown length: how often it runs, None if that is unknown here too.
+# Trip count of a loop of unknown length; None if it is unknown here too.
 Rounds = Callable[[Instruction], float | None]
 
 
@@ -89,28 +89,27 @@ class Computation:
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The instruction that computes the result."""
         return next(i for i in self.instructions.values() if i.root)
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
+        """Parameters by number."""
         return {int(i.argument): i for i in self.instructions.values() if i.opcode == "parameter"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A compiled program of one device. devices: on how many the same program runs."""
+    """A compiled program of one device. devices: number of devices that run it."""
 
     entry: str
     computations: Mapping[str, Computation]
     devices: int
 
     def executed(self, assumed: Rounds = lambda loop: None) -> Iterator[tuple[Computation, Instruction, float]]:
-        """Every instruction that is run, outside of fusions, with how often it is run.
+        """Every instruction that is run, outside of fusions, with the number of times that it is run.
 
-        A loop that waits for a condition counts as often as `assumed` says, once where that is None. Of a conditional's
-        branches all count.
+        A loop of unknown length counts `assumed` times, once if that is None. All branches of a conditional count.
         """
         yield from self._executed(self.entry, 1, assumed)
 
@@ -132,7 +131,7 @@ class Module:
                 yield computation, instruction, times
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """How often the body of a `while` runs, None where that is not a constant."""
+        """Trip count of a `while`; None if it is not a constant."""
         known = re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', loop.rest)
         if known:
             return int(known[1])
@@ -160,10 +159,10 @@ def _known(values: Iterable[int | None]) -> dict[int, int]:
 
 
 class _Frame:
-    """A computation at work: its whole numbers, where they follow from constants and arguments. Each is found once, and
-    only if something asks for it.
+    """Evaluation of a computation: its integers, as far as they follow from constants and arguments. Each is computed
+    at most once, on demand.
 
-    argument: number of a parameter -> its value, a tuple's as a mapping, None where it is not known.
+    argument: number of a parameter -> its value, a tuple's as a mapping, None if it is unknown.
     """
 
     def __init__(self, module: Module, computation: Computation, argument: Callable[[int], Any]):
@@ -172,7 +171,7 @@ class _Frame:
         self._calls: dict[str, _Frame] = {}
 
     def value(self, name: str) -> int | None:
-        """The value of an instruction, None where it is not known."""
+        """The value of an instruction, None if it is unknown."""
         if name not in self._values:
             self._values[name] = self._evaluate(self._computation.instructions[name])
         return self._values[name]
@@ -208,7 +207,7 @@ class _Frame:
         return _ARITHMETIC[opcode](*values)
 
     def _result(self, call: Instruction, index: int | None = None) -> int | None:
-        """What a fusion or a call gives, of a tuple the one at `index`."""
+        """Result of a fusion or a call; of a tuple, the element at `index`."""
         callee = self._module.computations[call.called("calls") or call.called("to_apply")]
         inner = self._calls.get(call.name)
         if inner is None:
@@ -240,7 +239,7 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 
 
 def parse(text: str) -> Module:
-    """Reads what `compiled.as_text()` gives. Raises ValueError where it is no HLO module."""
+    """Parses the output of `compiled.as_text()`. Raises ValueError if it is no HLO module."""
     computations: dict[str, Computation] = {}
     entry, name = "", ""
     instructions: dict[str, Instruction] = {}

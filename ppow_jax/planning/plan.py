@@ -1,4 +1,4 @@
-"""Compiles a program for devices that may not be there and says what it would take: memory, traffic, least time."""
+"""Compiles a program for devices that may not be available, and reports memory, traffic and minimum time."""
 
 import dataclasses
 import math
@@ -14,14 +14,15 @@ from ppow_jax.planning.counting import Counts, count
 from ppow_jax.planning.programs import Program
 
 NOTE = "a plan from the compiled program and published peaks, not a measurement"
-USABLE = 0.98  # of a chip's memory; the rest is the system's
+USABLE = 0.98  # share of a chip's memory; the rest is reserved by the system
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """fits: whether XLA could place the program. used: bytes of a device's memory, also where that is too much.
-    temporaries: of them, what is neither argument nor result. counts: None where it does not fit. seconds: to compile.
+    """fits: True if XLA could place the program. used: bytes of a device's memory, also if that is too much.
+    temporaries: those that hold neither arguments nor results. counts: None if it does
+    not fit. seconds: compilation time.
     """
 
     fits: bool
@@ -32,8 +33,8 @@ class Compiled:
 
 
 def compile_program(program: Program, mesh: jax.sharding.Mesh, chip: Chip) -> Compiled:
-    """Compiles for the mesh's devices. What XLA itself says about memory decides; on a machine whose memory it does not
-    know (`local`), the chip's size does.
+    """Compiles for the mesh's devices. XLA's own memory check decides whether the program fits; for a machine whose
+    memory it does not know (`local`), the chip's size does.
     """
     begin = time.perf_counter()
     try:
@@ -52,7 +53,7 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh, chip: Chip) -> Co
 
 
 def out_of_memory(message: str) -> int | None:
-    """Bytes that a program would have used, from XLA's complaint; None if the complaint is another one.
+    """Bytes that a program would have used, from XLA's error message; None for other errors.
 
     >>> out_of_memory("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.")
     22011707392
@@ -62,7 +63,7 @@ def out_of_memory(message: str) -> int | None:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What one device holds of a tree of shapes with shardings."""
+    """Bytes of a tree of shapes with shardings that are stored on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -71,7 +72,7 @@ def bytes_per_device(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Least seconds of a step by each limit; a step takes the longest of them if all overlap perfectly.
+    """Minimum seconds of a step by each limit; a step takes the longest of them if all overlap perfectly.
 
     compute: all matrix products at the bfloat16 peak. memory: all traffic at the full bandwidth. network: all messages
     around rings along one axis of the torus.
@@ -83,25 +84,24 @@ class Roofline:
 
     @classmethod
     def of(cls, counts: Counts, chip: Chip) -> "Roofline":
-        """From what one device does in a step."""
+        """Limits computed from the counts of one device's step."""
         return cls(counts.flops / chip.flops, counts.bytes / chip.bandwidth, counts.sent_bytes / chip.ring)
 
     @property
     def seconds(self) -> float:
-        """Of a step, at least."""
+        """Minimum time of a step."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def limit(self) -> str:
-        """What takes the longest."""
+        """The limit that takes the longest."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
 
 def largest_batch(used: int, fixed: int, batch: int, parts: int, chip: Chip) -> int:
-    """How many rows would fit if all memory but `fixed` bytes grows with them; a multiple of `parts`, 0 if none.
+    """Number of rows that would fit if all memory but `fixed` bytes grows with them; a multiple of `parts`, 0 if none.
 
-    used: bytes of a device at `batch` rows. Buffers that do not grow are counted as growing, so that this is rather too
-    few than too many.
+    used: bytes of a device at `batch` rows. Buffers that do not grow are counted as growing, so this is a lower bound.
     """
     room = chip.memory * USABLE - fixed
     per_row = max(used - fixed, 1) / batch
@@ -109,7 +109,7 @@ def largest_batch(used: int, fixed: int, batch: int, parts: int, chip: Chip) -> 
 
 
 def describe(program: Program, compiled: Compiled, chip: Chip, batch: int, parts: int) -> dict[str, Any]:
-    """What `--output` keeps; docs/plans.md names the keys. parts: that rows are cut into. batch: rows of a step."""
+    """The plan written to `--output`, see docs/plans.md for its keys. parts: shards of rows. batch: rows of a step."""
     kinds = {kind: bytes_per_device(tree) for kind, tree in program.kinds.items()}
     fixed = sum(kinds.get(kind, 0) for kind in ("target", "drafter", "optimizer"))
     kinds["temporaries"] = compiled.used - sum(kinds.values())

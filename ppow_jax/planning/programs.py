@@ -1,7 +1,6 @@
-"""The real programs of training and decoding, with shapes for arrays: what `plan` compiles.
+"""The real programs of training and decoding, with abstract arguments, for `plan` to compile.
 
-Nothing here holds a weight. Every argument is a shape, a dtype and its place on the mesh, as training and decoding put
-it there.
+Nothing here holds a weight. Every argument is a shape, a dtype and a sharding on the mesh, as in training and decoding.
 """
 
 import dataclasses
@@ -41,8 +40,8 @@ KINDS = ("target", "drafter", "optimizer", "caches", "batch")
 class Program:
     """A jitted function with abstract arguments.
 
-    kinds: what of the arguments belongs to each of KINDS. tokens: that a step reads (training) or may write at most
-    (decoding). step: what a step is, in words. rounds: how often loops run whose length the program does not know.
+    kinds: the arguments that belong to each of KINDS. tokens: tokens that a step reads (training) or may write at most
+    (decoding). step: description of a step. rounds: trip counts of loops whose length the program does not determine.
     """
 
     function: Any
@@ -54,14 +53,14 @@ class Program:
     rounds: Rounds
 
     def lower(self, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-        """Traced for the devices of the mesh."""
+        """Lowers the program for the devices of the mesh."""
         with sharding.use(mesh):
             return self.function.lower(*self.arguments, **self.options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """target, drafter: configurations. params, drafter_params: abstract, in place. layers are stacked where `scan`."""
+    """target, drafter: configs. params, drafter_params: abstract, with shardings; layers are stacked if `scan`."""
 
     target: ModelConfig
     drafter: DrafterConfig
@@ -70,7 +69,7 @@ class Models:
     target_ids_W: Any
 
     def speaker(self, dtype: Any) -> Drafter:
-        """The drafter as decoding has it."""
+        """The drafter as used for decoding."""
         params = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=x.sharding),
             self.drafter_params,
@@ -116,7 +115,7 @@ def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.shard
     else:
         function = ppow_sampled.train_step
         arguments += (_whole(jax.eval_shape(lambda: jax.random.key(0)), mesh),)
-        costs = CostModel(0.0)  # they change no shape
+        costs = CostModel(0.0)  # costs do not affect shapes
         options |= {
             "rollouts": stages.rollout_settings(settings, costs, greedy_text),
             "policy": ppow_sampled.PolicySettings(settings.clip, settings.kl_weight, settings.passes),
@@ -137,7 +136,7 @@ def decoding(
     *,
     prefill: bool = False,
 ) -> Program:
-    """One round of decoding a batch, or with `prefill` the reading of its prompts. Greedy."""
+    """One round of greedy decoding of a batch, or with `prefill` the reading of its prompts."""
     B, K = settings.batch_size, speculation.window
     drafter = found.speaker(DTYPES[settings.dtype])
     L = generate.cache_length(prompt_tokens, new_tokens, K)
@@ -178,9 +177,9 @@ def decoding(
 
 
 def expert_rounds(config: ModelConfig) -> Rounds:
-    """Blocks of tokens that a mixture's loop takes if all its experts get their share (see `models.experts.mixture`).
+    """Blocks of tokens in a mixture's loop if all its experts get equal shares (see `models.experts.mixture`).
 
-    The loop carries what it adds up, [M, D], which says how many tokens it has.
+    The loop carries its accumulator, [M, D], from which the number of tokens is read.
     """
 
     def rounds(loop: Instruction) -> float | None:
@@ -215,6 +214,6 @@ def _rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _whole(x: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-    """On every device."""
+    """Replicated on every device."""
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

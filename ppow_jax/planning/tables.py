@@ -1,4 +1,4 @@
-"""Plans side by side: a Markdown table, and how messages grow with the number of devices."""
+"""Comparison of plans: a Markdown table, and a plot of message sizes over the number of devices."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ _NEEDED = ("target", "program", "topology", "mesh", "devices", "fits", "hbm_used
 
 
 def read(path: str) -> dict[str, Any]:
-    """A plan that `experiments.plan --output` wrote. Raises UserError where it is none."""
+    """A plan written by `experiments.plan --output`. Raises UserError for any other file."""
     try:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -26,7 +26,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def table(plans: Sequence[Mapping[str, Any]]) -> str:
-    """A row per plan, in Markdown."""
+    """Markdown table with a row per plan."""
     return tabulate([_row(plan) for plan in plans], headers="keys", tablefmt="github")
 
 
@@ -57,7 +57,7 @@ def short(mesh: str) -> str:
 
 
 def plot(path: str, plans: Sequence[Mapping[str, Any]]) -> None:
-    """PNG: bytes that a device sends in a step, over the number of devices, a line per target and program."""
+    """Plots to PNG: bytes that a device sends in a step, over the number of devices, a line per target and program."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Devices to compile for: a slice of a TPU pod that is not there, or the machine's own."""
+"""Devices to compile for: a slice of a TPU pod that need not exist, or the machine's own."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from ppow_jax.planning.chips import CHIPS, Chip
 
 LOCAL = "local"
 
-# libtpu looks for a machine with TPUs unless it is told not to.
+# Environment that stops libtpu from looking for a machine with TPUs.
 _WITHOUT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -27,7 +27,7 @@ _WITHOUT_A_TPU = {
 def find(topology: str) -> tuple[list[Any], Chip]:
     """The devices of a topology, and their chip. topology: `local`, or a chip and its grid as `v5e:4x4`, `v5p:2x2x4`.
 
-    Call it before anything else starts JAX's backends. Where a chip shows as two devices (v4), the chip returned is
+    Call it before anything else starts JAX's backends. If a chip is presented as two devices (v4), the chip returned is
     one device's half.
 
     Raises:
@@ -51,7 +51,7 @@ def find(topology: str) -> tuple[list[Any], Chip]:
             f"--topology={topology}: compiling for a TPU takes libtpu (pip install 'ppow_jax[plan]');"
             f" --topology={LOCAL} does without"
         ) from None
-    jax.config.update("jax_platforms", "cpu")  # the arrays of this process; no TPU is there
+    jax.config.update("jax_platforms", "cpu")  # for this process's arrays; no TPU is present
     from jax.experimental import topologies
 
     try:
@@ -69,9 +69,9 @@ def _product(grid: str) -> int:
 
 
 def measured(devices: list[Any]) -> Chip:
-    """This machine's device as a chip: its memory, a large matrix product and a large copy as they run now.
+    """This machine's device as a chip: its memory, and the measured speed of a large matrix product and a large copy.
 
-    Virtual devices of one CPU share them. Between devices of one machine, messages are taken to be copies.
+    Virtual devices of one CPU share these. Messages between devices of one machine are assumed to be copies.
     """
     share = len(devices) if devices[0].platform == "cpu" else 1
     stats = devices[0].memory_stats() or {}

@@ -1,22 +1,23 @@
-"""How long a window should be, decided while it is drafted, and whether to draft at all.
+"""Adaptive windows: the length of a window, chosen while it is drafted, and the choice not to draft at all.
 
-Before each further token, or level of a tree, the drafter decides whether to go on; of a tree it then decides how many
-nodes are verified. Two rules, both over the chances of paths to be accepted, which are the drafter's own probabilities.
+Before each further draft step (a token of a chain, a level of a tree), the drafter decides whether to continue; for a
+tree it then decides how many nodes are verified. Both rules use the estimated probability that a path is accepted,
+which is the drafter's own probability of that path.
 
-throughput: what can be gained is worth more than it costs, valued at the tokens per time that decoding reaches now. A
-row learns from its own rounds how far its drafter's chances can be trusted.
-threshold: the chance is at least `Stopping.threshold`.
+throughput: a step is taken if its expected gain exceeds its cost, valued at the tokens per time that decoding currently
+reaches. Each row keeps acceptance statistics of its own rounds, which calibrate the drafter's probabilities.
+threshold: a step is taken if the probability is at least `Stopping.threshold`.
 
-Where rounds gain less than plain decoding, drafting rests, and tries again later: long enough to make up for what the
-try lost, and each rest at least twice as long as the one before.
+Where rounds gain less than plain decoding, drafting backs off for a while and is then tried again. A cooldown is long
+enough to amortise what the failed trial lost, and at least twice as long as the one before, up to LONGEST_REST rounds.
 
-The rows of a batch decide together, since all of them pay for a round: by the means of their gains and their paces.
-Sampled chains do not: their tokens depend on where a window ends, so a row would depend on its neighbours. There a row
-should count what it costs all of them, see `Prices.alone`.
+The rows of a batch decide together, since every row bears the cost of a round: they use the means of their expected
+gains and of their rates. Sampled chains do not: their tokens depend on where a window ends, so a row would depend on
+its neighbours. There a row should count what its draft costs all rows, see `Prices.alone`.
 
-Lossless at any temperature: a decision sees tokens that are kept in the window, and none that was drawn is taken back
-(a token dropped because of its own probability would bias the output). The nodes of a tree are not drawn: they are a
-function of the prefix and of what the rows have gained so far, so any of them may be left out.
+Lossless at any temperature: a decision depends only on tokens that are kept in the window, and no token that was drawn
+is taken back (dropping a token because of its own probability would bias the output). The nodes of a tree are not
+drawn: they are a function of the prefix and of the rows' statistics so far, so any of them may be left out.
 """
 
 import dataclasses
@@ -32,19 +33,19 @@ from ppow_jax.config import require
 Array = jax.Array
 
 RULES = ("throughput", "threshold")
-MEMORY = 0.9  # weight of the past in the running sums of a row
-MARGIN = 1.15  # a gain is a guess, its price is certain: by so much it must exceed it (best of 1 to 1.35 on SmolLM2)
-TRIAL, RETRIAL = 8, 3  # windows drafted before drafting may rest: at first, and after a rest
-BUDGET = 2.0  # steps of plain decoding that a try may lose
-SHARE = 0.015  # of the time that tries may lose: how long a rest is
+MEMORY = 0.9  # decay of a row's running sums per round
+MARGIN = 1.15  # factor by which an estimated gain must exceed its (certain) cost (best of 1 to 1.35 on SmolLM2)
+TRIAL, RETRIAL = 8, 3  # windows drafted before drafting may back off: at the start, and after a cooldown
+BUDGET = 2.0  # steps of plain decoding that a trial may lose
+SHARE = 0.015  # share of the time that trials may lose: determines the length of a cooldown
 FIRST_REST, LONGEST_REST = 24, 256  # rounds
 
 
 @dataclasses.dataclass(frozen=True)
 class Stopping:
-    """When a window ends, see the module. Hashable: static in every program.
+    """Rule that ends an adaptive window, see the module. Hashable: static in every program.
 
-    rule: one of RULES. threshold: of the rule of that name.
+    rule: one of RULES. threshold: used by the rule of that name.
     """
 
     rule: str = "throughput"
@@ -57,7 +58,7 @@ class Stopping:
 
 
 class Prices(NamedTuple):
-    """What the parts of a round cost here, in steps of plain decoding.
+    """Cost table of a round on this device, in steps of plain decoding.
 
     step: one draft step. verify_N1: verifying 0..N drafted tokens.
     """
@@ -67,29 +68,29 @@ class Prices(NamedTuple):
 
     @classmethod
     def of(cls, step: float, verify_N1: np.ndarray) -> "Prices":
-        """As float32 arrays, which every program takes alike."""
+        """Converts both to float32 arrays, so that every program sees the same types."""
         return cls(jnp.asarray(step, jnp.float32), jnp.asarray(verify_N1, jnp.float32))
 
     def alone(self, rows: int) -> "Prices":
-        """To a row that decides by itself: what all rows lose in a round, whether or not others draft as well."""
+        """Costs for a row that decides by itself: the loss of all rows in a round, whether or not others draft too."""
         return Prices(rows * self.step, 1 + rows * (self.verify_N1 - 1))
 
     def of_step(self, steps: int, widens: bool) -> Array:
-        """Of one more draft step after `steps`. widens: what it drafts is certain to be verified, which counts too."""
+        """Cost of one more draft step after `steps`. widens: adds the cost of verifying it, which is certain."""
         return self.step + (self.verify_N1[steps + 1] - self.verify_N1[steps] if widens else 0.0)
 
     def of_round(self, steps_B: Array, drafted_B: Array) -> Array:
-        """[B]: of rounds with so many draft steps and verified drafts."""
+        """Costs [B] of rounds with these numbers of draft steps and of verified drafts."""
         return self.step * steps_B + self.verify_N1[drafted_B]
 
 
 class Pace(flax.struct.PyTreeNode):
-    """What each row has gained lately. All [B].
+    """Acceptance statistics and back-off state of each row. All [B].
 
     tokens, cost, accepted, expected, judged: decayed sums over rounds, of committed tokens, of cost in steps of plain
-    decoding, of accepted drafts, of accepted drafts as their chances had it, and of draft steps whose predecessors were
-    all accepted. trial: windows until the row may rest. rest: rounds left without drafts. pause: how long the next rest
-    is.
+    decoding, of accepted drafts, of the number of accepted drafts that the drafter's probabilities predict, and of
+    draft steps whose predecessors were all accepted. trial: windows left before the row may back off. rest: rounds left
+    of the current cooldown. pause: length of the next cooldown, in rounds.
     """
 
     tokens_B: Array
@@ -103,33 +104,33 @@ class Pace(flax.struct.PyTreeNode):
 
     @classmethod
     def start(cls, B: int) -> "Pace":
-        """As fast as plain decoding, about to try; half of the drafts accepted, as expected."""
+        """Initial statistics: as fast as plain decoding, in a trial, half of the drafts accepted as predicted."""
         one, whole = jnp.ones(B), jnp.ones(B, jnp.int32)
         return cls(one, one, one, one, 2 * one, TRIAL * whole, 0 * whole, FIRST_REST * whole)
 
     @property
     def rate_B(self) -> Array:
-        """Tokens per step of plain decoding; what decoding without drafts reaches is the least."""
+        """Tokens per step of plain decoding, at least 1, the rate of decoding without drafts."""
         return jnp.maximum(self.tokens_B / self.cost_B, 1.0)
 
     @property
     def trust_B(self) -> Array:
-        """Accepted drafts by expected ones."""
+        """Calibration factor: accepted drafts divided by predicted ones."""
         return self.accepted_B / self.expected_B
 
     @property
     def usual_B(self) -> Array:
-        """Share of draft steps that were right, of those that could be."""
+        """Acceptance rate of draft steps whose predecessors were all accepted."""
         return self.accepted_B / self.judged_B
 
     @property
     def drafts_B(self) -> Array:
-        """Rows that draft in this round."""
+        """Rows that draft in this round, that is those not in a cooldown."""
         return self.rest_B == 0
 
 
 def together(x_B: Array, live_B: Array | None) -> Array:
-    """The mean over the live rows, for all rows; as it is where rows decide by themselves (None). [B, ...]."""
+    """The mean over the live rows, for all rows; x_B itself where rows decide by themselves (None). [B, ...]."""
     if live_B is None:
         return x_B
     live_B = live_B.reshape(-1, *[1] * (x_B.ndim - 1))
@@ -140,10 +141,10 @@ def together(x_B: Array, live_B: Array | None) -> Array:
 def goes_on(
     pace: Pace, stopping: Stopping, price: Array, logp_BxX: Array, live_B: Array | None = None
 ) -> Array:
-    """[B]: whether one more draft step pays.
+    """Decides for each row [B] whether one more draft step is worth its cost.
 
-    price: of the step and of verifying what it adds, if that is certain to be verified. logp_BxX: the log-chance of
-    each path that the step would extend. live_B: the rows that decide together, see `together`.
+    price: cost of the step, and of verifying its tokens if these are certain to be verified. logp_BxX: log-probability
+    of each path that the step would extend. live_B: the rows that decide together, see `together`.
     """
     if stopping.rule == "threshold":
         return logp_BxX.max(-1) >= np.log(stopping.threshold)
@@ -155,7 +156,7 @@ def goes_on(
 def kept(
     pace: Pace, stopping: Stopping, verify_N1: Array, logp_BxN: Array, live_B: Array | None = None
 ) -> Array:
-    """[B]: how many of the N best nodes of a tree are worth verifying. logp_BxN: their paths' log-chances, falling."""
+    """Numbers [B] of a tree's N best nodes worth verifying. logp_BxN: log-probabilities of their paths, descending."""
     if stopping.rule == "threshold":
         return (logp_BxN >= np.log(stopping.threshold)).sum(-1)
     gained_BxN = together(jnp.cumsum(pace.trust_B[:, None] * jnp.exp(logp_BxN), -1), live_B)
@@ -173,10 +174,10 @@ def update(
     cost_B: Array,
     live_B: Array | None = None,
 ) -> Pace:
-    """After a round that accepted so many drafts, at a cost in steps of plain decoding.
+    """Updates the statistics after a round, from its accepted drafts and its cost in steps of plain decoding.
 
-    steps_B: draft steps. depth_B: the most drafts that could be accepted. expected_B: what their chances added up to.
-    live_B: the rows that decide together, see `together`.
+    steps_B: draft steps. depth_B: the most drafts that could be accepted. expected_B: sum of the drafts' path
+    probabilities. live_B: the rows that decide together, see `together`.
     """
     drafts_B = steps_B > 0
 
@@ -184,14 +185,14 @@ def update(
         return jnp.where(drafts_B, MEMORY * sum_B + new_B, sum_B)
 
     tokens_B, spent_B = fade(pace.tokens_B, accepted_B + 1), fade(pace.cost_B, cost_B)
-    tried = 1 if live_B is None else live_B.sum(dtype=jnp.int32)  # windows that were drafted for one decision
+    tried = 1 if live_B is None else live_B.sum(dtype=jnp.int32)  # windows drafted under one joint decision
     trial_B = jnp.where(drafts_B, jnp.maximum(pace.trial_B - tried, 0), pace.trial_B)
     lost_B = together(spent_B - tokens_B, live_B)
     tired_B = drafts_B & (lost_B > 0) & ((trial_B == 0) | (lost_B > BUDGET))
     earned_B = jnp.ceil(jnp.minimum(lost_B / SHARE, LONGEST_REST)).astype(jnp.int32)
     pause_B = jnp.maximum(pace.pause_B, earned_B)
     rest_B = jnp.where(tired_B, pause_B, jnp.maximum(pace.rest_B - 1, 0))
-    back_B = ~drafts_B & (rest_B == 0)  # begins anew
+    back_B = ~drafts_B & (rest_B == 0)  # a cooldown ends: statistics start afresh
     longer_B = jnp.minimum(2 * pause_B, LONGEST_REST)
     return Pace(
         jnp.where(back_B, 1.0, tokens_B),

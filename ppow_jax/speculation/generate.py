@@ -1,7 +1,7 @@
 """A whole generation as one XLA program: prefill, then rounds of propose -> verify -> accept -> commit.
 
 A round commits 1..K+1 tokens per row, whether it drafts a chain or a tree. Plain autoregressive decoding is the same
-round with K = 0. `speculation.state` says what is carried from round to round.
+round with K = 0. `speculation.state` documents what is carried from round to round.
 """
 
 import functools
@@ -36,7 +36,7 @@ def draft_window(
 ) -> tuple[State, Draft | Tree]:
     """Drafts after each row's root, and writes the pending features into the drafter's cache.
 
-    prices: what an adaptive window decides by.
+    prices: cost table that adaptive windows decide by.
     """
     start_B, g_BxK1xE, following_BxK1, new = _pending_keys(params, drafter, state)
     K1, L = g_BxK1xE.shape[1], state.tokens_BxL.shape[1]
@@ -53,7 +53,7 @@ def draft_window(
     draft: Draft | Tree
     if speculation.shape:
         draft = tree = propose_tree(*anchored, speculation.shape, **how)
-        first_B = tree.token_BxN.min(-1)  # of all: it comes after every read
+        first_B = tree.token_BxN.min(-1)  # minimum over all, which orders the cache write after every read
     else:
         draft = chain = propose(*anchored, speculation.window, sampling, row_keys(state, 0), **how)
         first_B = chain.token_BxMxK[:, 0].min(-1) - NONE  # not negative
@@ -62,7 +62,7 @@ def draft_window(
 
 
 def _pending_keys(params, drafter: Drafter, state: State) -> tuple[Array, Array, Array, tuple[KV, ...]]:
-    """(the first pending index_B, and of each: fused features, the token after it, the drafter's keys)."""
+    """(first pending index_B, and for each pending index: fused features, the token after it, the drafter's keys)."""
     B, K1 = state.features_BxK1xF.shape[:2]
     start_B = state.length_B - 1 - state.pending_B
     index_BxK1 = start_B[:, None] + jnp.arange(K1)
@@ -80,7 +80,7 @@ def _written(drafter_kv: tuple[KV, ...], new: tuple[KV, ...], start_B: Array) ->
 
 
 def _absorb(params, drafter: Drafter, state: State) -> State:
-    """Writes the pending features into the drafter's cache, all but the last, from which the next draft starts."""
+    """Writes all pending features but the last, from which the next draft starts, into the drafter's cache."""
     start_B, *_, new = _pending_keys(params, drafter, state)
     last_BxF = jnp.take_along_axis(state.features_BxK1xF, (state.pending_B - 1)[:, None, None], 1)[:, 0]
     features = state.features_BxK1xF.at[:, 0].set(last_BxF)
@@ -94,11 +94,11 @@ def _deciding(state: State, speculation: Speculation, sampling: Sampling) -> Arr
 
 
 def _decisions(state: State, speculation: Speculation, sampling: Sampling, prices: Prices) -> dict[str, Any]:
-    """What `propose` and `propose_tree` have to know of an adaptive window."""
+    """Keyword arguments of `propose` and `propose_tree` that make a window adaptive."""
     pace, stopping, live_B = state.pace, speculation.adaptive, _deciding(state, speculation, sampling)
 
     def go_on(steps: int, logp_BxX: Array) -> Array:
-        if steps == 0:  # the first is always tried: it shows how drafts fare
+        if steps == 0:  # the first step is always taken: its outcome feeds the acceptance statistics
             return pace.drafts_B & ~state.done_B
         price = prices.of_step(steps, widens=speculation.shape is None)
         return goes_on(pace, stopping, price, logp_BxX, live_B)
@@ -122,7 +122,7 @@ def verify_window(
 ) -> tuple[State, Round]:
     """Runs the target over root and draft, accepts, and commits tokens, keys and features.
 
-    width: the first so many places of the draft hold all that was drafted; the others are left out.
+    width: verify only the first `width` places of the draft, which must hold all drafted tokens.
     """
     root_B = state.length_B - 1
     drafted_B = jnp.zeros_like(root_B) if draft is None else draft.count_B
@@ -154,19 +154,20 @@ def verify_window(
     state = commit_tokens(state, result.token_BxK1, result.accepted_B + 1, config)
     gained_B = jnp.maximum(state.length_B - before_B, 1)
     features, pending_B = result.features_BxK1xF, gained_B
-    if speculation.adaptive:  # behind those of resting rounds, which wait for a round that drafts
+    if speculation.adaptive:  # appended to those of cooldown rounds, which wait for a round that drafts
         features = cache.write_rows(state.features_BxK1xF, features, state.pending_B)
         pending_B += state.pending_B
     return state.replace(features_BxK1xF=features, pending_B=pending_B), result
 
 
 def _at_width(widths: Sequence[int], count: Array, verify: Callable[..., tuple[State, Round]], state: State) -> State:
-    """`verify` at the least of some widths that holds `count` drafted tokens.
+    """Calls `verify` at the least of `widths` that holds `count` drafted tokens.
 
-    Loops of one turn or none, not branches: what a branch returns is copied, and a loop leaves caches in place.
+    Uses a `while_loop` that runs at most once per width: XLA copies the outputs of `cond`, but updates loop carries
+    (the caches) in place.
     """
     widest = jnp.searchsorted(jnp.asarray(widths), count)
-    carry = jnp.asarray(True), state  # whether it is still to be done
+    carry = jnp.asarray(True), state  # the flag says that verification is still due
     for n, width in enumerate(widths):
 
         def due(carry, n=n):
@@ -180,7 +181,7 @@ def _at_width(widths: Sequence[int], count: Array, verify: Callable[..., tuple[S
 
 
 def _drafts(state: State) -> Array:
-    """Whether a row is about to draft."""
+    """True if any live row drafts in the next round."""
     return (state.pace.drafts_B & ~state.done_B).any()
 
 
@@ -212,9 +213,9 @@ def decode(
     sampling: Sampling,
     prices: Prices | None = None,
 ) -> State:
-    """Rounds until every row is done, or `rounds` of them.
+    """Decodes until every row is done, or for at most `rounds` rounds.
 
-    speculation: its window is the state's K. prices: see `draft_window`.
+    speculation: its window must be the state's K. prices: see `draft_window`.
     """
 
     def unfinished(carry):
@@ -243,7 +244,7 @@ def decode(
         room = (state.pending_B < state.features_BxK1xF.shape[1]).all()
         return unfinished(carry) & ~_drafts(state) & room
 
-    def draft_and_rest(carry):  # a round at rest is one of plain decoding, in a loop of its own: it costs no more
+    def draft_and_rest(carry):  # cooldown rounds run in a loop of their own, at the cost of plain decoding
         carry = spell(True, lambda carry: unfinished(carry) & _drafts(carry[1]), carry)
         step, state = spell(False, resting, carry)
         return step, _absorb(params, drafter, state)

@@ -1,4 +1,4 @@
-"""The target's pass over a drafted window, and what it accepts of it."""
+"""The target's forward pass over a drafted window, and the acceptance of drafted tokens."""
 
 import functools
 from typing import NamedTuple
@@ -20,11 +20,11 @@ from ppow_jax.speculation.tree import Tree, compact, follow
 from ppow_jax.speculation.verify import accept_greedy, accept_sampled, block_wise, token_wise
 
 Array = jax.Array
-ACCEPT, OWN = 1, 2  # uses of a row's keys: accepting a chain, and the target's own tokens, each by its place
+ACCEPT, OWN = 1, 2  # uses of a row's keys: chain acceptance, and the target's own tokens (a key per position)
 
 
 class Window(NamedTuple):
-    """What one round verifies: the root and N drafted tokens, parents first.
+    """Tokens that one round verifies: the root and N drafted tokens, parents first.
 
     token_BxN1, depth_BxN1 (0 for the root), seen_BxN1xN1: each index's ancestors and itself.
     """
@@ -35,12 +35,12 @@ class Window(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What the target made of a window.
+    """Verification result of a window.
 
-    accepted_B. token_BxK1: the accepted tokens, then the target's own, then padding. hidden_BxN1xD: what judged each
-    index. features_BxK1xF, kv: of the root and the accepted path, in its order, then padding. index_BxK1: their window
-    indices. healthy_B: whether all the target's logits were usable. experts_B: different experts that the window
-    touched, see `unique_experts`; None where the target has none.
+    accepted_B: numbers of accepted drafts. token_BxK1: the accepted tokens, then the target's own, then padding.
+    hidden_BxN1xD: the target's last hidden state at each index. features_BxK1xF, kv: those of the root and the accepted
+    path, in its order, then padding. index_BxK1: their window indices. healthy_B: True if all logits of the target were
+    usable. experts_B: distinct experts that the window touched, see `unique_experts`; None for targets without experts.
     """
 
     accepted_B: Array
@@ -54,7 +54,7 @@ class Round(NamedTuple):
 
 
 def judge(params, config, drafter, state: State, speculation: Speculation, sampling, draft) -> Round:
-    """The target's pass over a window and what it accepts."""
+    """Runs the target over a window and applies the acceptance rule."""
     B, L = state.tokens_BxL.shape
     root_B = state.length_B - 1
     root_Bx1 = jnp.take_along_axis(state.tokens_BxL, root_B[:, None], 1)
@@ -115,8 +115,8 @@ def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, spe
 def _accept_tree(state: State, tree: Tree, logits_BxN1xV, sampling: Sampling, speculation: Speculation):
     """(accepted_B, index_BxK1, token_BxK1).
 
-    The target draws one token at each index, and all of one depth by the same key: that of plain decoding, which so
-    draws the same text.
+    The target draws one token at each index, with one key for all indices of a depth: the key that plain decoding uses
+    at that position, so that both draw the same text.
     """
     if sampling.greedy:
         own_BxN1 = argmax(logits_BxN1xV)

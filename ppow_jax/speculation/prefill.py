@@ -1,4 +1,4 @@
-"""Reading prompts: the first of the two programs of a generation."""
+"""Prefill: reads prompts, the first of the two programs of a generation."""
 
 import functools
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from ppow_jax.speculation.sampling import Sampling, draw
 from ppow_jax.speculation.state import State, commit_tokens, usable
 
 Array = jax.Array
-WHOLE, PIECE = 512, 256  # tokens: the longest prompt that is read in one piece, and the pieces of longer ones
+WHOLE, PIECE = 512, 256  # tokens: longest prompt read in one pass, and the chunk size for longer ones
 
 
 @functools.partial(jax.jit, static_argnames=("config", "K", "L", "cache_dtype"))
@@ -40,7 +40,7 @@ def prefill(
     """Reads right-padded prompts (each of at least one token) and commits the first new token.
 
     limit_B: total length (prompt and output) at which a row stops; at most L - K - 1. Where P is more than WHOLE,
-    prompts are read PIECE tokens at a time, each piece seeing the cache of those before, up to the longest one's end.
+    prompts are read in chunks of PIECE tokens, each attending to the cache of those before, up to the longest's end.
     """
     B, P = prompt_BxP.shape
     S = P if P <= WHOLE else PIECE
@@ -82,10 +82,10 @@ def prefill(
 
 
 class Prompt(NamedTuple):
-    """What prompts have left behind, as far as they are read.
+    """Caches and last states of prompts, as far as they have been read.
 
-    target_kv: caches, per run of layers (`models.stack`). drafter_kv: per layer. hidden_BxD, features_BxF: of each
-    row's last token, once that is read.
+    target_kv: caches, per run of layers (`models.stack`). drafter_kv: caches per layer. hidden_BxD, features_BxF: those
+    of each row's last token, once that has been read.
     """
 
     target_kv: tuple[KV | StackedKV, ...]
@@ -113,7 +113,7 @@ def _read(
     piece: Array | int,
     prompt: Prompt,
 ) -> Prompt:
-    """Reads tokens piece * S .. piece * S + S - 1 of every row; what comes after a row's last one never counts."""
+    """Reads tokens piece * S .. piece * S + S - 1 of every row; positions after a row's last token have no effect."""
     B, P = tokens_BxP1.shape[0], tokens_BxP1.shape[1] - 1
     start = piece * S
     start_B = jnp.full(B, start)
@@ -143,7 +143,7 @@ def _read(
 
 
 def _fit(kv: KV, L: int) -> KV:
-    """A prompt's cache as one of length L; slots beyond L hold padding alone."""
+    """Resizes a prompt's cache to length L; slots beyond L hold only padding."""
     return cache.grow(KV(kv.k_BxKvxdxL[..., :L], kv.v_BxKvxLxd[:, :, :L]), L, kv.v_BxKvxLxd.dtype)
 
 

@@ -16,11 +16,11 @@ NONE = -1  # no token
 
 
 class Draft(NamedTuple):
-    """K drafted tokens of M windows per row.
+    """K drafted tokens for each of M windows per row.
 
-    token_BxMxK: target ids; NONE where a window ended before. id_BxMxK: draft ids of the same tokens. log_q_BxMxKxW:
-    the log-laws that they were drawn from, -inf where nothing was; None for greedy drafts. logp_BxMxK: the drafter's
-    log-probability of each token at temperature 1, 0 where there is none.
+    token_BxMxK: target ids; NONE after the end of a shorter window. id_BxMxK: draft ids of the same tokens.
+    log_q_BxMxKxW: log-probabilities of the distributions they were drawn from, -inf where nothing was drawn; None for
+    greedy drafts. logp_BxMxK: the drafter's log-probability of each token at temperature 1, 0 where there is none.
     """
 
     token_BxMxK: Array
@@ -30,11 +30,11 @@ class Draft(NamedTuple):
 
     @property
     def count_B(self) -> Array:
-        """Tokens of each row's first window."""
+        """Number of tokens in each row's first window."""
         return (self.token_BxMxK[:, 0] != NONE).sum(-1)
 
     def cut(self, width: int) -> "Draft":
-        """The first `width` tokens alone."""
+        """Keeps only the first `width` tokens."""
         return jax.tree.map(lambda x: x[:, :, :width], self)
 
 
@@ -56,13 +56,13 @@ def propose(
     indices up to the anchor (mask_BxMxL). Drafts are drawn with `sampling`, over the draft vocabulary, with one key per
     row, so that a row's drafts do not depend on its neighbours.
 
-    go_on: (tokens drafted 0..K-1, their summed logp_BxM) -> which windows draft one more; a window that stopped never
-    goes on. Steps that no window takes are not computed. By default all take all.
+    go_on: (tokens drafted so far 0..K-1, their summed logp_BxM) -> mask of windows that draft one more; a window that
+    stopped never continues. Steps that no window takes are skipped. By default all windows take all steps.
     """
     B, M = root_BxM.shape
 
     def steps(s: int, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM) -> list[tuple]:
-        """What steps s, s+1, .. K-1 draft, a tuple each; going_BxM: windows that take step s."""
+        """Drafts of steps s, s+1, .. K-1, one tuple each; going_BxM: windows that take step s."""
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, prefix, chain, first=s == 0)
         logits_BxMxW = sharding.whole_logits(drafting.logits(drafter, out))

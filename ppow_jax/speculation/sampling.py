@@ -1,8 +1,9 @@
-"""The one distribution: what "the target's output" means, for decoding, verification, bonus token, drafts and reward.
+"""The sampling distribution, shared by decoding, verification, bonus token, drafts and reward.
 
-Temperature, then top-k, then top-p: logits / temperature; the k largest of them; of those the fewest whose share of the
-probability reaches p, always at least one; what is left is renormalised. Temperature 0 is greedy: all on the argmax.
-Of equally probable tokens those with the lowest ids stay, so that top_k = 1 is exactly greedy.
+Temperature, then top-k, then top-p: logits / temperature; the k largest of them; of these the smallest set (of at least
+one token) whose share of the probability reaches p; the remainder is renormalised. Temperature 0 is greedy: all
+probability on the argmax. Among equally probable tokens those with the lowest ids are kept, so that top_k = 1 is
+exactly greedy.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,16 +18,16 @@ from ppow_jax.config import require
 from ppow_jax.models.vocabulary import argmax
 
 Array = jax.Array
-GROUP = 256  # tokens among which the second random number of a draw chooses
+GROUP = 256  # tokens per group; the second random number of a draw chooses within a group
 
 
 @flax.struct.dataclass
 class Sampling:
-    """How tokens are drawn from logits, for all rows alike (scalars) or row by row ([B]).
+    """Sampling settings, shared by all rows (scalars) or given row by row ([B]).
 
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. The numbers are traced, so that one program serves all
-    of them; what is None is left out of the program: without a temperature it knows the argmax alone. `of` checks the
-    numbers and leaves out what no row uses; a caller whose program must never change gives all three itself.
+    values; a setting that is None is left out of the program, which without a temperature only computes the argmax.
+    `of` validates the numbers and leaves out what no row uses; callers that need one fixed program set all three.
     """
 
     temperature: ArrayLike | None = None
@@ -40,7 +41,7 @@ class Sampling:
         top_k: int | Sequence[int] = 0,
         top_p: float | Sequence[float] = 1.0,
     ) -> "Sampling":
-        """From one number each, or one per row. Raises UserError naming a number that is out of range, and its row."""
+        """Settings from scalars or one number per row. Raises UserError naming an out-of-range value and its row."""
         t, k, p = map(np.asarray, (temperature, top_k, top_p))
         _check("--temperature", t, (t >= 0) & (t < np.inf), "must be 0 or more")
         _check("--top_k", k, (k >= 0) & (k < np.inf) & (k % 1 == 0), "must be a whole number, 0 or more")
@@ -60,7 +61,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether every draw is the argmax, whatever the numbers."""
+        """True if every draw is the argmax, whatever the numbers."""
         return self.temperature is None
 
 
@@ -71,7 +72,7 @@ def _check(name: str, values: np.ndarray, good: np.ndarray, rule: str) -> None:
 
 
 def log_distribution(logits: Array, sampling: Sampling) -> Array:
-    """Log-probabilities [..., V] of the next token, float32 (float64 from float64), -inf for what is never drawn.
+    """Log-probabilities [..., V] of the next token, float32 (float64 from float64), -inf for tokens never drawn.
 
     The rows of `sampling` are the first axis of `logits`.
     """
@@ -79,7 +80,7 @@ def log_distribution(logits: Array, sampling: Sampling) -> Array:
 
 
 def weights(logits: Array, sampling: Sampling) -> Array:
-    """e to the `log_distribution` times a number of each row: all that a draw needs."""
+    """Unnormalised probabilities [..., V], correct up to a factor per row, which is enough for a draw."""
     return jnp.exp(_log_weights(logits, sampling))
 
 
@@ -88,7 +89,7 @@ def _normalised(z: Array) -> Array:
 
 
 def _log_weights(logits: Array, sampling: Sampling) -> Array:
-    """`log_distribution` before it is normalised: 0 for the most probable token."""
+    """`log_distribution` before normalisation: 0 for the most probable token."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     best = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == argmax(logits)[..., None]
     if sampling.greedy:
@@ -114,12 +115,12 @@ def _log_weights(logits: Array, sampling: Sampling) -> Array:
 
 
 def _fewest(distance_xV: Array, mass_xV: Array, needed_x1: Array) -> Array:
-    """Marks the fewest tokens, nearest and then lowest id first, whose mass reaches `needed`; all where none do.
+    """Marks the fewest tokens, nearest and then lowest id first, whose mass reaches `needed`; all if no set does.
 
-    Finds where to cut by bisection: XLA:CPU takes 10 ms to sort 49152 logits, and a sum over them 0.01 ms.
+    Finds the cutoff by bisection: XLA:CPU takes 10 ms to sort 49152 logits, and 0.01 ms for a sum over them.
     """
     kind = jnp.int32 if distance_xV.dtype == jnp.float32 else jnp.int64
-    rank_xV = jax.lax.bitcast_convert_type(distance_xV, kind)  # non-negative floats are ordered as their bits are
+    rank_xV = jax.lax.bitcast_convert_type(distance_xV, kind)  # non-negative floats are ordered as their bits
     far = np.asarray(np.inf, distance_xV.dtype).view(kind).item()
     id_xV = jax.lax.broadcasted_iota(kind, rank_xV.shape, rank_xV.ndim - 1)
 
@@ -134,7 +135,7 @@ def _fewest(distance_xV: Array, mass_xV: Array, needed_x1: Array) -> Array:
 
 
 def _least(reaches: Callable[[Array], Array], high: int, like: Array) -> Array:
-    """The least integer from 0 for which `reaches` holds (once it does, it goes on to), or `high`; shape of `like`."""
+    """The least integer from 0 for which the monotone predicate `reaches` holds, or `high`; shape of `like`."""
 
     def halve(_, span):
         low, up = span
@@ -147,9 +148,9 @@ def _least(reaches: Callable[[Array], Array], high: int, like: Array) -> Array:
 
 
 def draw(key_B: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array | None]:
-    """(token ids [B, ...], the log-law [B, ..., V] that they were drawn from), with one key per row.
+    """(token ids [B, ...], log-probabilities [B, ..., V] of the distribution they were drawn from), one key per row.
 
-    Greedy draws are the argmax; they need no law, and have None.
+    Greedy draws are the argmax; the second item is then None.
     """
     if sampling.greedy:
         return argmax(logits), None
@@ -158,15 +159,15 @@ def draw(key_B: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array 
 
 
 def sample(key: Array, weight_xV: Array) -> Array:
-    """Token ids [...] from weights [..., V], by `inverse`: two random numbers each, not V."""
+    """Draws token ids [...] from weights [..., V] by `inverse`, with two random numbers each instead of V."""
     return inverse(jax.random.uniform(key, (*weight_xV.shape[:-1], 2), weight_xV.dtype), weight_xV)
 
 
 def inverse(u_x2: Array, p_xV: Array) -> Array:
-    """The token of law p [..., V], which need not add up to 1, that two numbers, uniform over [0, 1), stand for.
+    """Inverse-CDF draw: maps two numbers, uniform over [0, 1), to a token of p [..., V], which may be unnormalised.
 
-    The first chooses a group of tokens, the second one of the group, so that the grid of float32 is as fine as if the
-    group were all there is. A token of probability 0 is never chosen.
+    The first number chooses a group of tokens, the second a token of the group, so that the resolution of float32 is as
+    fine as if the group were the whole vocabulary. A token of probability 0 is never chosen.
     """
     lead, V = p_xV.shape[:-1], p_xV.shape[-1]
     p_xGxC = jnp.pad(p_xV, [(0, 0)] * len(lead) + [(0, -V % GROUP)]).reshape(*lead, -1, GROUP)
@@ -176,9 +177,9 @@ def inverse(u_x2: Array, p_xV: Array) -> Array:
 
 
 def _crossing(u_x: Array, mass_xN: Array) -> Array:
-    """The first index at which the running sum exceeds u times the whole, int32."""
+    """The first index (int32) at which the running sum exceeds u times the total."""
     sum_xN = jnp.cumsum(mass_xN, -1)
     index_xN = jax.lax.broadcasted_iota(jnp.int32, mass_xN.shape, mass_xN.ndim - 1)
-    some = mass_xN > 0  # rounding may let the sum of nothing grow, or the whole be beyond reach
+    some = mass_xN > 0  # rounding may raise the running sum at zero mass, or put the total out of reach
     first_x = jnp.min(jnp.where(some & (sum_xN > u_x[..., None] * sum_xN[..., -1:]), index_xN, mass_xN.shape[-1]), -1)
     return jnp.minimum(first_x, jnp.max(jnp.where(some, index_xN, 0), -1))

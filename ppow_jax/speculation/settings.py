@@ -1,4 +1,4 @@
-"""How a round speculates: nothing, a chain, a chain of adaptive length, or a tree."""
+"""Speculation modes of a round: none, a chain, a chain of adaptive length, or a tree."""
 
 import dataclasses
 
@@ -9,18 +9,19 @@ from ppow_jax.speculation.tree import TreeShape
 
 THROUGHPUT = Stopping()
 MODES = ("chain", "adaptive", "tree")
-BRANCH, NODES = 3, 15  # of a tree: nodes expanded per level, and nodes verified
+BRANCH, NODES = 3, 15  # size of a tree: nodes expanded per level, and nodes verified
 
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """Hashable: static in every program. See `off`, `chain`, `adaptive` and `tree`.
+    """Speculation mode and its sizes. Hashable: static in every program. See `off`, `chain`, `adaptive` and `tree`.
 
     window: K, the most drafted tokens that a round can accept; 0 is plain autoregressive decoding.
-    block: sampled chains are verified block-wise, not token-wise; the law of the output is the same, more is accepted.
-    adaptive: how the drafter decides, before each further token or level of a tree, whether to go on, and how much of a
-      tree is verified; None for windows that are always the same.
-    shape: of the tree, the largest one where it adapts; None for a chain.
+    block: sampled chains are verified block-wise, not token-wise; the output distribution is the same, more is
+      accepted.
+    adaptive: the rule by which the drafter decides, before each further token or level of a tree, whether to continue,
+      and how much of a tree is verified; None for windows of fixed size.
+    shape: sizes of the tree, the maximum where it adapts; None for a chain.
     """
 
     window: int
@@ -33,18 +34,18 @@ class Speculation:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Numbers of drafted tokens for which an adaptive round has a verification of its own; the next wider one
-        takes those between.
+        """Numbers of drafted tokens for which an adaptive round compiles a verification; counts in between use the next
+        wider one.
         """
         steps = (0, 2, 4, 7, 15, 31) if self.shape else (0, 2, 4, 7, 11, 15, 23, 31, 47)
         return tuple(w for w in steps if w < self.verified) + (self.verified,)
 
     def width_of(self, count: int) -> int:
-        """The least of `widths` that holds so many drafted tokens."""
+        """The least of `widths` that holds `count` drafted tokens."""
         return next(width for width in self.widths if width >= count)
 
     def decides_together(self, sampling: Sampling) -> bool:
-        """Whether the rows of a batch decide together about an adaptive window (`speculation.adaptive` says why)."""
+        """True if the rows of a batch decide together about an adaptive window (see `speculation.adaptive`)."""
         return self.shape is not None or sampling.greedy
 
     @property
@@ -54,7 +55,7 @@ class Speculation:
 
     @property
     def mode(self) -> str:
-        """Its name in flags and results."""
+        """Name of the mode in flags and results."""
         if self.window == 0:
             return "off"
         return "adaptive" if self.adaptive else "tree" if self.shape else "chain"
@@ -66,7 +67,7 @@ def off() -> Speculation:
 
 
 def chain(window: int, block: bool = True) -> Speculation:
-    """Always `window` tokens, one after the other."""
+    """A chain of exactly `window` tokens."""
     return Speculation(window, block)
 
 
@@ -81,12 +82,12 @@ def adaptive_tree(branch: int, depth: int, nodes: int, stopping: Stopping = THRO
 
 
 def tree(branch: int, depth: int, nodes: int) -> Speculation:
-    """The best `nodes` of a tree; see `TreeShape`."""
+    """A tree of its best `nodes` nodes; see `TreeShape`."""
     return Speculation(depth, shape=TreeShape(branch, depth, nodes))
 
 
 def of_mode(mode: str, window: int) -> Speculation:
-    """A mode of MODES by its name, with `window` drafted tokens or levels and trees of the usual size."""
+    """Builds a mode of MODES by name, with `window` drafted tokens or levels, and trees of the default size."""
     if mode == "chain":
         return chain(window)
     nodes = min(NODES, TreeShape(BRANCH, window, 1).candidates)

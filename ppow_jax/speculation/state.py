@@ -1,4 +1,4 @@
-"""What a generation carries from round to round.
+"""State that a generation carries from round to round.
 
 Invariants of a row with n = length committed tokens x_0..x_{n-1}: the target's cache holds positions < n-1; the last
 token is the *root* of the next window. The drafter's cache holds indices < n-1-pending; `features` hold the target's
@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 class Prompts(NamedTuple):
-    """Right-padded prompts of one token or more, their lengths, total lengths at which rows stop, keys of rows."""
+    """Right-padded prompts of one token or more, their lengths, total lengths at which rows stop, PRNG keys of rows."""
 
     prompt_BxP: Array
     prompt_B: Array
@@ -32,15 +32,15 @@ class Prompts(NamedTuple):
 
 
 class State(flax.struct.PyTreeNode):
-    """Everything a generation carries, in fixed shapes; every leaf starts with the batch axis, stacked caches apart.
+    """Complete state of a generation, in fixed shapes; every leaf starts with the batch axis, except stacked caches.
 
     tokens_BxL: prompt and output. prompt_B, length_B, limit_B: prompt length, committed tokens, and the length at
-    which the row must stop. done_B. key_B: one PRNG key per row, so that a row's output does not depend on its
-    neighbours. healthy_B: whether the target's logits have been usable, see `usable`; a row stops where they are not.
-    target_kv: per run of layers (`models.stack`). drafter_kv: per layer. features_BxK1xF, pending_B: see the module.
-    histogram_BxK1: how many verifications accepted k tokens. drafted_B: tokens that were drafted. pace: see
-    `speculation.adaptive`. experts_B: different experts that verifications touched, summed over these, where the target
-    has experts.
+    which the row must stop. done_B: finished rows. key_B: one PRNG key per row, so that a row's output does not depend
+    on its neighbours. healthy_B: True while the target's logits have been usable, see `usable`; a row stops where they
+    are not. target_kv: per run of layers (`models.stack`). drafter_kv: per layer. features_BxK1xF, pending_B: see the
+    module. histogram_BxK1: numbers of verifications that accepted k tokens. drafted_B: number of drafted tokens. pace:
+    acceptance statistics, see `speculation.adaptive`. experts_B: distinct experts touched, summed over verifications;
+    None for targets without experts.
     """
 
     tokens_BxL: Array
@@ -61,7 +61,7 @@ class State(flax.struct.PyTreeNode):
 
 
 def map_leaves(function: Callable[..., Array], *states: State) -> State:
-    """function(leaf, ...) of every leaf of alike states, the batch axis first; stacked caches layer by layer."""
+    """Maps function(leaf, ...) over leaves of states of equal structure, batch axis first, stacked caches by layer."""
 
     def of(leaf: Array | StackedKV, *others: Any) -> Array | StackedKV:
         if not isinstance(leaf, StackedKV):
@@ -72,23 +72,23 @@ def map_leaves(function: Callable[..., Array], *states: State) -> State:
 
 
 def cache_length(longest_prompt: int, max_new_tokens: int, K: int) -> int:
-    """Slots that a generation needs: prompt, output, and room for one window past the last token."""
+    """Cache slots that a generation needs: prompt, output, and room for one window past the last token."""
     return longest_prompt + max_new_tokens + K + 1
 
 
 def usable(logits: Array) -> Array:
-    """Whether logits [..., V] give a distribution: no NaN, and a finite maximum, which the argmax needs anyway."""
+    """True where logits [..., V] define a distribution: no NaN, and a finite maximum, which the argmax needs anyway."""
     return jnp.isfinite(logits.max(-1))
 
 
 def row_keys(state: State, use: int, ahead: Array | int = 0) -> Array:
-    """A key per row, for one use and the place in its text `ahead` tokens after the next."""
+    """One key per row, for one use and the position `ahead` tokens after the row's next one."""
     place_B = state.length_B + ahead
     return jax.vmap(lambda k, n: jax.random.fold_in(jax.random.fold_in(k, n), use))(state.key_B, place_B)
 
 
 def commit_tokens(state: State, token_BxS: Array, count_B: Array, config: ModelConfig) -> State:
-    """Appends count_B tokens per row, cut at the first end token and at the row's limit; done rows stand still."""
+    """Appends count_B tokens per row, cut at the first end token and at the row's limit; done rows stay unchanged."""
     S = token_BxS.shape[1]
     is_end_BxS = jnp.isin(token_BxS, jnp.asarray(config.eos_token_ids, jnp.int32))
     first_end_B = jnp.where(is_end_BxS.any(1), jnp.argmax(is_end_BxS, 1), S)

@@ -1,4 +1,4 @@
-"""How many experts a verification touches: what a pass over a few tokens has to read where the target has experts."""
+"""Number of experts that a verification touches, whose weights a pass over a few tokens has to read."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ Array = jax.Array
 
 
 def unique_experts(experts: Sequence[Array], number: int) -> Array:
-    """Different experts that each row's tokens go to, float32 [B], the mean over layers.
+    """Counts the distinct experts that each row's tokens are routed to: float32 [B], the mean over layers.
 
     Args:
-      experts: per layer that has them, the experts of each token, [B, S, experts per token].
-      number: experts of a layer.
+      experts: for each layer with experts, the experts of each token, [B, S, experts per token].
+      number: experts per layer.
     """
 
     def of_layer(expert_BxSxX: Array) -> Array:

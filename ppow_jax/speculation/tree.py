@@ -1,8 +1,8 @@
 """Draft trees: many continuations of one prefix, verified in one pass (EAGLE-2, 2406.16858; EAGLE-3, 2503.01840).
 
 A tree is a deterministic function of its prefix. That makes lossless acceptance simple at any temperature: the target
-draws one token at each node, and the path goes on for as long as the token drawn at a node is one of its children. A
-token is drawn by the random numbers of its place in the text, so it does not matter which tree it was drawn from.
+draws one token at each node, and the path continues as long as the token drawn at a node is one of its children. A
+token is drawn with the random numbers of its position in the text, so the result does not depend on the tree.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ppow_jax.models.layers import KV
 from ppow_jax.models.vocabulary import top_k
 
 Array = jax.Array
-ABSENT = -1  # the parent of a place without a node
+ABSENT = -1  # parent of an empty slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,9 @@ class TreeShape:
     """Sizes of a tree. Hashable: static in every program.
 
     branch: nodes of a level that are expanded, and children drafted for each (EAGLE's top_k). depth: levels, that is
-    draft steps and the most tokens that one round can accept. nodes: nodes verified beside the root, the best of all
-    that were drafted by the drafter's probability of their path (EAGLE's total_tokens - 1).
-    Raises UserError where depth, branch or nodes do not fit each other.
+    draft steps and the most tokens that one round can accept. nodes: nodes verified beside the root, the drafted nodes
+    with the highest path probability under the drafter (EAGLE's total_tokens - 1).
+    Raises UserError where depth, branch and nodes are inconsistent.
     """
 
     branch: int
@@ -46,22 +46,22 @@ class TreeShape:
 
     @property
     def candidates(self) -> int:
-        """Nodes that are drafted."""
+        """Number of drafted nodes."""
         return self.candidates_of(self.depth)
 
     def candidates_of(self, levels: int) -> int:
-        """Nodes that the first levels draft."""
+        """Number of nodes drafted in the first `levels` levels."""
         return self.branch + (levels - 1) * self.branch**2 if levels else 0
 
 
 class Tree(NamedTuple):
     """N nodes below the root of each row, parents first. Window index 0 is the root, index n + 1 is node n.
 
-    A row may have fewer: the places behind its nodes are absent, see none of them, and are never accepted.
+    A row may have fewer nodes: the slots behind them are empty, attend to no node, and are never accepted.
 
-    token_BxN: target ids. parent_BxN: window index, ABSENT where there is no node. depth_BxN1: 0 for the root.
+    token_BxN: target ids. parent_BxN: window index, ABSENT in empty slots. depth_BxN1: 0 for the root.
     seen_BxN1xN1: each index's ancestors and itself. logp_BxN: the drafter's log-probability of the path to the node.
-    steps_B: levels that were drafted.
+    steps_B: number of drafted levels.
     """
 
     token_BxN: Array
@@ -73,11 +73,11 @@ class Tree(NamedTuple):
 
     @property
     def count_B(self) -> Array:
-        """Nodes of each row."""
+        """Number of nodes in each row."""
         return (self.parent_BxN != ABSENT).sum(-1)
 
     def cut(self, nodes: int) -> "Tree":
-        """The first `nodes` places alone."""
+        """Keeps only the first `nodes` slots."""
         return Tree(
             self.token_BxN[:, :nodes],
             self.parent_BxN[:, :nodes],
@@ -96,11 +96,11 @@ class Path(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """All C nodes that were drafted for each of B trees, level by level, see `TreeShape.candidates_of`.
+    """All C drafted nodes of each of B trees, level by level, see `TreeShape.candidates_of`.
 
     logp_BxC: the drafter's log-probability of the path to the node; -inf where its level was not drafted.
-    token_BxC: target ids. parent_BxC: index among the candidates, from 1; 0 is the root. steps_B: levels that were
-    drafted.
+    token_BxC: target ids. parent_BxC: index among the candidates, from 1; 0 is the root. steps_B: number of drafted
+    levels.
     """
 
     logp_BxC: Array
@@ -123,11 +123,11 @@ def propose_tree(
     """Drafts a tree below `root`: each level expands the best `branch` nodes of the one before.
 
     g_Bx1xE: the anchor's fused target features; position_Bx1: the anchor's index; prefix: see `propose`.
-    A child is never more probable than its parent, so the best nodes hang together.
+    A child is never more probable than its parent, so the best nodes form a connected tree.
 
-    go_on: (levels drafted 0..depth-1, logp_BxX of the nodes that the next one would expand) -> which rows draft one
-    more; a row that stopped never goes on. Levels that no row drafts are not computed. keep: logp_BxN of the best,
-    falling, -inf where there is none -> how many of them a row keeps. By default all rows draft and keep all.
+    go_on: (levels drafted 0..depth-1, logp_BxX of the nodes that the next level would expand) -> mask of rows that
+    draft one more; a row that stopped never continues. Levels that no row drafts are skipped. keep: logp_BxN of the
+    best nodes, descending, -inf in empty slots -> number of nodes that each row keeps. By default all are kept.
     """
     anchored = g_Bx1xE, root_Bx1, position_Bx1, prefix
     return _best(*draft_candidates(drafter, embed_VxD, *anchored, shape, go_on), shape, keep)
@@ -143,26 +143,26 @@ def draft_candidates(
     shape: TreeShape,
     go_on: Callable[[int, Array], Array] | None = None,
 ) -> Candidates:
-    """Drafts everything that the trees below R roots per row choose from: B * R trees, row by row.
+    """Drafts the candidate nodes of the trees below R roots per row: B * R trees, row by row.
 
-    The arguments are those of `propose_tree`, of R anchors per row (mask_BxRxL in the prefix).
+    The arguments are those of `propose_tree`, with R anchors per row (mask_BxRxL in the prefix).
     """
     (B, R), X = root_BxR.shape, shape.branch
-    beams = position_BxR, prefix  # one root's hold for all its nodes
+    beams = position_BxR, prefix  # shared by all nodes of a root
     if R > 1:
         beams = jnp.repeat(position_BxR, X, 1), [Prefix(kv, jnp.repeat(mask, X, 1)) for kv, mask in prefix]
 
     def by_tree(x: Array) -> Array:  # [B, R M, ...] -> [B R, M, ...]
         return x.reshape(B * R, -1, *x.shape[2:])
 
-    def by_row(x: Array) -> Array:  # and back
+    def by_row(x: Array) -> Array:  # inverse of `by_tree`
         return x.reshape(B, -1, *x.shape[2:])
 
     def levels(s: int, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T) -> list[tuple]:
-        """(logp, token, parent, going) of levels s, s+1, .., depth-1: [T, M X] of its candidates, and [T, 1].
+        """(logp, token, parent, going) of levels s, s+1, .., depth-1: [T, M X] for its candidates, and [T, 1].
 
-        M counts the nodes that are expanded: those of all trees of a row, or of each of the T = B R trees. logp_TxM,
-        index_TxM: of these nodes; their index counts all candidates, from 1.
+        M counts the expanded nodes: those of all trees of a row, or those of each of the T = B R trees. logp_TxM,
+        index_TxM: log-probabilities and indices of these nodes; the index counts all candidates, from 1.
         """
         position_BxM, keys = beams if s else (position_BxR, prefix)
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
@@ -216,9 +216,9 @@ def _best(
     shape: TreeShape,
     keep: Callable[[Array], Array] | None,
 ) -> Tree:
-    """The best of all candidates, in the order they were drafted in: parents first, absent places last."""
+    """Selects the best candidates, in the order in which they were drafted: parents first, empty slots last."""
     B, C = logp_BxC.shape
-    best_BxN, chosen_BxN = jax.lax.top_k(logp_BxC, shape.nodes)  # of equals the first: a parent before its child
+    best_BxN, chosen_BxN = jax.lax.top_k(logp_BxC, shape.nodes)  # ties go to the first: a parent before its child
     if keep is not None:
         kept_BxN = (jnp.arange(shape.nodes) < keep(best_BxN)[:, None]) & (best_BxN > -jnp.inf)
         chosen_BxN = jnp.where(kept_BxN, chosen_BxN, C)
@@ -242,17 +242,17 @@ def _best(
 
 
 def ancestors(parent_BxN: Array, depth: int) -> Array:
-    """[B, N1, N1], True at (i, j) where window index j is i itself or above it."""
+    """[B, N1, N1], True at (i, j) where window index j is i itself or an ancestor of i."""
     N1 = parent_BxN.shape[1] + 1
     up = jnp.pad(jax.nn.one_hot(parent_BxN, N1), ((0, 0), (1, 0), (0, 0)))
     reach = jnp.eye(N1) + up
-    for _ in range((depth - 1).bit_length()):  # each product doubles how far it reaches
+    for _ in range((depth - 1).bit_length()):  # each product doubles the reach
         reach = jnp.minimum(reach @ reach, 1.0)
     return reach > 0
 
 
 def follow(tree: Tree, drawn_BxN: Array, depth: int) -> Path:
-    """The path of drawn nodes from the root. drawn_BxN: nodes that the target draws at their parents."""
+    """The path of drawn nodes from the root. drawn_BxN: True for nodes that the target draws at their parents."""
     missed_BxN1 = jnp.pad(~drawn_BxN | (tree.parent_BxN == ABSENT), ((0, 0), (1, 0)))
     kept_BxN1 = ~(tree.seen_BxN1xN1 & missed_BxN1[:, None]).any(-1)
     accepted_B = jnp.max(jnp.where(kept_BxN1, tree.depth_BxN1, 0), axis=1)
@@ -262,7 +262,7 @@ def follow(tree: Tree, drawn_BxN: Array, depth: int) -> Path:
 
 
 def compact(kv: KV, index_BxD1: Array) -> KV:
-    """Keys and values of the accepted path alone, in its order: what a cache takes."""
+    """Keys and values of the accepted path only, in its order, ready to be written to a cache."""
     return KV(
         jnp.take_along_axis(kv.k_BxKvxdxL, index_BxD1[:, None, None], 3),
         jnp.take_along_axis(kv.v_BxKvxLxd, index_BxD1[:, None, :, None], 2),

@@ -1,4 +1,4 @@
-"""Which drafted tokens the target keeps, and the token it adds: the acceptance rules."""
+"""Acceptance rules: how many drafted tokens are kept, and the token that the target adds."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class Verdict(NamedTuple):
-    """accepted_...: how many of the K drafted tokens are kept. token_...xK1: the kept ones, then the target's own
+    """accepted_...: how many of the K drafted tokens are kept. token_...xK1: the kept tokens, then the target's own
     token at index `accepted`, then padding (repeats of it).
     """
 
@@ -39,14 +39,14 @@ def accept_greedy(draft_xK: Array, argmax_xK1: Array) -> Verdict:
 
 
 def likelihood_ratio(p: Array, q: Array) -> Array:
-    """p / q of a token that was drawn with probability q; 0 where q is 0, that is where none was drawn."""
+    """p / q of a token that was drawn with probability q; 0 where q is 0, that is where no token was drawn."""
     return jnp.where(q > 0, p / jnp.maximum(q, jnp.finfo(q.dtype).tiny), 0.0)
 
 
 def residual(p_xV: Array, q_xV: Array, scale: Array | float = 1.0) -> Array:
-    """Law of the token that follows what was kept: norm(max(scale p - q, 0)).
+    """Residual distribution, from which the token after the kept ones is drawn: norm(max(scale p - q, 0)).
 
-    Rounding can leave nothing where both are equal; p is then the right law.
+    Rounding can leave no mass where both are equal; p is then the correct distribution.
     """
     rest_xV = jnp.maximum(scale * p_xV - q_xV, 0.0)
     total = rest_xV.sum(-1, keepdims=True)
@@ -54,10 +54,10 @@ def residual(p_xV: Array, q_xV: Array, scale: Array | float = 1.0) -> Array:
 
 
 class Chances(NamedTuple):
-    """What a rule says about a drafted window, as probabilities.
+    """Acceptance probabilities of a drafted window under one rule.
 
-    reach_xK: chance that at least 1..K drafted tokens are kept. scale_xK1: the weight of p against q in the law of the
-    token that is added after 0..K kept ones, see `added`.
+    reach_xK: probability that at least 1..K drafted tokens are kept. scale_xK1: the weight of p against q in the
+    distribution of the token that is added after 0..K kept ones, see `added`.
     """
 
     reach_xK: Array
@@ -65,15 +65,15 @@ class Chances(NamedTuple):
 
 
 def token_wise(draft_xK: Array, p_xK1xV: Array, q_xKxV: Array) -> Chances:
-    """Each token is kept with chance min(1, p / q), once those before it are (Leviathan et al., 2211.17192)."""
+    """Keeps each token with probability min(1, p / q), given those before it (Leviathan et al., 2211.17192)."""
     keep_xK = jnp.minimum(_ratios(draft_xK, p_xK1xV, q_xKxV), 1.0)
     return Chances(jnp.cumprod(keep_xK, -1), jnp.ones_like(p_xK1xV[..., 0]))
 
 
 def block_wise(draft_xK: Array, p_xK1xV: Array, q_xKxV: Array) -> Chances:
-    """Block verification (Sun et al., 2403.10444, algorithm 2): judges prefixes, not tokens, and so keeps more.
+    """Block verification (Sun et al., 2403.10444, algorithm 2): tests prefixes, not tokens, and so keeps more.
 
-    With w_0 = 1 and w_i = min(w_{i-1} p_i(x_i) / q_i(x_i), 1), the prefix of i < K tokens passes with chance
+    With w_0 = 1 and w_i = min(w_{i-1} p_i(x_i) / q_i(x_i), 1), the prefix of i < K tokens passes with probability
     h_i = spare / (spare + 1 - w_i), where spare = sum_v max(w_i p(v) - q(v), 0), and that of K tokens with h_K = w_K;
     the longest that passes is kept.
     """
@@ -85,7 +85,7 @@ def block_wise(draft_xK: Array, p_xK1xV: Array, q_xKxV: Array) -> Chances:
     inner = scale_xK1[..., 1:K]
     spare = jnp.maximum(inner[..., None] * p_xK1xV[..., 1:K, :] - q_xKxV[..., 1:, :], 0.0).sum(-1)
     whole = spare + 1.0 - inner
-    passes = jnp.where(whole > 0, spare / jnp.where(whole > 0, whole, 1.0), 1.0)  # 0/0: a longer one passes
+    passes = jnp.where(whole > 0, spare / jnp.where(whole > 0, whole, 1.0), 1.0)  # 0/0: a longer prefix passes
     fails_xK = 1.0 - jnp.concatenate([passes, scale_xK1[..., K:]], -1)
     return Chances(1.0 - jnp.cumprod(fails_xK[..., ::-1], -1)[..., ::-1], scale_xK1)
 
@@ -96,7 +96,7 @@ def _ratios(draft_xK: Array, p_xK1xV: Array, q_xKxV: Array) -> Array:
 
 
 def added(accepted: Array, scale_xK1: Array, p_xK1xV: Array, q_xKxV: Array) -> Array:
-    """Law [..., V] of the target's own token after `accepted` kept ones: `residual`, and p after all K."""
+    """Distribution [..., V] of the target's own token after `accepted` kept ones: `residual`, or p after all K."""
     K = q_xKxV.shape[-2]
     at = accepted[..., None, None]
     p_xV = jnp.take_along_axis(p_xK1xV, at, -2)[..., 0, :]
@@ -114,9 +114,10 @@ def accept_sampled(
     log_p_xK1xV: Array,
     rule: Callable[[Array, Array, Array], Chances] = token_wise,
 ) -> Verdict:
-    """How many drafted tokens are kept, and by `own_key` the token after them, drawn so that what is emitted follows p.
+    """Samples the number of kept tokens, and with `own_key` the token after them, so that the emitted tokens follow p.
 
-    log_q_xKxW: the laws, over the draft vocabulary, that the drafts were drawn from. log_p_xK1xV: the target's laws.
+    log_q_xKxW: log-probabilities, over the draft vocabulary, of the distributions that the drafts were drawn from.
+    log_p_xK1xV: the target's log-probabilities.
     """
     p_xK1xV = jnp.exp(log_p_xK1xV)
     q_xKxV = jnp.zeros_like(p_xK1xV[:-1]).at[:, target_ids_W].set(jnp.exp(log_q_xKxW))

@@ -1,4 +1,4 @@
-"""The arms of a study: names for ways to go on from one drafter, and the settings that make them."""
+"""The arms of a study: named ways to continue training one drafter, and the settings that define them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ RECIPE: dict[str, Any] = EXACT | {"rollout_temperature": 0.5, "supervised_weight
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """name: as in results. stage: of training that makes it, or None for the start itself. family: arms that share a
-    learning rate. changes: of the study's settings.
+    """name: as in results. stage: training stage that produces it, or None for the start itself. family: arms that
+    share a learning rate. changes: differences from the study's settings.
     """
 
     name: str
@@ -68,7 +68,7 @@ ARMS = {arm.name: arm for arm in _ARMS}
 
 
 def find_arm(text: str) -> Arm:
-    """The arm that NAME or NAME:FIELD=VALUE;FIELD=VALUE means; raises UserError where there is none."""
+    """The arm named by NAME or NAME:FIELD=VALUE;FIELD=VALUE; raises UserError if there is none."""
     name, _, rest = text.partition(":")
     if name not in ARMS:
         raise UserError(f"--arms={text}: there is no arm {name!r}; the arms are {', '.join(ARMS)}")
@@ -83,7 +83,7 @@ def find_arm(text: str) -> Arm:
 
 
 def settings_of(arm: Arm, base: TrainSettings, seed: int, rate: float | None = None) -> TrainSettings:
-    """The settings of training an arm with a seed; rate: its learning rate in place of the study's."""
+    """Training settings of an arm with a seed; rate: its learning rate, which replaces the study's."""
     default = {spec.name: spec.default for spec in config_lib.specs(TrainSettings)}
     values = {name: getattr(base, name) for name in default} | dict(arm.changes) | {"seed": seed}
     ignored = IGNORED[values["estimator"]]

@@ -1,4 +1,4 @@
-"""The page of a study: what was compared, the result, and each claim of the paper beside what was found."""
+"""Markdown page of a study: the comparison, the result, and each claim of the paper beside the finding."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +40,7 @@ def markdown(study: Mapping[str, Any], table: str, plots: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# What the paper says (2605.14978): claim, the better arm, the worse one, its range of the ratio where it gives one.
+# Claims of the paper (2605.14978): claim, the better arm, the worse one, its range of the ratio if it gives one.
 CLAIMS = (
     ("PPOW raises tau over EAGLE-3 (by 5.1 to 7.5 %)", "ppow", "eagle3", (1.051, 1.075)),
     ("PPOW beats continued supervised training (CST)", "ppow", "cst", None),
@@ -52,7 +52,7 @@ CLAIMS = (
 
 
 def _claims(arms: Mapping[str, Row]) -> str:
-    """Each claim, and what the arms say about it; those whose arms are missing are left out."""
+    """Each claim with the evidence from the arms; claims with missing arms are left out."""
     rows = []
     for claim, better, worse, claimed in CLAIMS:
         if better in arms and worse in arms:
@@ -63,7 +63,7 @@ def _claims(arms: Mapping[str, Row]) -> str:
 
 
 def verdict(ratio: Mapping[str, float], claimed: tuple[float, float] | None) -> str:
-    """Whether a claim holds. ratio: paired, with its interval. claimed: the range that the paper gives, if any."""
+    """Verdict on a claim. ratio: paired, with its interval. claimed: the range that the paper gives, if any."""
     if ratio["high"] < 1:
         return "does not hold"
     if ratio["low"] <= 1:

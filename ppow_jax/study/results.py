@@ -21,7 +21,7 @@ START, BASELINE = "eagle3", "cst"
 
 
 def counts(replayed: Replayed) -> dict[str, list]:
-    """What is kept of a replay: per answer tokens, rounds, cost in plain steps; the histogram of accepted drafts."""
+    """The stored part of a replay: tokens, rounds and cost in plain steps per answer; histogram of accepted drafts."""
     return {
         "tokens": replayed.tokens_N.tolist(),
         "rounds": replayed.rounds_N.tolist(),
@@ -38,14 +38,14 @@ def tau(result: Mapping[str, Any], mode: str) -> float:
 
 
 def plain(value: Any) -> Any:
-    """JSON's own types for numpy's."""
+    """Converts numpy values to JSON's own types."""
     return json.loads(json.dumps(value, default=lambda x: x.tolist()))
 
 
 def write(
     workdir: Path, arms: Sequence[Arm], seeds: Sequence[int], mode: str, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Writes study.json, study.csv, study.md and plots of all that has been measured so far.
+    """Writes study.json, study.csv, study.md and plots of all measurements so far.
 
     mode: the speculation mode that arms are compared in; the others are reported beside it.
     """
@@ -71,18 +71,18 @@ def _results(workdir: Path, arm: Arm, seeds: Sequence[int]) -> dict[int, dict[st
 
 
 def arm_directory(workdir: Path, name: str, seed: int) -> Path:
-    """Where an arm's training and results lie."""
+    """Directory of an arm's training and results."""
     return workdir / "arms" / name.replace(":", "+").replace(";", "+") / f"seed{seed}"
 
 
 def _counts(results: Sequence[Mapping[str, Any]], mode: str, per: str = "rounds") -> Counts:
-    """[S, N] of some seeds."""
+    """Counts [S, N] of some seeds."""
     replayed = [result["replayed"][mode] for result in results]
     return Counts(*(np.array([x[name] for x in replayed], float) for name in ("tokens", per)))
 
 
 def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) -> dict[str, Any]:
-    """An arm in numbers; differences are paired over answers and seeds."""
+    """Statistics of an arm; differences are paired over answers and seeds."""
     mine = kept[arm.name]
     chain = "chain" if "chain" in mine[0]["replayed"] else mode
     row = {
@@ -113,7 +113,7 @@ def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) ->
 
 
 def _decoded(workdir: Path, arm: Arm, seeds: Sequence[int]) -> dict[str, Any]:
-    """What decoding the benchmarks with an arm's drafters gave, where that was done."""
+    """Benchmark results of decoding with an arm's drafters, where available."""
     paths = [arm_directory(workdir, arm.name, seed) / "decoded.json" for seed in seeds]
     rows = [row for path in paths if path.exists() for row in json.loads(path.read_text())]
     if not rows:

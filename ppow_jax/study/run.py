@@ -1,4 +1,4 @@
-"""Runs a study, arm by arm: train, replay on answers that nothing was chosen by, compare. Resumable after every arm."""
+"""Runs a study, arm by arm: train, replay on answers that no choice depended on, compare. Resumable after every arm."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ class _Study:
 
 
 def run(settings: StudySettings) -> int:
-    """Runs what is missing of a study, and writes its results after every arm -> exit code."""
+    """Runs the missing parts of a study, and writes its results after every arm -> exit code."""
     with StopSignal() as stop:
         try:
             study = _open(settings, stop)
@@ -68,7 +68,7 @@ def run(settings: StudySettings) -> int:
 
 
 def _open(settings: StudySettings, stop: StopSignal) -> _Study:
-    """Reads the models, answers the prompts, keeps features: what all arms share."""
+    """Sets up what all arms share: reads the models, answers the prompts, stores features."""
     settings = fix_date(settings)
     workdir = open_workdir(settings, FREE)
     target = targets.load(settings.target, settings.dtype)
@@ -91,7 +91,7 @@ def _open(settings: StudySettings, stop: StopSignal) -> _Study:
 
 
 def _tune(study: _Study) -> dict[str, float]:
-    """The learning rate of each family of arms: the best of --rates on the held-out answers, tried with one seed."""
+    """Learning rate of each family of arms: the best of --rates on the held-out answers, tuned with one seed."""
     s = study.settings
     if not s.rates:
         return {}
@@ -112,7 +112,7 @@ def _tune(study: _Study) -> dict[str, float]:
 def _measured(
     study: _Study, arm: Arm, seed: int, rate: float | None, answers: FeatureStore, parent: Path
 ) -> dict[str, Any]:
-    """What an arm gains on some answers; trained and replayed once, then read back."""
+    """Replay counts of an arm on some answers; trained and replayed once, then read back."""
     if arm.stage is None and seed != study.settings.seeds[0]:  # the start has no seed
         return _measured(study, arm, study.settings.seeds[0], rate, answers, parent) | {"seed": seed}
     directory = results.arm_directory(parent, arm.name, seed)

@@ -11,7 +11,7 @@ from ppow_jax.training.settings import TrainSettings
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings(TrainSettings):
-    """Those of training, and the arms. See `experiments.reproduce --help`. Raises UserError for impossible values."""
+    """Training settings plus the arms. See `experiments.reproduce --help`. Raises UserError for impossible values."""
 
     arms: tuple[str, ...] = field(
         tuple(ARMS),

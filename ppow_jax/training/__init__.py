@@ -1,1 +1,1 @@
-"""Data, rollouts, optimisation steps and the training loop."""
+"""Data, rollouts, optimizer steps and the training loop."""

@@ -1,7 +1,7 @@
-"""A batch in microbatches, one after the other, with the results of the whole batch.
+"""Processing of a batch in microbatches, one after the other, with the results of the whole batch.
 
-Functions give sums, not means, over the rows that they are given; sums add up exactly, and are divided by counts of the
-whole batch. Microbatches are cut so that each has rows of every device.
+Functions return sums, not means, over the rows that they are given; sums add up exactly, and are divided by counts of
+the whole batch. Microbatches are cut so that each has rows of every device.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def split(tree: T, number: int) -> T:
-    """Every leaf [B, ...] -> [number, B / number, ...]; rows are taken out of every device's part."""
+    """Reshapes every leaf [B, ...] to [number, B / number, ...]; each microbatch has rows of every device's part."""
 
     def cut(x):
         parts = sharding.parts("batch", x.shape[0])
@@ -39,19 +39,19 @@ def join(tree: T) -> T:
 
 
 def _lying(x: jax.Array, axis: int) -> jax.Array:
-    """Rows, on this axis, cut over the devices."""
+    """Shards this axis, the rows, over the devices."""
     return sharding.pin(x, *("batch" if a == axis else None for a in range(x.ndim)))
 
 
 def each(function: Callable[[T], Any], tree: T, number: int) -> Any:
-    """function(tree), whose leaves are [B, ...] on both sides, computed a microbatch at a time."""
+    """Computes function(tree), whose leaves are [B, ...] on both sides, one microbatch at a time."""
     if number == 1:
         return function(tree)
     return join(jax.lax.map(function, split(tree, number)))
 
 
 def summed(function: Callable[[T], Any], tree: T, number: int) -> Any:
-    """The sum of function(microbatch) over the microbatches; its results are sums over rows."""
+    """Sum of function(microbatch) over the microbatches; the function's results are sums over rows."""
     if number == 1:
         return function(tree)
     pieces = split(tree, number)

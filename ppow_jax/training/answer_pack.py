@@ -1,8 +1,8 @@
-"""Answers as compressed token ids in one file, so that another run does not pay for them again.
+"""Answer packs: answers as compressed token ids in one file, to be reused by other runs.
 
-A pack holds answers by a hash of the prompt's token ids, not the prompts themselves. It serves every run with the same
-target, precision and answer length whose prompts are among them, whatever data they came from. Answers at temperature 0
-only: they are a function of the prompt.
+A pack stores answers under a hash of the prompt's token ids, without the prompts themselves. It serves every run with
+the same target, precision and answer length whose prompts are among them, whatever data they came from. Answers at
+temperature 0 only: they are a function of the prompt.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ HASH = 16  # bytes
 
 
 def prompt_key(prompt: np.ndarray) -> bytes:
-    """The key of a prompt, int32 [T]."""
+    """Hash of a prompt, int32 [T]: its key in a pack."""
     return hashlib.blake2b(np.ascontiguousarray(prompt, np.int32).tobytes(), digest_size=HASH).digest()
 
 
 def write_pack(path: str | Path, examples: Iterable[Example], about: Mapping[str, Any]) -> int:
-    """Writes the answers of `examples` (prompt, then answer), each prompt once -> the number of them.
+    """Writes the answers of `examples` (prompt, then answer), each prompt once -> the number of answers.
 
-    about: what the answers depend on besides the prompt, see `read_packs`.
+    about: everything besides the prompt that answers depend on, see `read_packs`.
     """
     found: dict[bytes, np.ndarray] = {}
     for example in examples:
@@ -54,7 +54,7 @@ def write_pack(path: str | Path, examples: Iterable[Example], about: Mapping[str
 def read_packs(paths: Sequence[str], about: Mapping[str, Any]) -> Answers:
     """The answers of all packs by `prompt_key`.
 
-    Raises UserError for a file that is no pack, and for one whose answers were made otherwise than `about` says.
+    Raises UserError for a file that is no pack, and for answers that were made under conditions other than `about`.
     """
     found: dict[bytes, np.ndarray] = {}
     for path in paths:

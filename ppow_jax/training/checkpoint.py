@@ -1,7 +1,7 @@
-"""Checkpoints that survive kills and tell damage, on top of Orbax.
+"""Checkpoints that survive kills and detect damage, on top of Orbax.
 
-Orbax writes to a temporary folder and renames it when it is whole, so a kill leaves the last good checkpoint.
-It does not notice changed bytes within an array: a checksum per array is kept and compared on restore.
+Orbax writes to a temporary folder and renames it when it is complete, so a kill leaves the last good checkpoint.
+It does not notice changed bytes within an array: a checksum per array is stored and compared on restore.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from ppow_jax.files import writable_directory
 logger = logging.getLogger(__name__)
 
 
-KEEP = 3  # the newest checkpoints that a stage keeps
-KEEP_BEST = 2  # and of the best
+KEEP = 3  # number of newest checkpoints that a stage keeps
+KEEP_BEST = 2  # number of best checkpoints that it keeps
 
 
 class _Damaged(Exception):
-    """A checkpoint that cannot be read, or does not hold what was saved."""
+    """A checkpoint that cannot be read, or differs from the saved state."""
 
 
 class Checkpoints:
     """The last `keep` checkpoints in one directory, one folder per step."""
 
     def __init__(self, directory: str | os.PathLike, keep: int = KEEP):
-        """Opens or creates the directory, and clears what a kill left half-written.
+        """Opens or creates the directory, and removes what a kill left half-written.
 
         Raises:
           UserError: the directory cannot be written to.
@@ -47,7 +47,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that are saved, ascending."""
+        """The saved steps, ascending."""
         self.wait()
         return sorted(self._manager.all_steps())
 
@@ -55,12 +55,12 @@ class Checkpoints:
         """Starts saving, and returns once `state` may be donated.
 
         Args:
-          step: greater than every saved step (the same step again does nothing).
+          step: greater than every saved step (saving the same step again does nothing).
           state: pytree of arrays.
-          extra: anything that JSON holds (position in the data, scores, ...).
+          extra: anything that JSON can represent (position in the data, scores, ...).
 
         Raises:
-          UserError: this checkpoint or the one before could not be written; those that were good still are.
+          UserError: this checkpoint or the one before could not be written; earlier good ones are unaffected.
         """
         steps = self.steps
         if steps and step == steps[-1]:
@@ -81,12 +81,12 @@ class Checkpoints:
             raise UserError(f"{self.directory / str(step)}: checkpoint is damaged ({error})") from None
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest whole checkpoint as (step, state, extra); None if none was ever saved.
+        """The newest intact checkpoint as (step, state, extra); None if none was ever saved.
 
-        A damaged one is named in a warning, set aside as `STEP.damaged`, and the one before is taken.
+        A damaged one is reported in a warning and renamed to `STEP.damaged`, and the one before is restored.
 
         Args:
-          abstract_state: pytree of `jax.ShapeDtypeStruct` (as `jax.eval_shape` gives it) or arrays; shardings
+          abstract_state: pytree of `jax.ShapeDtypeStruct` (from `jax.eval_shape`) or arrays; shardings
             that it carries are honoured, and the first device is used otherwise.
 
         Raises:
@@ -118,7 +118,7 @@ class Checkpoints:
             return json.loads(seal["payload"])
         except (MemoryError, _Damaged):
             raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds
+        except Exception as error:  # Orbax and TensorStore raise many kinds of errors
             raise _Damaged(_first_line(error)) from error
 
     def _restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -145,7 +145,7 @@ class Checkpoints:
         return state, payload["extra"]
 
     def _set_aside(self, after: int) -> None:
-        """Renames the folders of later steps, which proved damaged, out of Orbax's sight."""
+        """Renames the folders of later steps, found to be damaged, so that Orbax ignores them."""
         for step in [step for step in self.steps if step > after]:
             folder = self.directory / str(step)
             number = len(list(self.directory.glob(f"{step}.damaged*")))
@@ -155,41 +155,41 @@ class Checkpoints:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when what `save` started is on disk; raises UserError where it could not be written."""
+        """Blocks until the last `save` is on disk; raises UserError if it could not be written."""
         with self._saving():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Says which checkpoint is the last good one where one cannot be written, for whatever reason."""
+        """Turns any failure to write into a UserError that names the last good checkpoint."""
         try:
             yield
         except MemoryError:
             raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds
+        except Exception as error:  # Orbax and TensorStore raise many kinds of errors
             good = max((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), default=None)
             kept = "there is none before" if good is None else f"{self.directory / str(good)} is whole"
             kept += "; free space or mend the disk, and run the same command again"
             raise UserError(f"{self.directory}: a checkpoint cannot be saved ({_reason(error)}); {kept}") from error
 
     def close(self) -> None:
-        """Waits, and frees the threads."""
+        """Waits for the last save, and frees the threads."""
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # it says again what `wait` said
+            with contextlib.suppress(Exception):  # it repeats the error that `wait` raised
                 self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        with contextlib.suppress(UserError) if kind else contextlib.nullcontext():  # the first reason is the reason
+        with contextlib.suppress(UserError) if kind else contextlib.nullcontext():  # the first error takes precedence
             self.close()
 
 
 class Best:
-    """The state with the highest score so far (and the one before it, should it be damaged)."""
+    """The state with the highest score so far (and the one before it, in case it is damaged)."""
 
     def __init__(self, directory: str | os.PathLike):
         """Opens or creates the directory; raises UserError if it cannot be written to."""
@@ -210,11 +210,11 @@ class Best:
     def offer(self, step: int, score: float, state: Any, extra: dict[str, Any] | None = None) -> bool:
         """Saves `state` if `score` is above all before; returns whether it did.
 
-        It is on disk then: no later checkpoint of the run, after a kill, may be without the best one before it.
+        Blocks until it is on disk: after a kill, a later checkpoint of the run must never lack the best one before it.
         """
         if not score > self.score:
             return False
-        # Folders are numbered by rank, not by step: after a resume steps may come a second time.
+        # Folders are numbered by rank, not by step: after a resume, steps may occur a second time.
         number = max(self._checkpoints.steps, default=0) + 1
         self._checkpoints.save(number, state, {"step": step, "score": float(score), "extra": extra or {}})
         self._checkpoints.wait()
@@ -266,7 +266,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, where it is known (TensorStore says it in its message); else the first line."""
+    """The operating system's message, if known (TensorStore includes it in its own); else the first line."""
     said = re.search(r"os_error_code='(\d+)'", str(error))
     number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
     return os.strerror(number) if number else _first_line(error)

@@ -1,9 +1,9 @@
-"""Where the time of a run goes, over all its attempts, and how much of it was worth something.
+"""Time accounting of a run over all its attempts, and its goodput.
 
-An attempt is one process that worked on the run. Goodput is the time of training steps that count, compiling left out,
+An attempt is one process that worked on the run. Goodput is the time of training steps that count, without compilation,
 as a share of all the time from the start of an attempt to its end that was not spent on answers, features, measuring or
-export. Steps that a kill made in vain, restarts, compiling, saving and simulated acceptance are what it lacks to 1. The
-time between two attempts is not seen.
+export. Steps lost to a kill, restarts, compilation, saving and simulated acceptance reduce it below 1. The
+time between two attempts is not included.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from typing import Any
 
 import jax
 
-BEAT_SECONDS = 10.0  # a killed attempt's time is known to that precision
-START = "start"  # of an attempt: reading the target, the prompts, the settings
+BEAT_SECONDS = 10.0  # the end of a killed attempt is known to this precision
+START = "start"  # first stage of an attempt: reading the target, the prompts, the settings
 _ASIDE = ("answers", "features", "evaluate", "export")  # stages without training steps
 _COMPILING = "/jax/core/compile/backend_compile_duration"
 
@@ -29,9 +29,9 @@ Stages = dict[str, dict[str, float]]  # seconds by stage and kind
 
 
 class Clock:
-    """Seconds of this attempt by stage and kind ("wall", "step", "compile", "save", ...), and those of the ones before.
+    """Seconds of this attempt by stage and kind ("wall", "step", "compile", "save", ...), and of earlier attempts.
 
-    path: the ledger, a JSON line per beat with the sums of an attempt so far; None keeps nothing.
+    path: the ledger, a JSON line per heartbeat with the sums of an attempt so far; None keeps no ledger.
     """
 
     def __init__(self, path: Path | None = None):
@@ -41,11 +41,11 @@ class Clock:
         self._worth: dict[str, float] = {}
         self._stage, self._since = START, time.perf_counter()
         self._beat = self._since
-        compile_seconds()  # from here on it is counted
+        compile_seconds()  # starts counting compilation
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What happens inside belongs to this stage."""
+        """Assigns the time spent inside to this stage."""
         outer = self._stage
         self._enter(name)
         self.beat(now=True)
@@ -61,13 +61,13 @@ class Clock:
         self._stage, self._since = name, now
 
     def add(self, kind: str, seconds: float) -> None:
-        """Counts seconds of the present stage."""
+        """Adds seconds to the current stage."""
         kinds = self._seconds.setdefault(self._stage, defaultdict(float))
         kinds[kind] += seconds
 
     @contextlib.contextmanager
     def on(self, kind: str) -> Iterator[None]:
-        """Counts what happens inside; the compiling in it separately."""
+        """Counts the time spent inside; compilation within it is counted separately."""
         begin, compiled = time.perf_counter(), compile_seconds()
         try:
             yield
@@ -77,11 +77,11 @@ class Clock:
             self.add(kind, time.perf_counter() - begin - compiled)
 
     def resume(self, stage: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Takes the steps that count from the metrics that a stage goes on from."""
+        """Reads the steps that count from the metrics that a stage resumes from."""
         self._worth[stage] = sum(row.get("seconds", 0.0) - row.get("compile_seconds", 0.0) for row in rows)
 
     def step(self, stage: str, seconds: float, compiled: float, data: float) -> None:
-        """Counts a training step; `compiled` of its seconds went into compiling, `data` into making its batch."""
+        """Counts a training step; `compiled` of its seconds were compilation, `data` the making of its batch."""
         self.add("compile", compiled)
         self.add("data", data)
         self.add("step", seconds - compiled - data)
@@ -89,7 +89,7 @@ class Clock:
         self.beat()
 
     def goodput(self) -> float:
-        """See the module; nan where nothing was trained."""
+        """Goodput as defined in the module; nan where nothing was trained."""
         wall = sum(stages[name]["wall"] for stages in self.attempts() for name in stages if name not in _ASIDE)
         return sum(self._worth.values()) / wall if self._worth and wall > 0 else float("nan")
 
@@ -99,7 +99,7 @@ class Clock:
         return [*self._before, self._seconds]
 
     def summary(self) -> dict[str, Any]:
-        """What a report says: number of attempts, seconds by stage and kind, goodput."""
+        """Summary for reports: number of attempts, seconds by stage and kind, goodput."""
         total: Stages = {}
         for stages in self.attempts():
             for name, kinds in stages.items():
@@ -123,12 +123,12 @@ class Clock:
 
 
 def read_attempts(path: Path) -> list[Stages]:
-    """The last whole line of every attempt in a ledger."""
+    """The last complete line of every attempt in a ledger."""
     found: dict[str, Stages] = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             beat = json.loads(line)
-        except ValueError:  # half a line, which a kill left
+        except ValueError:  # an incomplete line, left by a kill
             continue
         found[beat["attempt"]] = beat["stages"]
     return list(found.values())
@@ -148,13 +148,13 @@ def _listen() -> None:
 
 
 def compile_seconds() -> float:
-    """Seconds this process spent on compiling with XLA, or on reading what was compiled, since the first call."""
+    """Seconds this process spent compiling with XLA, or loading compiled programs, since the first call."""
     _listen()
     return _compiled
 
 
 def memory_bytes() -> int:
-    """The most memory used so far: of the first device where it says so, else of this process."""
+    """Peak memory so far: of the first device if it reports it, else of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])

@@ -1,4 +1,4 @@
-"""What every stage of a run is given."""
+"""Context shared by all stages of a run."""
 
 import dataclasses
 from pathlib import Path
@@ -13,9 +13,9 @@ from ppow_jax.weights.targets import Target
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Settings, directory, models and data of a run, the place of its metrics, and the signal that ends it.
+    """Settings, directory, models and data of a run, its metrics writer, and the signal that stops it.
 
-    shared: directory of what runs on the same answers share: the target's features, and measured costs.
+    shared: directory of files shared by runs on the same answers: the target's features, and measured costs.
     """
 
     settings: TrainSettings
@@ -29,10 +29,10 @@ class Context:
 
     @property
     def greedy_text(self) -> bool:
-        """Whether every answer is the target's own at temperature 0."""
+        """True if every answer is the target's own at temperature 0."""
         return self.settings.answer_temperature == 0 and not self.settings.recorded
 
     @property
     def mixed(self) -> bool:
-        """Whether the drafter's products are computed in bfloat16."""
+        """True if the compute dtype of the drafter's products is bfloat16."""
         return self.settings.dtype == "bfloat16"

@@ -1,4 +1,4 @@
-"""The texts of a run: prompts, the target's answers to them, recorded ones, and what is held out."""
+"""Texts of a run: prompts, the target's answers to them, recorded answers, and the held-out part."""
 
 import logging
 from collections.abc import Sequence
@@ -63,8 +63,8 @@ def _pack_about(settings: TrainSettings) -> dict[str, object]:
 
 
 class Corpus(NamedTuple):
-    """The texts of a run. train: of stage 1. fresh: of stage 2 and its baselines, the same object as `train` unless
-    --fresh_answers keeps some apart. held_out: by which checkpoints are chosen. test: None without --test_answers.
+    """The texts of a run. train: for stage 1. fresh: for stage 2 and its baselines, the same object as `train` unless
+    --fresh_answers reserves some. held_out: for choosing checkpoints. test: None without --test_answers.
     """
 
     train: Batches
@@ -74,9 +74,9 @@ class Corpus(NamedTuple):
 
 
 def collect_recorded(settings: TrainSettings, target: Target, jobs: list[answers.Job]) -> list[Example]:
-    """The conversations to mix in as they stand.
+    """The recorded conversations to mix in unchanged.
 
-    Raises UserError where they are of no use, or where these and `jobs` leave nothing for a part that is asked for.
+    Raises UserError where none is usable, or where these and `jobs` leave nothing for a part that is requested.
     """
     recorded = read_recorded(settings, target.tokenizer) if settings.recorded else []
     for example in recorded:
@@ -94,7 +94,7 @@ def collect_recorded(settings: TrainSettings, target: Target, jobs: list[answers
 def load_corpus(
     settings, workdir: Path, target: Target, jobs, recorded: list[Example], stop: StopSignal
 ) -> Corpus:
-    """Every text of the run as batches; answers that are missing are generated."""
+    """All texts of the run as batches; missing answers are generated."""
     s = settings
     examples = answers.regenerate(
         workdir / "answers",
@@ -129,10 +129,10 @@ def _kept(settings: TrainSettings) -> tuple[int, int, int]:
 
 
 def split(examples: Sequence[T], numbers: Sequence[int], seed: int) -> list[list[T]]:
-    """Parts of about so many examples each, whole conversations, and what is left: one part more than numbers.
+    """Splits by conversations into parts of about `numbers` examples each, and the remainder: len(numbers) + 1 parts.
 
-    A part that is asked for has one conversation at least, and so has what is left, where there are enough of them.
-    Parts depend on the sources alone: prompts are parted as their answers will be.
+    Every requested part has at least one conversation, and so has the remainder, where there are enough of them.
+    Parts depend on the sources alone: prompts are split in the same way as their answers will be.
     """
     conversations = sorted({_conversation(e) for e in examples})
     order = np.random.default_rng(seed).permutation(len(conversations))

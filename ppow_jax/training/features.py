@@ -1,8 +1,8 @@
-"""Target features computed once and kept on disk, for stage 1 over several epochs.
+"""Target features computed once and stored on disk, for stage 1 over several epochs.
 
-The target's pass is more than half of a supervised step. What the drafter needs of it - three features and the final
-hidden state per token - is small for a small target: 4 * D numbers a token. Values are stored in the dtype of the
-target's matrices, which is what the products that read them round to anyway.
+The target's pass is more than half of a supervised step. The part of it that the drafter needs - three features and the
+final hidden state per token - is small for a small target: 4 * D numbers a token. Values are stored in the dtype of
+the target's matrices, to which the products that read them round anyway.
 """
 
 import functools
@@ -26,11 +26,11 @@ from ppow_jax.training.scoring import row_mask
 
 log = logging.getLogger(__name__)
 
-SAVE_EVERY = 16  # batches between two notes of how far the pass has come
+SAVE_EVERY = 16  # batches between two records of progress
 
 
 class Cached(NamedTuple):
-    """What `scoring.score` would compute: features_BxTxF of every token, hidden_BxMxD that judges each anchor."""
+    """Precomputed inputs of `scoring.score`: features_BxTxF of every token, hidden_BxMxD for verifying each anchor."""
 
     features_BxTxF: np.ndarray
     hidden_BxMxD: np.ndarray
@@ -48,7 +48,7 @@ class FeatureStore:
         layers: tuple[int, ...],
         stop: Callable[[], bool] = lambda: False,
     ):
-        """Computes what is missing; a killed pass goes on where it was.
+        """Computes what is missing; a killed pass resumes where it stopped.
 
         Raises UserError when the directory cannot be written to or holds features of other data.
         """
@@ -74,7 +74,7 @@ class FeatureStore:
         self._note.unlink(missing_ok=True)
         with open(path.with_suffix(".new"), "wb") as file:
             files.reserve(file, size)
-        os.replace(file.name, path)  # so it is there in full length or not at all
+        os.replace(file.name, path)  # atomic: the file has its full length or does not exist
 
     def _fill(self, first: int, params, config: ModelConfig, layers, stop) -> bool:
         total = self.batches.steps_of_epochs(1)  # epoch 0 holds every example once
@@ -122,7 +122,7 @@ class FeatureStore:
 
 
 def _checksum(batches: Batches, layers: tuple[int, ...]) -> int:
-    """Of what the features were made of: the texts in their order, and the layers."""
+    """Checksum of the inputs of the features: the texts in their order, and the layers."""
     checksum = zlib.crc32(repr(layers).encode())
     for example in batches.examples:
         checksum = zlib.crc32(example.tokens.tobytes(), zlib.crc32(b"|", checksum))

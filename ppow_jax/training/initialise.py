@@ -1,4 +1,4 @@
-"""A new drafter for a target: its draft vocabulary, and a start from the target's own head and last layer."""
+"""Initialisation of a new drafter: its draft vocabulary, and parameters from the target's own head and last layer."""
 
 import functools
 from collections.abc import Sequence
@@ -28,8 +28,9 @@ def choose_vocabulary(examples: Sequence[Example], vocab_size: int, size: int) -
 def drafter_config(
     target: ModelConfig, draft_vocab_size: int, feature_layers: Sequence[int] = (), fc_norm: bool = False
 ) -> DrafterConfig:
-    """A drafter of one target layer's width. feature_layers: "input of layer" ids, by default (2, N//2, N-3).
+    """Config of a drafter with one layer of the target's width.
 
+    feature_layers: "input of layer" ids, by default (2, N//2, N-3).
     Raises UserError for a vocabulary larger than the target's or impossible layers.
     """
     if not 1 <= draft_vocab_size <= target.vocab_size:
@@ -65,13 +66,13 @@ def new_drafter(
     target_ids_W: np.ndarray,
     feature_scale: Sequence[float] | np.ndarray = (1.0, 1.0, 1.0),
 ) -> Drafter:
-    """A drafter that starts as the target's last layer and head, applied to the highest feature.
+    """A drafter initialised from the target's last layer and head, applied to the highest feature.
 
-    The fusion passes the highest feature on, plus small random parts of all three (made equally small by
+    The fusion passes the highest feature through, plus small random parts of all three (made equally small by
     feature_scale, see there); the layer's feature half, its MLP, its norms and the head are the target's, so everything
-    stays in the basis and at the size of the target's residual stream; only the embedding half is new. With fc_norm the
-    features come normed, and what the layer adds is made as small as they are. A drafter whose sizes differ from the
-    target's keeps random values where shapes do not fit, as the MLP does where the target has experts.
+    stays in the basis and at the scale of the target's residual stream; only the embedding half is new. With fc_norm
+    the features are normed, and the layer's output is scaled down accordingly. A drafter whose sizes differ from the
+    target's keeps random values where shapes do not fit, as does the MLP if the target has experts.
     """
     last, head_WxD = stack.layer(target_params["layers"], -1), transformer.head(target_params)[target_ids_W]
     make = functools.partial(_start, config=config, feature_scale=feature_scale)
@@ -97,7 +98,7 @@ def _start(key: jax.Array, last: dict, norm_D, head_WxD, *, config: DrafterConfi
             "norm": norm_D,
             "lm_head": head_WxD,
         }
-        if "down_proj" in last:  # a mixture of experts has no one MLP to start from
+        if "down_proj" in last:  # a mixture of experts has no single MLP to copy
             start["down_proj"] = last["down_proj"] * added
         params |= {name: x for name, x in start.items() if params[name].shape == x.shape}
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -107,8 +108,8 @@ def _start(key: jax.Array, last: dict, norm_D, head_WxD, *, config: DrafterConfi
 
 
 def _without_norm(last: dict[str, jax.Array], name: str) -> jax.Array:
-    """The target's matrix for a layer without norms of queries and keys: they become as large as those of a typical
-    input are with the norms, where the target has them.
+    """The target's matrix for a layer without norms of queries and keys: if the target has these norms, the matrix is
+    scaled so that queries and keys of a typical input have the same size as with them.
     """
     scale_d = last.get(name.replace("proj", "norm"))
     if scale_d is None:
@@ -121,7 +122,7 @@ def _without_norm(last: dict[str, jax.Array], name: str) -> jax.Array:
 def feature_scale(features_NxF: np.ndarray) -> np.ndarray:
     """Typical root mean square of each of the three features: the median over tokens.
 
-    A plain mean is useless here: the first token of a text carries activations a thousand times larger.
+    A plain mean is useless here: the first token of a text has activations a thousand times larger.
     """
     three = np.asarray(features_NxF, np.float32).reshape(len(features_NxF), 3, -1)
     return np.median(np.sqrt(np.mean(three**2, axis=-1)), axis=0)

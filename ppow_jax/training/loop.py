@@ -1,4 +1,4 @@
-"""The training loop that both stages share: resume, step, measure, save, stop."""
+"""The training loop shared by both stages: resume, step, measure, save, stop."""
 
 import dataclasses
 import logging
@@ -19,17 +19,17 @@ from ppow_jax.training.profile import Profile
 from ppow_jax.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
-_SHOWN = ("loss", "tau_sim", "reward", "accepted_length")  # beside the progress bar
+_SHOWN = ("loss", "tau_sim", "reward", "accepted_length")  # metrics shown beside the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What a stage is made of.
+    """Definition of a stage for the training loop.
 
     data: index -> batch, on the host. step: (state, index, batch) -> (state, metrics), jitted inside. measure:
-    parameters -> metrics, `score` of which chooses the best checkpoint; with select="last" it is the last one.
-    skip_nonfinite: maximum number of skipped non-finite updates, in the whole stage. position: of the first batch in
-    the data. about: settings and seed, kept with every checkpoint.
+    parameters -> metrics, `score` of which selects the best checkpoint; with select="last" it is the last one.
+    skip_nonfinite: maximum number of skipped non-finite updates, in the whole stage. position: index of the first batch
+    in the data. about: settings and seed, stored with every checkpoint.
     """
 
     stage: str
@@ -55,17 +55,17 @@ def run(
     clock: Clock | None = None,
     profile: Profile | None = None,
 ) -> tuple[dict, bool]:
-    """Runs a stage, or goes on with it -> (the best parameters so far, whether the stage is complete).
+    """Runs a stage, or resumes it -> (the best parameters so far, whether the stage is complete).
 
-    Checkpoints lie in directory/checkpoints, the best by loop.score in directory/best. Metrics of a step are read
-    after the next one was dispatched. Raises NonFiniteError, after the metrics were written and without touching the
-    last good checkpoint, when one of them is not finite and no more updates may be skipped.
+    Checkpoints are stored in directory/checkpoints, the best by loop.score in directory/best. Metrics of a step are
+    read after the next one was dispatched. Raises NonFiniteError, after the metrics were written and without touching
+    the last good checkpoint, when one of them is not finite and no more updates may be skipped.
     """
     clock = clock or Clock()
     with Checkpoints(directory / "checkpoints") as checkpoints, Best(directory / "best") as best:
         done = 0
-        # Committed to its devices, as a restored state is: a resumed run finds the programs of the first one compiled.
-        if not sharding.in_use():  # on a mesh it is
+        # Committed to its devices like a restored state, so that a resumed run reuses the compiled programs.
+        if not sharding.in_use():  # on a mesh it already is
             state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
         abstract = sharding.like(state)
         with clock.on("restore"):
@@ -93,7 +93,7 @@ def run(
             metrics.write(done, f"{loop.stage}_held_out", measured)
             log.info("%s: step %d, %s %.3f", loop.stage, done, loop.score, measured[loop.score])
             with clock.on("save"):
-                checkpoints.wait()  # processes save one thing at a time: Orbax's barriers have one name
+                checkpoints.wait()  # one save at a time per process: Orbax's barriers share one name
                 score = done if loop.select == "last" else measured[loop.score]
                 best.offer(done, score, state.best_params)
 
@@ -131,7 +131,7 @@ def run(
 
 
 def _check_position(loop: Loop, directory: Path, done: int, extra: Mapping[str, Any]) -> None:
-    """A checkpoint that was made on other batches would go on silently in the wrong place of the data."""
+    """Raises if a checkpoint was made on other batches: it would silently resume at a wrong position in the data."""
     position = extra.get("position", loop.position + done)
     if position != loop.position + done:
         place = directory / "checkpoints" / str(done)
@@ -151,7 +151,7 @@ class _Recorder:
         self.restart()
 
     def restart(self) -> None:
-        """What happened up to now, such as saving, takes no part in the next step's time."""
+        """Excludes the time until now, such as saving, from the next step's time."""
         self.since, self.compiled = time.perf_counter(), compile_seconds()
 
     def add(self, step: int, values: dict[str, Any], data_seconds: float) -> None:
@@ -159,7 +159,7 @@ class _Recorder:
         self.pending = (step, values | {"data_seconds": data_seconds})
 
     def flush(self) -> None:
-        """Writes what is pending; raises NonFiniteError after that if it holds a value that is not finite."""
+        """Writes pending metrics; then raises NonFiniteError if they hold a value that is not finite."""
         if self.pending is None:
             return
         (step, values), self.pending = self.pending, None
@@ -175,7 +175,7 @@ class _Recorder:
         self.bar.update(1)
 
     def _judge(self, step: int, values: dict[str, Any]) -> None:
-        """Lets a skipped update pass as long as there are no more of them than --skip_nonfinite allows."""
+        """Accepts a skipped update as long as --skip_nonfinite allows it."""
         before, self.skipped = self.skipped, int(values.get("skipped", self.skipped))
         try:
             require_finite(step, values)

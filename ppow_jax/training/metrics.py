@@ -16,7 +16,7 @@ from ppow_jax.training.tensorboard import TensorBoard
 
 _RESERVED = ("step", "stage", "time")
 
-# What the clock, the memory and the history of attempts say: two runs that are otherwise the same differ in these.
+# Metrics that depend on the clock, the memory and earlier attempts: they differ between otherwise equal runs.
 VOLATILE = ("time", "seconds", "data_seconds", "compile_seconds", "memory_bytes", "goodput")
 
 
@@ -32,7 +32,7 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: jax.Array, mask: jax.Array | None = None) -> "Mean":
-        """The mean of `values` where `mask` (same shape) is true; what lies past the mask does not count."""
+        """The mean of `values` where `mask` (same shape) is true; values outside the mask are ignored."""
         if mask is None:
             return cls(jnp.sum(values, dtype=jnp.float32), jnp.float32(values.size))
         mask = mask.astype(bool)
@@ -75,7 +75,7 @@ class MetricsWriter:
     def __init__(
         self, workdir: str | os.PathLike, name: str = "metrics.jsonl", tensorboard: TensorBoard | None = None
     ):
-        """Opens the file; half a line that a kill left at its end is cut off. tensorboard: gets every row too.
+        """Opens the file; an incomplete line that a kill left at its end is cut off. tensorboard: gets every row too.
 
         Raises:
           UserError: the directory cannot be written to.
@@ -109,7 +109,7 @@ class MetricsWriter:
             self._tensorboard.write(step, stage, values)
 
     def sync(self) -> None:
-        """Returns when every row is on disk: a checkpoint is never newer than the metrics of its steps."""
+        """Blocks until every row is on disk: a checkpoint is never newer than the metrics of its steps."""
         self._file.flush()
         os.fsync(self._file.fileno())
         if self._tensorboard:
@@ -129,7 +129,7 @@ class MetricsWriter:
 
 
 class NoMetrics(MetricsWriter):
-    """Of the processes that write none; they may read what there is."""
+    """No-op writer for non-leader processes; it can still read existing rows."""
 
     def __init__(self, workdir: str | os.PathLike, name: str = "metrics.jsonl"):
         self.path = pathlib.Path(workdir) / name
@@ -143,14 +143,14 @@ class NoMetrics(MetricsWriter):
         """Writes nothing."""
 
     def sync(self) -> None:
-        """Nothing to write."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Does nothing."""
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a metrics file, in order; half a line at the end is left out."""
+    """The rows of a metrics file, in order; an incomplete last line is ignored."""
     return [{name: _decode(value) for name, value in row.items()} for row in _rows(pathlib.Path(path))]
 
 

@@ -13,12 +13,12 @@ from ppow_jax.training.context import Context
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import features_seen
 
-# What Muon orthogonalises. The fusion sees channels of very different size, and the head has a row per token: Adam's.
+# Matrices that Muon orthogonalises. Fusion (channels of very different size) and head (a row per token) use Adam.
 _MUON = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def make_optimizer(context: Context, drafter: Drafter, peak: float, steps: int, warmup: int):
-    """The optimizer of a run's drafter, see `optimizer`; the size of the features is measured on the run's data."""
+    """The optimizer of a run's drafter, see `optimizer`; feature scales are measured on the run's data."""
     scale_F = None
     if not (drafter.config.fc_norm or drafter.config.norm_before_fc):
         scale_F = initialise.channel_scale(features_seen(context, drafter.config.feature_layers))
@@ -33,17 +33,17 @@ def optimizer(
     warmup: int,
     channel_scale_F: np.ndarray | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW, or Muon for the layer's own matrices, with warm-up and a cosine to a tenth.
+    """AdamW, or Muon for the layer's own matrices, with warm-up and a cosine decay to a tenth.
 
-    names: of the drafter's parameters. channel_scale_F: where the fusion sees raw features, whose channels differ in
-    size by a factor of a thousand: its step is divided by the size of the channel, which is Adam on features of unit
-    size without changing the drafter's format.
+    names: of the drafter's parameters. channel_scale_F: scales of raw fusion features, whose channels differ in
+    size by a factor of a thousand: the fusion's step is divided by the scale of the channel, which equals Adam on
+    features of unit size without changing the drafter's format.
     """
     scale = None if channel_scale_F is None else np.asarray(channel_scale_F, np.float32).tobytes()
     return _made(settings.optimizer, settings.clip_norm, tuple(names), peak, steps, min(warmup, steps - 1), scale)
 
 
-@functools.lru_cache(32)  # equal ones are one object, so that runs that differ by their seed share their programs
+@functools.lru_cache(32)  # equal optimizers are one object, so that runs that differ only in their seed share programs
 def _made(
     kind: str, clip_norm: float, names: tuple[str, ...], peak: float, steps: int, warmup: int, scale: bytes | None
 ) -> optax.GradientTransformation:
@@ -52,7 +52,7 @@ def _made(
     if kind == "muon":
         muon = optax.contrib.muon(
             schedule, consistent_rms=0.2, muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers()
-        )  # a step as large as Adam's (2502.16982)
+        )  # makes a step as large as Adam's (2502.16982)
         labels = {name: "muon" if name.split(".")[-1] in _MUON else "adamw" for name in names}
         update = optax.partition({"muon": muon, "adamw": update}, labels)
     parts = [optax.clip_by_global_norm(clip_norm), update]

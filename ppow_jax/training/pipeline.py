@@ -1,4 +1,4 @@
-"""The main job, stage by stage: data, supervised, ppow, evaluate, export. `run` reads from top to bottom."""
+"""The training pipeline, stage by stage: data, supervised, ppow, evaluate, export. `run` reads from top to bottom."""
 
 import dataclasses
 import errno
@@ -33,10 +33,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run(settings: TrainSettings) -> int:
-    """Runs the chosen stages, or goes on with them; returns the exit code.
+    """Runs the chosen stages, or resumes them; returns the exit code.
 
-    0: all done. 130 and 143: SIGINT or SIGTERM came; what was finished is kept. 3: a number was not finite. Raises
-    UserError for bad settings, data or files, before anything is compiled where that can be known, and for a full disk.
+    0: all done. 130 and 143: stopped by SIGINT or SIGTERM; finished work is kept. 3: a number was not finite. Raises
+    UserError for bad settings, data or files, before anything is compiled where possible, and for a full disk.
     """
     s = settings
     with distributed.connect(s.coordinator, s.num_processes, s.process_id, s.multihost), StopSignal() as stop:
@@ -63,7 +63,7 @@ def run(settings: TrainSettings) -> int:
 def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     settings = fix_date(settings)
     workdir = open_workdir(settings)
-    distributed.wait("workdir")  # from here on one process writes there
+    distributed.wait("workdir")  # from here on only one process writes there
     leader = distributed.leader()
     tensorboard = TensorBoard(workdir / "tensorboard") if settings.tensorboard and leader else None
     clock = Clock(workdir / "attempts.jsonl" if leader else None)
@@ -81,7 +81,7 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     check_space(settings, workdir, start.config if start else new_config(settings, target), target, jobs)
     if stop.requested:
         raise Stopped
-    # only now: settings that fail bind no workdir
+    # only now: settings that fail do not claim a workdir
     distributed.by_leader(lambda: config_lib.write_flagfile(workdir / "flags.txt", settings))
     distributed.by_leader(lambda: files.clear_left_over(workdir))
     keep_start(start, workdir)

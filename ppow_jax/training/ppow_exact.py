@@ -1,7 +1,7 @@
 """Stage 2 without sampling: one PPOW step on the expected reward of every window of the text, as one XLA program.
 
 For text that the target wrote at temperature 0 and greedy acceptance, see `objectives.expected`. The sampled estimator,
-as published, is `training.ppow_sampled`; both have the same form.
+as published, is `training.ppow_sampled`; both have the same interface.
 """
 
 import functools
@@ -44,8 +44,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's.
 
-    cached: the target's pass over the batch, where it was made before (`training.features`). rollouts: window, costs
-    and ADAW's start count here.
+    cached: the target's pass over the batch, if computed before (`training.features`). rollouts: only window, costs
+    and ADAW's start are used.
     """
     layers, ids_W, embed_VxD = drafter.config.feature_layers, drafter.target_ids_W, target_params["embed"]
     with jax.named_scope("target"):

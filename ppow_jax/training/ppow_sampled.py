@@ -27,8 +27,8 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class PolicySettings:
-    """Hashable. clip: of the window's ratio. kl_weight: beta of KL(target || drafter). passes: optimizer passes over
-    the rollouts of a step.
+    """Hashable. clip: of the window's probability ratio. kl_weight: beta of KL(target || drafter). passes: optimizer
+    passes over the rollouts of a step.
     """
 
     clip: float
@@ -58,8 +58,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's.
 
-    accumulate: microbatches that a step is computed in; the results are those of the whole batch. average_decay: of the
-    state's average, if it has one.
+    accumulate: number of microbatches per step; the results are those of the whole batch. average_decay: decay of the
+    state's parameter average, if it has one.
     """
     layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
     behaviour = drafter.replace(params=jax.lax.stop_gradient(state.params))
@@ -108,7 +108,7 @@ def _loss(
 ):
     """-(clipped surrogate) + beta KL(target || drafter) on the tokens that count.
 
-    counts: valid windows, and tokens that count, of the whole batch, of which these rows may be a part.
+    counts: numbers of valid windows, and of tokens that count, in the whole batch, of which these rows may be a part.
     """
     text, windows = rows
     drafter = drafter.replace(params=params)
@@ -117,7 +117,7 @@ def _loss(
     log_q = jax.nn.log_softmax(z_BxXxKxW / rollouts.rollout_temperature, axis=-1)
     logp_BxXxK = jnp.take_along_axis(log_q, windows.id_BxXxK[..., None], -1)[..., 0]
     old_BxXxK = windows.logp_BxXxK
-    if rollouts.verify_temperature > 0:  # the draft probability decides about acceptance, too
+    if rollouts.verify_temperature > 0:  # the draft probability also affects acceptance
         decided = functools.partial(decision_logp, target_logp=windows.target_logp_BxXxK, accepted=windows.accepted_BxX)
         logp_BxXxK, old_BxXxK = decided(logp_BxXxK), decided(old_BxXxK)
     surrogate = clipped_surrogate(
@@ -149,7 +149,7 @@ def _loss(
 
 
 def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout) -> Array:
-    """logits_BxXxKxW of the drafter along windows that were drafted before."""
+    """logits_BxXxKxW of the current drafter along previously drafted windows."""
     g_BxTxE, kv = supervised.prefix(drafter, embed_VxD, text)
     keys = [Prefix(kv, supervised.anchor_mask(text, windows.anchor_BxX))]
     g_BxXxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxX[..., None], 1)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to save and stop, instead of killing it."""
+"""Graceful stop: Ctrl-C and SIGTERM request a run to save and stop, instead of killing it."""
 
 import logging
 import signal
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; what it has done is saved."""
+    """Raised when a signal requested the run to stop; finished work is saved."""
 
 
 class StopSignal:
     """Within `with StopSignal() as stop:`, the first SIGINT or SIGTERM only sets `stop.requested`.
 
-    The loop looks at it between two steps, saves, and leaves with `stop.exit_code`. A second signal raises
-    KeyboardInterrupt. The former handlers return at the end. Outside the main thread, where Python allows no
+    The loop checks it between steps, saves, and exits with `stop.exit_code`. A second signal raises
+    KeyboardInterrupt. The previous handlers are restored at the end. Outside the main thread, where Python allows no
     handlers, it never fires.
     """
 
@@ -32,12 +32,12 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came to this process, or to any of those that run together: they ask equally often."""
+        """True if any of the processes received a signal; all processes must call this equally often."""
         return self._agreement.ask(self.signum != 0)
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it; 0 if none came. That of SIGTERM, if another process got it."""
+        """128 + the signal's number, as in shells; 0 without a signal. SIGTERM's if only another process got it."""
         return 128 + (self.signum or signal.SIGTERM) if self.requested else 0
 
     def __enter__(self) -> "StopSignal":

@@ -1,8 +1,8 @@
-"""Profiler traces of chosen steps, and what each part of a step took in them.
+"""Profiler traces of chosen steps, and the time of each part of a step in them.
 
-A step is one fused program, which no clock on the host can look into. The trace can: it holds the time of every XLA
-operation, and the compiled program says in which `jax.named_scope` of the step ("target", "rollouts", "gradient",
-"update") an operation was written. A fusion over two scopes counts for the one that its last operation is in.
+A step is one fused program, whose parts a clock on the host cannot measure. The trace can: it holds the time of every
+XLA operation, and the compiled program records the `jax.named_scope` of the step ("target", "rollouts", "gradient",
+"update") in which an operation was written. A fusion over two scopes is assigned to that of its last operation.
 """
 
 import json
@@ -20,7 +20,7 @@ from ppow_jax import files
 
 log = logging.getLogger(__name__)
 
-_STEP = "jit_train_step"  # what XLA calls the program of either stage
+_STEP = "jit_train_step"  # XLA's name of the program of either stage
 PARTS = ("target", "rollouts", "gradient", "update")
 _PART = re.compile(r"\b(" + "|".join(PARTS) + r")\b")
 
@@ -29,25 +29,25 @@ class Profile:
     """Traces steps first to last of a stage into a directory (see TensorBoard's profile page, or Perfetto)."""
 
     def __init__(self, directory: Path | None = None, first: int = 0, last: int = 0):
-        """None: nothing is traced."""
+        """directory: None disables tracing."""
         self._directory, self._first, self._last = directory, first, last
         self._begun: int | None = None
 
     def before(self, step: int) -> None:
-        """Call it before step `step` (the first is 1) is dispatched."""
+        """Starts the trace if due; call it before step `step` (the first is 1) is dispatched."""
         if self._directory and self._begun is None and self._first <= step <= self._last:
             jax.profiler.start_trace(files.writable_directory(self._directory))
             self._begun = step
 
     def after(self, step: int, results: Any) -> None:
-        """Call it after the step was dispatched; waits for its results where the trace ends."""
+        """Stops the trace if due, after waiting for the step's results; call it after the step was dispatched."""
         if self._begun is not None and step >= self._last:
             jax.block_until_ready(results)
             self._stop(step - self._begun + 1)
 
     def _stop(self, steps: int) -> None:
         directory = self._directory
-        self._directory, self._begun = None, None  # one trace a stage
+        self._directory, self._begun = None, None  # one trace per stage
         jax.profiler.stop_trace()
         parts = {part: seconds / steps for part, seconds in seconds_by_part(directory).items()}
         files.write_atomic(directory / "parts.json", json.dumps({"steps": steps, "seconds": parts}))
@@ -66,7 +66,7 @@ class Profile:
 def seconds_by_part(directory: Path) -> dict[str, float]:
     """Seconds of the operations of each part in the newest trace below a directory; of one device, "other" last.
 
-    Empty where the trace holds no operations. On a CPU, operations that ran side by side count twice.
+    Empty where the trace holds no operations. On a CPU, operations that ran concurrently count twice.
     """
     traces = sorted(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not traces:
@@ -95,7 +95,7 @@ def _first_device(planes: Iterable[Any]) -> list[Any]:
 
 
 def own_time(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
-    """Time by name of (start, duration, name). A loop's event encloses those of its body, which are taken off it."""
+    """Time by name of (start, duration, name) events. The events of a loop's body are subtracted from its own."""
     total: defaultdict[str, float] = defaultdict(float)
     open_: list[tuple[float, str]] = []  # (end, name) of the events that enclose the next one
     for start, duration, name in sorted(events, key=lambda event: (event[0], -event[1])):
@@ -109,7 +109,7 @@ def own_time(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
 
 
 def _parts_of_operations(seen: set[str]) -> dict[str, str]:
-    """Operation -> part, of the one among the training steps on the device that has most of the operations seen."""
+    """Operation -> part, for the training step on the device that has most of the operations seen."""
     texts = [
         module.to_string()
         for executable in get_backend().live_executables()
@@ -128,7 +128,7 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 def parts_of_text(text: str) -> dict[str, str]:
     """Operation -> part, or "other", read from the text of a compiled program.
 
-    An operation that XLA made without a name of its own, such as a fusion, has that of the last one in what it calls.
+    An operation that XLA created without a scope, such as a fusion, gets that of the last operation in what it calls.
     """
     part_of: dict[str, str] = {}
     root_part: dict[str, str] = {}

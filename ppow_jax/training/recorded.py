@@ -1,4 +1,4 @@
-"""Recorded conversations as examples, and what can be known of a run's texts before any answer is made."""
+"""Recorded conversations as examples, and checks of a run's texts that are possible before any answer is generated."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def read_recorded(settings: TrainSettings, tokenizer: Any) -> list[Example]:
-    """The conversations of --recorded, as far as a row holds them.
+    """The conversations of --recorded, cut to fit a row.
 
-    Those without an answer there, and those that the chat template refuses, are left out and counted in the log.
-    Raises UserError where that leaves none.
+    Those without an answer in that part, and those that the chat template refuses, are left out and counted in the log.
+    Raises UserError if none remains.
     """
     conversations = load_conversations(settings.recorded, settings.num_recorded or None)
     examples: list[Example] = []
@@ -39,7 +39,7 @@ def read_recorded(settings: TrainSettings, tokenizer: Any) -> list[Example]:
 def check_parts(settings: TrainSettings, parts: Mapping[str, Sequence[Job | Example]], found: str) -> None:
     """Raises UserError where a part of the texts, by name, is empty, or has no room for two tokens of an answer.
 
-    found: how many texts there are, in words.
+    found: number of texts, in words.
     """
     if missing := [name for name, texts in parts.items() if not texts]:
         rule = f"{found}, of which each goes to one part as a whole"

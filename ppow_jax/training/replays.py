@@ -1,4 +1,4 @@
-"""Trained drafters compared on answers that nothing was trained or chosen on: rounds of decoding, replayed exactly."""
+"""Comparison of trained drafters on answers used for no training or choice: decoding rounds, replayed exactly."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ TYPICAL_CACHE = 256  # tokens: the cache length at which costs are measured
 
 
 def feature_store(context: Context, name: str, batches: Batches, layers: tuple[int, ...]) -> FeatureStore:
-    """The target's features of some answers, kept in the shared directory; raises Stopped where a signal came."""
+    """The target's features of some answers, stored in the shared directory; raises Stopped on a signal."""
     target, stop = context.target, context.stop
     store = FeatureStore(context.shared / name, batches, target.params, target.config, layers, lambda: stop.requested)
     if not store.complete:
@@ -32,10 +32,10 @@ def feature_store(context: Context, name: str, batches: Batches, layers: tuple[i
 
 
 def measured_prices(context: Context, drafter: Drafter, speculation: Speculation) -> Prices:
-    """Costs of drafting and verifying here, measured once per shared directory: a resumed run decides alike."""
+    """Cost table of drafting and verifying, measured once per shared directory, so resumed runs repeat decisions."""
     path: Path = context.shared / "prices.json"
     known = path.exists()
-    distributed.wait("prices")  # all have looked before one writes
+    distributed.wait("prices")  # no process writes before all have looked
     if not known:
         found = measure_prices(context.target, drafter, speculation, TYPICAL_CACHE)
         table = {"step": float(found.step), "verify": np.asarray(found.verify_N1).tolist()}
@@ -47,7 +47,7 @@ def measured_prices(context: Context, drafter: Drafter, speculation: Speculation
 def replay_modes(
     context: Context, drafter: Drafter, modes: Sequence[str], prices: Prices, answers: FeatureStore
 ) -> dict[str, Replayed]:
-    """What decoding the answers takes with a drafter, in each mode."""
+    """Replayed decoding of the answers with a drafter, in each mode."""
     ways = [of_mode(mode, context.settings.window) for mode in modes]
     mine, target = cast(drafter, context.settings.dtype), context.target
     found = replay_all(mine, target.params, target.config, answers.batches, ways, prices, answers)
@@ -55,12 +55,12 @@ def replay_modes(
 
 
 def interval(estimate: Estimate) -> dict[str, float]:
-    """As result files have it."""
+    """An estimate in the form of result files."""
     return {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
 def compare(arms: Mapping[str, Replayed], start: str) -> dict[str, dict[str, Any]]:
-    """Each arm in one mode: tau, the speedup by costs, and how tau compares with the start's, paired by answers."""
+    """Each arm in one mode: tau, the speedup by costs, and the difference of tau to the start, paired by answers."""
     rounds = {name: Counts(arm.tokens_N, arm.rounds_N) for name, arm in arms.items()}
     costs = {name: Counts(arm.tokens_N, arm.cost_N) for name, arm in arms.items()}
     found: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What a run leaves for others: measurements of every arm, report, drafters in the EAGLE-3 format."""
+"""Outputs of a run: measurements of every arm, report, drafters in the EAGLE-3 format."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[Benchmark]) -> None:
     """Measures every arm, prints the table, writes report.json, report.md and plots.
 
-    An arm that report.json has already, of the same drafter under the same conditions, is not measured again.
+    An arm that is already in report.json, with the same drafter under the same conditions, is not measured again.
     """
     s, workdir = context.settings, context.workdir
     about, speculations = environment(s.dtype), [of_mode(mode, s.window) for mode in s.modes]
@@ -79,7 +79,7 @@ def _report(workdir: Path, result: dict) -> None:
 
 
 def _replayed(context: Context, arms: dict[str, Drafter]) -> dict[str, dict[str, Any]]:
-    """Per arm the rounds that --modes take on --test_answers, and how they compare with the first arm's."""
+    """Replays each arm in all --modes on --test_answers, and compares it with the first arm."""
     s, test = context.settings, context.corpus.test
     if test is None:
         return {}
@@ -94,13 +94,13 @@ def _replayed(context: Context, arms: dict[str, Drafter]) -> dict[str, dict[str,
 
 
 def _parts(workdir: Path) -> dict[str, dict]:
-    """What the profiled stages have left: seconds of a step's operations by part."""
+    """Seconds of a step's operations by part, for each profiled stage."""
     found = sorted((workdir / "profile").glob("*/parts.json"))
     return {"step_parts": {path.parent.name: json.loads(path.read_text())["seconds"] for path in found}}
 
 
 def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
-    """Writes workdir/name, with a model card that has the arm's figures where this very drafter was measured."""
+    """Writes workdir/name, with a model card that has the arm's figures if exactly this drafter was measured."""
     s, workdir = context.settings, context.workdir
     measured = former_arms(workdir).get(arm, {})
     figures = measured["results"] if measured.get("drafter") == checksum(drafter) else []
@@ -137,7 +137,7 @@ def former_arms(workdir: Path) -> dict[str, dict]:
 
 
 def checksum(drafter: Drafter) -> int:
-    """Of all that makes a drafter: equal for equal ones."""
+    """Checksum of a drafter's contents: equal drafters have equal ones."""
     params, ids_W, embed_VxE = sharding.fetch((drafter.params, drafter.target_ids_W, drafter.embed_VxE))
     checksum = zlib.crc32(ids_W, zlib.crc32(repr(drafter.config).encode()))
     own = {} if embed_VxE is None else {"embed": embed_VxE}

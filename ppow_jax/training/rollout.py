@@ -1,4 +1,4 @@
-"""Where speculation meets objectives: choose windows, draft them G times, let the target verify, reward them."""
+"""Rollouts of stage 2: choose windows, draft each G times, verify them with the target, compute rewards."""
 
 import dataclasses
 from typing import NamedTuple
@@ -31,9 +31,9 @@ class RolloutSettings:
     """Hashable. window K; group G; windows A: prefixes per row; rollout_temperature of the drafts.
 
     verify_temperature: 0 accepts greedily (argmax), above 0 by p/q rejection at that temperature.
-    eta, eps: of R_dist (eta = 0 switches it off). adaw, adaw_start: priority sampling, and the step it begins at.
-    greedy_reference: decode the target's continuation; False takes the text itself, which is the same where the
-    target wrote it at temperature 0. divide_by_std: advantages over the deviation of their group.
+    eta, eps: of R_dist (eta = 0 disables it). adaw, adaw_start: priority sampling, and the step at which it begins.
+    greedy_reference: decode the target's continuation; False uses the text itself, which is the same where the
+    target wrote it at temperature 0. divide_by_std: divide advantages by the standard deviation of their group.
     """
 
     window: int
@@ -51,12 +51,12 @@ class RolloutSettings:
 
 
 class Rollout(NamedTuple):
-    """N = B * A * G windows of K tokens, constants for the gradient; beams lie as [B, A*G].
+    """N = B * A * G windows of K tokens, constants for the gradient; windows are laid out as [B, A*G].
 
-    anchor_BxX: anchor index of each beam (X = A * G). token_, id_, logp_BxXxK: the drafts, target and draft ids, and
+    anchor_BxX: anchor index of each window (X = A * G). token_, id_, logp_BxXxK: the drafts, target and draft ids, and
     their log-probability when drawn. target_logp_BxXxK: the target's, at the temperature of acceptance. decisive_BxXxK:
     tokens that the reward depends on. accepted_BxX, reward_BxX, advantage_BxX, valid_BxX. hidden_BxXxKxD: the target's
-    state that judges each drafted token; `scoring.restricted` makes its distribution over the draft vocabulary of it.
+    state that verifies each drafted token; `scoring.restricted` turns it into a distribution over the draft vocabulary.
     """
 
     anchor_BxX: Array
@@ -74,10 +74,10 @@ class Rollout(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What the metrics of rollouts are made of, beside the windows themselves.
+    """Data for the metrics of rollouts, beside the windows themselves.
 
     speedup_BxX, proximity_BxX: the parts of the reward. critical_BxA, chosen_BxA: criticality of the chosen windows,
-    and which are valid. critical_BxM: of every anchor.
+    and whether they are valid. critical_BxM: criticality of every anchor.
     """
 
     speedup_BxX: Array
@@ -158,7 +158,7 @@ def rollout(
 
 
 def summary(windows: Rollout, measured: Measured, anchor_mask_BxM: Array) -> dict[str, Array]:
-    """The metrics of the rollouts of a whole batch."""
+    """Metrics of the rollouts of a whole batch."""
     (B, X, K), A = windows.token_BxXxK.shape, measured.chosen_BxA.shape[1]
     valid_BxX, reward_BxX = windows.valid_BxX, windows.reward_BxX
 
@@ -187,8 +187,8 @@ def criticality_of(
     """v_BxM of every anchor. g_BxTxE, kv: see `supervised.prefix`.
 
     Q is the drafter's first step at each position, not the step that a window would take there: one draft step over all
-    anchors in place of K. (`objectives.expected.priority` has those steps at hand and uses them.) Of KL(P || Q) it
-    counts what the drafter can reduce, mass(P) KL(P restricted || Q); 0 where the draft vocabulary lacks the label.
+    anchors instead of K. (`objectives.expected.priority` has those steps available and uses them.) Of KL(P || Q) only
+    the part that the drafter can reduce is used, mass(P) KL(P restricted || Q); 0 if the label is not a draft token.
     """
     windows = scored.windows
     token_BxM = jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1)
@@ -203,12 +203,12 @@ def criticality_of(
 
 
 def _choose(key_B, step, windows, v_BxM, settings: RolloutSettings):
-    """Anchors whose whole window lies inside their answer, by criticality once ADAW has begun."""
+    """Chooses anchors whose whole window is inside their answer, by criticality once ADAW has begun."""
     K, M = settings.window, windows.anchor_BxM.shape[1]
     last = jnp.pad(windows.anchor_BxM, ((0, 0), (0, K - 1)), constant_values=-1)[:, K - 1 : K - 1 + M]
     inside = jnp.pad(windows.anchor_mask_BxM, ((0, 0), (0, K - 1)))[:, K - 1 : K - 1 + M]
     allowed_BxM = windows.anchor_mask_BxM & inside & (last == windows.anchor_BxM + K - 1)
-    winnable_BxM = windows.label_BxM >= 0  # else its first token cannot be accepted
+    winnable_BxM = windows.label_BxM >= 0  # otherwise its first token cannot be accepted
     weight_BxM = jnp.where(winnable_BxM, window_means(v_BxM, K), 0.0)
     priority = settings.adaw & (step >= settings.adaw_start)
     index_BxA, valid_BxA = choose_windows(
@@ -218,7 +218,7 @@ def _choose(key_B, step, windows, v_BxM, settings: RolloutSettings):
 
 
 def _prefix_context(scored: Scored, anchor_BxX: Array) -> Context:
-    """The target's keys of a row, as tokens after each root see them: up to the root, inside the segment."""
+    """The target's keys of a row, as tokens after each root attend to them: up to the root, inside the segment."""
     T = scored.windows.tokens_BxT.shape[1]
     root_BxX = anchor_BxX + 1
     segment_BxX = jnp.take_along_axis(scored.windows.segment_BxT, root_BxX, 1)
@@ -229,7 +229,7 @@ def _prefix_context(scored: Scored, anchor_BxX: Array) -> Context:
 
 
 def _verify(target_params, config, scored: Scored, anchor_BxX, token_BxXxK, hidden_BxAxD, G) -> Array:
-    """hidden_BxXxKxD that judges each drafted token: the root's (already known), then those of drafts 1..K-1."""
+    """hidden_BxXxKxD that verifies each drafted token: the root's (already known), then those of drafts 1..K-1."""
     B, X, K = token_BxXxK.shape
     first = jnp.repeat(hidden_BxAxD, G, axis=1)[:, :, None]
     if K == 1:
@@ -292,7 +292,7 @@ def _last(windows) -> int:
 
 
 def _decode_reference(target_params, config, scored: Scored, chosen_BxA, hidden_BxAxD, K: int) -> Array:
-    """Decodes K tokens greedily after each root; their summed log-probability."""
+    """Summed log-probability of K tokens that the target decodes greedily after each root."""
     B, A = chosen_BxA.shape
     anchor_BxA = jnp.take_along_axis(scored.windows.anchor_BxM, chosen_BxA, 1)
     position_BxA = jnp.take_along_axis(scored.windows.position_BxT, anchor_BxA, 1) + 2

@@ -1,4 +1,4 @@
-"""The frozen target reads a packed batch: features, its restricted distribution, and its keys."""
+"""The frozen target's pass over a packed batch: features, its restricted distribution, and its keys."""
 
 from typing import NamedTuple
 
@@ -17,8 +17,8 @@ Array = jax.Array
 
 
 class Scored(NamedTuple):
-    """windows: see `Windows`. survey: per anchor (flattened to B*M), over the whole vocabulary. kv: the target's
-    keys of the rows, per run of layers. hidden_BxMxD: the final hidden state that the anchor's first step is judged by.
+    """windows: see `Windows`. survey: per anchor (flattened to B*M), over the whole vocabulary. kv: the target's keys
+    of the rows, per run of layers. hidden_BxMxD: the final hidden state that verifies the anchor's first step.
     """
 
     windows: Windows
@@ -56,8 +56,8 @@ def score(
     """Runs the target over the rows once; everything here is constant for the drafter's gradient.
 
     greedy_text: the target wrote the answers at temperature 0, so that the text itself is its argmax, and no pass
-    over the whole vocabulary is needed for it. cached: (features_BxTxF, hidden_BxMxD) from an earlier pass; there are
-    no keys then.
+    over the whole vocabulary is needed. cached: (features_BxTxF, hidden_BxMxD) from an earlier pass; the result then
+    has no keys.
     """
     params = jax.lax.stop_gradient(params)
     batch = PackedBatch(*map(jnp.asarray, batch))

@@ -9,7 +9,7 @@ from ppow_jax.config import check_fields, field, require, specs
 from ppow_jax.objectives.expected import HORIZONS
 from ppow_jax.speculation.settings import MODES
 
-# What an estimator cannot follow: a value other than the default is refused.
+# Settings that an estimator does not support: a value other than the default is refused.
 IGNORED = {
     "exact": ("eta", "eps", "group", "windows", "clip", "passes"),
     "sampled": ("horizon", "rivals", "supervised_weight"),
@@ -19,7 +19,7 @@ STAGES = ("data", "supervised", "ppow", "evaluate", "export")
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    """See `experiments.train --help`. Raises UserError for impossible values."""
+    """Settings of a run; see `experiments.train --help`. Raises UserError for impossible values."""
 
     workdir: str | None = field(None, "Directory for all files of the run; the same command resumes it.", group="Run")
     stages: tuple[str, ...] = field(STAGES, "Stages to run, in this order.", choices=STAGES, group="Run")
@@ -255,7 +255,7 @@ class TrainSettings:
 
     @property
     def profiled(self) -> tuple[int, int]:
-        """The first and the last step of --profile_steps; (0, 0) where none is traced."""
+        """The first and the last step of --profile_steps; (0, 0) if none is traced."""
         first, _, last = self.profile_steps.partition(":")
         return (int(first), int(last)) if self.profile_steps else (0, 0)
 
@@ -289,7 +289,7 @@ class TrainSettings:
         require(self.max_anchors <= self.row_length, f"--max_anchors={self.max_anchors}: {rule}")
         rule = f"must be at most --max_anchors={self.max_anchors}"
         require(self.windows <= self.max_anchors, f"--windows={self.windows}: {rule}")
-        for name in ("answer_tokens", "max_anchors"):  # else no answer has room for a window
+        for name in ("answer_tokens", "max_anchors"):  # otherwise no answer has room for a window
             limit = getattr(self, name)
             require(self.window < limit, f"--window={self.window}: must be less than --{name}={limit}")
         rule = "must be above 0 where --gamma=0 (else the general cost of a window is 0)"
@@ -310,7 +310,7 @@ class TrainSettings:
         )
 
     def _check_estimator(self) -> None:
-        """Raises UserError for settings that the chosen estimator cannot follow, or would ignore."""
+        """Raises UserError for settings that the chosen estimator does not support, or would ignore."""
         default = {spec.name: spec.default for spec in specs(type(self))}
         if self.estimator == "exact":
             exact = "--estimator=exact: has a closed form only"
@@ -326,7 +326,7 @@ class TrainSettings:
             require(value == default[name] or (name, value) == ("eta", 0.0), f"--{name}={value}: {rule}")
 
     def check_rows(self, mesh: mesh_shape.MeshShape) -> None:
-        """Raises UserError unless the rows of a batch can be shared out to the devices of a mesh."""
+        """Raises UserError unless the rows of a batch can be divided among the devices of a mesh."""
         parts = mesh.rows * self.accumulate
         rule = f"must be a multiple of {parts}: --mesh={mesh} cuts rows into {mesh.rows} (data * fsdp * expert)"
         more = f", --accumulate={self.accumulate} each of these" if self.accumulate > 1 else ""
@@ -340,7 +340,7 @@ def _is_date(text: str) -> bool:
         return False
 
 
-# May change between two runs in one workdir: they change nothing of what is already done.
+# Settings that may change between two runs in one workdir: they do not affect finished work.
 FREE = (
     "stages",
     "checkpoint_every",

@@ -1,4 +1,4 @@
-"""Whether the disk has room for what a run will write, asked before it begins."""
+"""Disk space check of a run, before it begins."""
 
 import logging
 import math
@@ -22,14 +22,14 @@ from ppow_jax.weights.targets import DTYPES, Target
 log = logging.getLogger(__name__)
 
 _MOMENTS = 2  # of Adam, each as large as the parameters (Muon keeps one for some of them)
-_TOKEN = 6  # bytes of a token id in an answers file
+_TOKEN = 6  # bytes per token id in an answers file
 _SLACK = 16 << 20  # reports, plots, metrics
 
 
 def needed_bytes(
     settings: TrainSettings, config: DrafterConfig, target: Target, jobs: Sequence[Job]
 ) -> tuple[int, int]:
-    """(surely, at most) bytes that all chosen stages write; the answers' lengths are what is not known."""
+    """(at least, at most) bytes that all chosen stages write; only the lengths of the answers are unknown."""
     params = jax.eval_shape(lambda key: drafting.init(key, config), jax.random.key(0))
     drafter = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     baselines = settings.baselines if "ppow" in settings.stages else ()
@@ -47,18 +47,18 @@ def needed_bytes(
 
 
 def _checkpoints(settings: TrainSettings, stage: str) -> int:
-    """How many times a stage writes as much as the parameters, at once: what is kept, and one more of each.
+    """Peak disk space of a stage's checkpoints, in multiples of the parameters: all kept, plus one of each kind.
 
-    The old one goes when the new one is whole.
+    An old checkpoint is deleted only when the new one is complete.
     """
     averages = settings.average_decay > 0 and stage != "supervised"
     return (KEEP + 1) * (1 + _MOMENTS + averages) + (KEEP_BEST + 1)
 
 
 def check_space(settings: TrainSettings, workdir: Path, config: DrafterConfig, target: Target, jobs: Sequence[Job]):
-    """Raises UserError where the disk has no room for what the run surely writes; warns where it may become tight.
+    """Raises UserError if the disk cannot hold what the run certainly writes; warns if space may become scarce.
 
-    What the workdir holds already counts as written.
+    Existing contents of the workdir count as written.
     """
     held = sum(entry.stat().st_size for entry in _files(workdir))
     surely, at_most = (max(0, number - held) for number in needed_bytes(settings, config, target, jobs))

@@ -1,4 +1,4 @@
-"""Stages 1 and 2, and which drafters they make of which."""
+"""Stages 1 and 2, and the order in which their drafters build on each other."""
 
 import dataclasses
 import functools
@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 
 
 def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
-    """The drafters of this run by the name of their stage: trained where the stage was chosen, else read back.
+    """The drafters of this run by the name of their stage: trained if the stage was chosen, else read back.
 
-    Stage 2 and the baselines begin where stage 1 ended. In a run without stage 1 they begin at the first drafter, which
-    then is an arm of its own, "start".
+    Stage 2 and the baselines start from the result of stage 1. In a run without stage 1 they start from the first
+    drafter, which is then an arm of its own, "start".
     """
     s, chosen = context.settings, set(context.settings.stages)
     if "ppow" in chosen:
@@ -59,12 +59,12 @@ def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
 
 
 def train_stage_2(context: Context, start: Drafter, stage: str) -> Drafter:
-    """What stage `ppow`, or the baseline `cst`, makes of a drafter."""
+    """Trains a drafter with stage `ppow`, or with the baseline `cst`."""
     return {"cst": _cst, "ppow": _ppow}[stage](context, start)
 
 
 def _arm(context: Context, stage: str, begin: Drafter, chosen: set[str]) -> Drafter | None:
-    """What a stage makes of `begin`; of a stage that was not chosen, its best checkpoint, or None."""
+    """Result of a stage that starts from `begin`; for a stage that was not chosen, its best checkpoint, or None."""
     if stage in chosen:
         return _supervised(context, begin) if stage == "supervised" else train_stage_2(context, begin, stage)
     if not has_best(context.workdir, stage):
@@ -95,7 +95,7 @@ def _cst(context: Context, drafter: Drafter) -> Drafter:
 
 
 def _ppow(context: Context, drafter: Drafter) -> Drafter:
-    """Stage 2, by the estimator that was chosen."""
+    """Stage 2, with the chosen estimator."""
     s = context.settings
     plan = _Plan("ppow", s.ppow_steps, s.ppow_learning_rate, s.ppow_warmup_steps, s.average_decay, s.passes)
     step = _exact_step if s.estimator == "exact" else _sampled_step
@@ -105,7 +105,7 @@ def _ppow(context: Context, drafter: Drafter) -> Drafter:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """How a stage trains. steps: of the optimizer; passes: updates in each."""
+    """Training schedule of a stage. steps: optimizer steps; passes: updates in each."""
 
     stage: str
     steps: int
@@ -120,7 +120,7 @@ class _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """at: index of a step -> (batch, the target's features of it where they are kept). offset: of the first batch."""
+    """at: step index -> (batch, the target's features of it if they are stored). offset: index of the first batch."""
 
     at: Callable[[int], tuple[PackedBatch, Cached | None]]
     offset: int
@@ -170,7 +170,7 @@ Step = Callable[[TrainState, int, tuple[PackedBatch, Cached | None]], tuple[Trai
 
 
 def _shell(context: Context, drafter: Drafter) -> Drafter:
-    """The drafter's configuration and vocabulary; its parameters are the training state's."""
+    """The drafter without parameters (configuration and vocabulary), which are those of the training state."""
     return drafter.replace(params={}, mixed=context.mixed, remat=context.settings.remat)
 
 
@@ -227,13 +227,13 @@ def _sampled_step(context: Context, drafter: Drafter, plan: _Plan) -> tuple[Any,
 
 
 def exact_settings(s: TrainSettings) -> ExactSettings:
-    """The objective of --estimator=exact."""
+    """Settings of the objective of --estimator=exact."""
     rule = DraftRule(s.rollout_temperature, s.rivals)
     return ExactSettings(rule, s.horizon, s.divide_by_std, s.kl_weight, s.supervised_weight, s.ttt_decay)
 
 
 def rollout_settings(s: TrainSettings, costs: CostModel, greedy_text: bool) -> RolloutSettings:
-    """Stage 2's rollouts. greedy_text: the target wrote the answers at temperature 0."""
+    """Settings of stage 2's rollouts. greedy_text: the target wrote the answers at temperature 0."""
     return RolloutSettings(
         window=s.window,
         group=s.group,
@@ -251,9 +251,9 @@ def rollout_settings(s: TrainSettings, costs: CostModel, greedy_text: bool) -> R
 
 
 def _costs(context: Context, drafter: Drafter) -> CostModel:
-    """The flags' costs; what they leave open is measured here, once a workdir: a resumed run has the same rewards."""
+    """Costs from the flags; missing ones are measured once per workdir, so that a resumed run has the same rewards."""
     s = context.settings
-    gamma, verify = s.gamma, s.verify_cost if s.general_cost else 1.0  # the paper's reward knows no other
+    gamma, verify = s.gamma, s.verify_cost if s.general_cost else 1.0  # the paper's reward uses no other
     if gamma < 0 or verify < 0:
         measured = _measured_costs(context, drafter)
         gamma = gamma if gamma >= 0 else round(measured["gamma"], 4)
@@ -265,7 +265,7 @@ def _costs(context: Context, drafter: Drafter) -> CostModel:
 def _measured_costs(context: Context, drafter: Drafter) -> dict[str, float]:
     s, path = context.settings, context.shared / "costs.json"
     known = path.exists()
-    distributed.wait("costs")  # all have looked before one writes
+    distributed.wait("costs")  # no process writes before all have looked
     if not known:
         costs = measure_costs(context.target, cast(drafter, s.dtype), chain(s.window), s.row_length)
         measured = dataclasses.asdict(costs) | {"gamma": costs.gamma, "verify_ratio": costs.verify_ratio}
@@ -310,7 +310,7 @@ def _train(
 
 
 def _measure(context: Context, drafter: Drafter):
-    """parameters -> simulated acceptance on held-out answers; the target reads them once where features are kept."""
+    """parameters -> simulated acceptance on held-out answers; the target reads them once if features are stored."""
     s, held_out = context.settings, context.corpus.held_out
     data = _data(context, drafter, held_out, "features_held_out", 0, s.cache_features)
     batches = [sharding.place(data.at(i)) for i in range(held_out.steps_of_epochs(1))]

@@ -1,4 +1,4 @@
-"""The drafter that a run begins with: one that --drafter names, or a new one."""
+"""Initial drafter of a run: one given by --drafter, or a new one."""
 
 import functools
 from pathlib import Path
@@ -23,9 +23,9 @@ from ppow_jax.weights.targets import Target
 
 
 def find_start(settings: TrainSettings, workdir: Path, target: Target) -> Drafter | None:
-    """The drafter that --drafter names, in float32; None where a new one is wanted.
+    """The drafter given by --drafter, in float32; None if a new one is to be created.
 
-    Raises UserError when there is none, and for flags that a new drafter, or this one, cannot have.
+    Raises UserError when it does not exist, and for flags that are inconsistent with a new drafter, or with this one.
     """
     if settings.drafter is None:
         new_config(settings, target)
@@ -47,7 +47,7 @@ def find_start(settings: TrainSettings, workdir: Path, target: Target) -> Drafte
 
 
 def keep_start(start: Drafter | None, workdir: Path) -> None:
-    """Copies the drafter to start from: the run goes on with it, whatever becomes of the original."""
+    """Copies the initial drafter into the workdir: the run resumes with the copy, even if the original changes."""
     directory = workdir / "drafter_start"
     if start is not None:
         params, ids_W, embed_VxE = sharding.fetch((start.params, start.target_ids_W, start.embed_VxE))
@@ -63,7 +63,7 @@ def keep_start(start: Drafter | None, workdir: Path) -> None:
 
 
 def new_config(settings: TrainSettings, target: Target) -> DrafterConfig:
-    """What a new drafter is; raises UserError where the target cannot have such a one."""
+    """Configuration of a new drafter; raises UserError where it does not fit the target."""
     s = settings
     return initialise.drafter_config(target.config, s.draft_vocab_size, s.feature_layers, s.fc_norm)
 
@@ -78,7 +78,7 @@ def new_drafter(context: Context) -> Drafter:
 
 
 def features_seen(context: Context, layers: tuple[int, ...]) -> np.ndarray:
-    """The target's features [N, F] of the first batch's tokens: what their sizes are measured on."""
+    """The target's features [N, F] of the first batch's tokens, on which feature scales are measured."""
     target, batch = context.target, context.corpus.train.at(0)
     features_BxTxF = _look(target.params, sharding.place(batch), config=target.config, layers=layers)
     return sharding.fetch(features_BxTxF)[batch.segment_BxT > 0]

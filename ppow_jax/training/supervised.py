@@ -44,15 +44,14 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
 
-    drafter: gives configuration, vocabulary and precision; its parameters are replaced by the state's. cached: the
-    target's pass over the batch, where it was made before (`training.features`). accumulate: microbatches that the
-    batch is computed in; the results are those of the whole batch. average_decay: of the state's average, if it
-    has one.
+    drafter: provides configuration, vocabulary and precision; its parameters are replaced by the state's. cached: the
+    target's pass over the batch, if computed before (`training.features`). accumulate: number of microbatches per step;
+    the results are those of the whole batch. average_decay: decay of the state's parameter average, if it has one.
     """
     layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
 
     def read(rows):
-        """The target's pass; its distributions are made again for each microbatch, they are the largest part."""
+        """The target's pass; its distributions, the largest part, are recomputed for each microbatch."""
         batch, cached = rows
         with jax.named_scope("target"):
             scored = score(target_params, config, layers, ids_W, batch, greedy_text, cached)
@@ -126,7 +125,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Simulated greedy-chain tau of windows of K tokens on held-out batches, with its parts by step.
 
-    batches: each with the target's features of it where they are kept (`training.features`), or None.
+    batches: each with the target's features of it if they are stored (`training.features`), or None.
     """
     sums = [
         _evaluate_batch(drafter, target_params, *batch, config=config, K=K, greedy_text=greedy_text)

@@ -12,10 +12,10 @@ from ppow_jax.errors import UserError
 
 
 class TensorBoard:
-    """One folder of events per stage. Steps that a resumed run repeats are purged from what TensorBoard shows."""
+    """One folder of events per stage. Steps that a resumed run repeats are purged from TensorBoard's display."""
 
     def __init__(self, directory: str | os.PathLike):
-        """Raises UserError where the writer is not installed."""
+        """Raises UserError if the writer is not installed."""
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -25,11 +25,11 @@ class TensorBoard:
         self._writers: dict[str, Any] = {}
 
     def resume(self, stage: str, step: int) -> None:
-        """The stage goes on after `step`: what was written past it is forgotten."""
+        """Continues the stage after `step`: events written past it are discarded."""
         if stage in self._writers:
             self._writers.pop(stage).close()
         purge = step + 1 if (self._directory / stage).exists() else None
-        suffix = f".{time.time_ns()}"  # the writer's own names are the same within a second
+        suffix = f".{time.time_ns()}"  # the writer's own names are equal within one second
         self._writers[stage] = self._make(str(self._directory / stage), purge_step=purge, filename_suffix=suffix)
 
     def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
@@ -48,12 +48,12 @@ class TensorBoard:
                     writer.add_scalar(f"{name}/{i}", part, step)
 
     def flush(self) -> None:
-        """Everything so far is on disk."""
+        """Flushes all events to disk."""
         for writer in self._writers.values():
             writer.flush()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes all writers."""
         for writer in self._writers.values():
             writer.close()
         self._writers = {}

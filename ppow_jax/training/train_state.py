@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""Training state that is carried from step to step."""
 
 from typing import Any
 
@@ -28,14 +28,14 @@ class TrainState:
     def create(
         cls, params: dict, optimizer: optax.GradientTransformation, config: Any = None, averaged: bool = False
     ) -> "TrainState":
-        """Step 0, with the parameters copied to float32. config: the drafter's, for its place on a mesh.
+        """Step 0, with the parameters copied to float32. config: the drafter's, for its placement on a mesh.
 
-        averaged: keep an exponential average of the parameters, which begins at them.
+        averaged: keep an exponential average of the parameters, initialised to them.
         """
 
         def start(params: dict) -> "TrainState":
             params = jax.tree.map(lambda x: jnp.array(x, jnp.float32), params)
-            step, skipped = jnp.zeros((2, 1), jnp.int32)  # two buffers: both are donated
+            step, skipped = jnp.zeros((2, 1), jnp.int32)  # two buffers, because both are donated
             average = jax.tree.map(jnp.copy, params) if averaged else None
             return cls(step[0], params, optimizer.init(params), skipped[0], average)
 
@@ -43,14 +43,14 @@ class TrainState:
 
     @property
     def best_params(self) -> dict:
-        """What is evaluated and exported: the average where there is one."""
+        """Parameters that are evaluated and exported: the average if there is one."""
         return self.params if self.average is None else self.average
 
     def advance(self, params: dict, opt_state: Any, *values: Array, decay: float = 0.0) -> "TrainState":
         """The state after a step; an update is skipped, and counted, where a value or a parameter is not finite.
 
-        values: scalars that tell, such as loss and gradient norm. decay: of the average. No branch on the host: selects
-        inside the step.
+        values: scalars to check, such as loss and gradient norm. decay: decay of the average. Uses selects inside the
+        step instead of a branch on the host.
         """
         finite = jnp.isfinite(jnp.stack([*values, optax.tree.norm(params)])).all()
         params, opt_state = jax.tree.map(

@@ -1,4 +1,4 @@
-"""The directory of a run: new, or with what an earlier command of the same settings left there."""
+"""The directory of a run: new, or with results of an earlier command of the same settings."""
 
 import dataclasses
 import datetime
@@ -12,11 +12,11 @@ from ppow_jax.errors import UserError
 from ppow_jax.training.settings import FREE, TrainSettings
 
 S = TypeVar("S", bound=TrainSettings)
-TRAINED = ("supervised", "ppow")  # the stages that make a drafter
+TRAINED = ("supervised", "ppow")  # the stages that train a drafter
 
 
 def open_workdir(settings: TrainSettings, free: Sequence[str] = FREE) -> Path:
-    """Creates the workdir, or checks that it holds a run of the same settings, but for those in `free`."""
+    """Creates the workdir, or checks that it holds a run of the same settings, except for those in `free`."""
     config_lib.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
     workdir = files.writable_directory(settings.workdir)
     flagfile = workdir / "flags.txt"
@@ -49,7 +49,7 @@ def _kept_settings(kind: type[S], flagfile: Path) -> S:
 def fix_date(settings: S) -> S:
     """The settings with the date that chat templates are given: --date, that of the workdir's run, or today.
 
-    A run of before the date was kept goes on without one.
+    A run from before the date was recorded resumes without one.
     """
     flagfile = Path(settings.workdir or "").expanduser() / "flags.txt"
     if settings.date is not None or settings.workdir is None:
@@ -60,5 +60,5 @@ def fix_date(settings: S) -> S:
 
 
 def has_best(workdir: Path, stage: str) -> bool:
-    """Whether a stage has left a best checkpoint."""
+    """True if a stage has left a best checkpoint."""
     return any(path.name.isdigit() for path in (workdir / stage / "best").glob("*"))

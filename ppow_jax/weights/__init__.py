@@ -1,1 +1,1 @@
-"""Weights in and out: targets from Hugging Face directories and GGUF, drafters in the EAGLE-3 format."""
+"""Reading and writing of weights: targets from Hugging Face directories and GGUF, drafters in the EAGLE-3 format."""

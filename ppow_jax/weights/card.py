@@ -1,4 +1,4 @@
-"""The model card of an exported drafter: README.md with what it is for, what it measured, how to load it."""
+"""Model card of an exported drafter: README.md with its purpose, measurements, and instructions for loading it."""
 
 import json
 import re
@@ -105,9 +105,9 @@ def write_card(
 
 
 def carry_over(source: Path, directory: Path, format: str) -> None:
-    """Copies the card of a drafter that was written anew in another format, with what it says about the format mended.
+    """Copies the card of a drafter that was rewritten in another format, with the format's description updated.
 
-    A drafter without a card gives none.
+    A drafter without a card gets none.
 
     Raises:
       UserError: if the card cannot be read, or written.
@@ -138,5 +138,5 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _text(value: Any) -> str:
-    """A table cell: no bar and no line break may end it early."""
+    """Escapes bars and line breaks, which would end a table cell."""
     return "–" if value is None else " ".join(str(value).replace("|", "\\|").split())

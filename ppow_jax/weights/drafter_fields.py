@@ -1,4 +1,4 @@
-"""What the config files of both drafter formats have in common."""
+"""Common parts of the config files of both drafter formats."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from ppow_jax.weights.drafter_tensors import EMBED, FC, FC_NORMS, NORM_BEFORE_FC
 from ppow_jax.weights.feature_layers import NUMBERS
 
 log = logging.getLogger(__name__)
-LEAST_DEPTH = 7  # layers of a target; drafters have fewer
+LEAST_DEPTH = 7  # least number of layers of a target; drafters have fewer
 _ONLY = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -24,7 +24,7 @@ _ONLY = {
 
 
 def layer_from_json(config: Mapping[str, Any], tensors: Collection[str], where: str) -> dict[str, Any]:
-    """The fields of DrafterConfig that say what its layers look like."""
+    """The fields of DrafterConfig that describe its layers."""
     reading.refuse_options(config, where, _ONLY)
     refuse_windows(config, where)
     bias = reading.boolean(config, "attention_bias", where, default=Q_BIAS in tensors)
@@ -44,9 +44,9 @@ def layer_to_json(config: DrafterConfig) -> dict[str, Any]:
 
 
 def refuse_windows(config: Mapping[str, Any], where: str) -> None:
-    """Raises UserError where a config asks for attention to a window, which drafters here do not have.
+    """Raises UserError where a config has a sliding window, which is not supported for drafters.
 
-    A window at least as long as all positions is none.
+    A window at least as long as all positions is not a restriction, and is accepted.
     """
     kinds, window = config.get("layer_types"), config.get("sliding_window")
     named = kinds if isinstance(kinds, list) else [] if kinds is None else [kinds]
@@ -68,10 +68,10 @@ def refuse_windows(config: Mapping[str, Any], where: str) -> None:
 def num_layers(
     config: Mapping[str, Any], tensors: Collection[str], where: str, several: bool, of_target: int | None
 ) -> int:
-    """The layers of which there are weights: configs often name the target's number.
+    """Number of layers with weights in the file: configs often give the target's number instead.
 
-    several: the format has drafters of several layers. A number that may be such a drafter's own (fewer than
-    LEAST_DEPTH, not of_target, the target's) then stands, so that what is lost of its weights is missed.
+    several: the format supports drafters of several layers. A number that may be the drafter's own (less than
+    LEAST_DEPTH, and not of_target, the target's) is then kept, so that missing weights are detected.
     """
     count = 1
     while count < models.MAX_LAYERS and any(name.startswith(f"layers.{count}.") for name in tensors):
@@ -87,10 +87,10 @@ def num_layers(
 def target_width(
     config: Mapping[str, Any], tensors: Collection[str], width: int, of_target: int | None, where: str
 ) -> int:
-    """Width of the target's features: of the config, else of the target at hand, else what fc.weight leaves.
+    """Width of the target's features: from the config, else from the given target, else from the shape of fc.weight.
 
-    width: the drafter's own, which the target's mostly is, too. of_target: the target's, None where it is not at hand.
-    Raises UserError where fc takes another number of features than three.
+    width: the drafter's own, usually the same. of_target: the target's, None if it is unknown.
+    Raises UserError if fc takes a number of features other than three.
     """
     shape: tuple[int, ...] = tensors[FC].shape if isinstance(tensors, Mapping) and FC in tensors else ()
     columns = shape[1] if len(shape) == 2 and shape[0] == width else 0
@@ -140,9 +140,9 @@ def vocabulary_sizes(
 def norms(
     config: Mapping[str, Any], tensors: Collection[str], where: str, norm_output: bool | None = None
 ) -> dict[str, Any]:
-    """The norms around fc, which config and file must agree upon, and what is fed back.
+    """The norms around fc, on which config and file must agree, and whether the normed output is fed back.
 
-    norm_output: what a file without that key means; None: the same as fc_norm (EAGLE-3.1 has both).
+    norm_output: the default of files without that key; None: the same as fc_norm (EAGLE-3.1 has both).
     """
     found = {"fc_norm": FC_NORMS[0] in tensors, "norm_before_fc": NORM_BEFORE_FC in tensors}
     for key, name in (("fc_norm", FC_NORMS[0]), ("norm_before_fc", NORM_BEFORE_FC)):

@@ -12,8 +12,8 @@ from ppow_jax.weights import torch_file
 
 EMBED = "embed_tokens.weight"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_WRAPPERS = ("_orig_mod.", "module.", "model.")  # of torch.compile and of data parallelism, and of transformers
-_FIRST = "midlayer."  # the first layer's names in the flat format; `layers.0.` in the speculators format
+_WRAPPERS = ("_orig_mod.", "module.", "model.")  # prefixes of torch.compile, data parallelism, and transformers
+_FIRST = "midlayer."  # prefix of the first layer in the flat format; `layers.0.` in the speculators format
 _TOP = {"fc": "fc.weight", "norm": "norm.weight", "lm_head": "lm_head.weight"}
 _LAYER = {
     "input_norm": "input_layernorm.weight",
@@ -37,7 +37,7 @@ FC_NORMS = tuple(f"fc_norm.{i}.weight" for i in range(3))  # EAGLE-3.1
 NORM_BEFORE_FC = "input_norm.weight"
 FC, LM_HEAD = _TOP["fc"], _TOP["lm_head"]
 O_BIAS, Q_BIAS, Q_NORM = (_FIRST + _LAYER[name] for name in ("o_bias", "q_bias", "q_norm"))
-_LEFT_OUT = ("verifier_norm.weight", "verifier_lm_head.weight")  # the target's own, which speculators may keep
+_LEFT_OUT = ("verifier_norm.weight", "verifier_lm_head.weight")  # the target's own, which speculators files may contain
 
 
 def names(config: DrafterConfig) -> dict[str, tuple[str, ...]]:
@@ -52,7 +52,7 @@ def names(config: DrafterConfig) -> dict[str, tuple[str, ...]]:
 
 
 def said_of_biases(problems: list[str]) -> list[str]:
-    """The problems of `tensor_problems`, with what it means where a bias is unknown."""
+    """The problems of `tensor_problems`, with an explanation if a bias is unknown."""
     unknown = ".bias: unknown tensor"
     return [
         f"{text} (a bias in {text.removesuffix(unknown)} is not supported)" if text.endswith(unknown) else text
@@ -78,7 +78,7 @@ def to_tensors(config: DrafterConfig, params: Mapping[str, np.ndarray]) -> dict[
 
 
 def from_tensors(config: DrafterConfig, stored: Mapping[str, hf.StoredTensor]) -> dict[str, np.ndarray]:
-    """Reads the parameters that are there, in the dtype of the file."""
+    """Reads the parameters present in the file, in its dtype."""
     found = {ours: theirs for ours, theirs in names(config).items() if set(theirs) <= stored.keys()}
     read = {ours: [stored[name].read() for name in theirs] for ours, theirs in found.items()}
     return {ours: np.stack(parts) if len(parts) > 1 else parts[0] for ours, parts in read.items()}
@@ -90,12 +90,12 @@ def speculators_name(flat_name: str) -> str:
 
 
 def open_tensors(directory: Path) -> tuple[dict[str, hf.StoredTensor], list[str]]:
-    """(tensors under the names of the flat format, what is wrong with their names).
+    """(tensors under the names of the flat format, problems with their names).
 
     Names may begin with `midlayer.` or `layers.0.`, and with `model.` or torch's wrappers before that.
 
     Raises:
-      UserError: for missing or broken files, and for a `.bin` file where torch is not installed.
+      UserError: for missing or broken files, and for a `.bin` file if torch is not installed.
     """
     files, problems = _open(directory)
     result: dict[str, hf.StoredTensor] = {}
@@ -113,7 +113,7 @@ def open_tensors(directory: Path) -> tuple[dict[str, hf.StoredTensor], list[str]
 
 
 def spelling(directory: Path) -> str:
-    """How the first layer's tensors are called in the files: with which prefix."""
+    """Prefix of the first layer's tensors in the files."""
     names = _open(directory)[0]
     scopes = [name.partition("self_attn.")[0] for name in names if "self_attn." in name and "layers.1." not in name]
     return scopes[0] if scopes else ""

@@ -1,4 +1,4 @@
-"""EAGLE-3 drafters in and out of files, in the flat format and in the speculators format."""
+"""Import and export of EAGLE-3 drafters, in the flat format and in the speculators format."""
 
 import dataclasses
 import logging
@@ -17,15 +17,15 @@ from ppow_jax.weights import huggingface as hf
 log = logging.getLogger(__name__)
 FORMATS = ("flat", "speculators")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-_TARGET_KEY = "target_name_or_path"  # in the flat format, for people
-_FORMER = "confidence_head.json"  # a part of drafters that versions up to 2026-11-29 wrote and read
+_TARGET_KEY = "target_name_or_path"  # in the flat format, informational
+_FORMER = "confidence_head.json"  # part of drafters of versions up to 2026-11-29
 
 
 class StoredDrafter(NamedTuple):
-    """A drafter as its files hold it.
+    """A drafter as stored in its files.
 
     params: in the dtype of the file, see `drafter_config.parameter_shapes`. target_ids_W: int32, ascending. embed_VxE:
-    an embedding of the drafter's own, or None. format: one of FORMATS. target_name: the target, if the files name it.
+    the drafter's own embedding, or None. format: one of FORMATS. target_name: the target, if the files name it.
     """
 
     config: DrafterConfig
@@ -48,9 +48,9 @@ def export_drafter(
     embed_VxE: Any = None,
     format: str | None = None,
 ) -> None:
-    """Writes a drafter; a directory that holds one already gets the new one, whole.
+    """Writes a drafter; in a directory that already holds one, it is replaced as a whole.
 
-    The target's embedding is never written, only one of the drafter's own: servers take the target's if there is none.
+    The target's embedding is never written, only the drafter's own: servers use the target's if there is none.
 
     Args:
       params: the drafter's matrices `[out, in]`, see `drafter_config.parameter_shapes`.
@@ -62,8 +62,8 @@ def export_drafter(
       format: flat or speculators; None is `best_format`.
 
     Raises:
-      UserError: for an unknown dtype or format, a drafter that the format cannot hold, weights that are not finite in
-        the dtype, a directory that cannot be written.
+      UserError: for an unknown dtype or format, a drafter that the format cannot represent, weights that are not finite
+        in the dtype, a directory that cannot be written.
       ValueError: if parameters and config do not belong together.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -104,20 +104,20 @@ def import_drafter(
     target_head: Callable[[], Any] | None = None,
     headless: bool = False,
 ) -> StoredDrafter:
-    """Reads a drafter, ours or anyone's, of either format.
+    """Reads a drafter in either format, from this project or elsewhere.
 
-    Names may begin with `midlayer.` or `layers.0.`, and with `model.` before that; weights may lie in safetensors or
-    in `.bin` files, which take torch, one or several with an index. Draft ids that are not in the order of target ids
-    are sorted, the rows of the head with them. How far files may stray from the formats: docs/drafter_files.md.
-    `confidence_head.json`, which earlier versions wrote, is ignored.
+    Names may begin with `midlayer.` or `layers.0.`, and with `model.` before that; weights may be stored in safetensors
+    or in `.bin` files (which require torch), one or several with an index. If draft ids are not in the order of target
+    ids, they are sorted, together with the rows of the head. Accepted deviations from the formats:
+    docs/drafter_files.md. `confidence_head.json`, which earlier versions wrote, is ignored.
 
     Args:
-      num_target_layers: N of the target. Files that do not say which layers feed them use the default choice for
+      num_target_layers: N of the target. Files without layer ids use the default choice for
         that depth; without N, such a drafter has no feature_layers, and can only be written again.
       target_embed_VxD: the target's embedding: a copy of it in the files is left out. Without it, an embedding in the
         files counts as the drafter's own.
-      target_head: gives the target's head [V, D], which drafters of a whole vocabulary use if their files have none.
-      headless: read such a drafter without a head where target_head is None, rather than refuse it.
+      target_head: returns the target's head [V, D], used by drafters of a whole vocabulary if their files have none.
+      headless: read such a drafter without a head if target_head is None, instead of refusing it.
 
     Raises:
       UserError: for a config that is not supported, broken or missing files, and for unknown, missing, duplicated,
@@ -185,12 +185,12 @@ def _borrowed_head(
 
 
 def best_format(config: DrafterConfig) -> str:
-    """The format that most servers read, of those that hold this drafter."""
+    """The format that most servers read, among those that can represent this drafter."""
     return "flat" if flat.reason_against(config) is None else "speculators"
 
 
 def format_of(json_config: Mapping[str, Any]) -> str:
-    """Which of FORMATS a config.json is of."""
+    """The format, one of FORMATS, of a config.json."""
     return "speculators" if speculators.is_speculators(json_config) else "flat"
 
 
@@ -201,7 +201,7 @@ def describe(
     where: str,
     target_width: int | None = None,
 ) -> DrafterConfig:
-    """The drafter of a config.json and its tensors, or their names (of the flat format); see `flat.from_json`."""
+    """Config of a drafter from its config.json and its tensors, or their names (flat format); see `flat.from_json`."""
     read = flat.from_json if format_of(json_config) == "flat" else speculators.from_json
     return read(json_config, tensors, num_target_layers, where, target_width)
 
@@ -221,11 +221,11 @@ def _cast(value: Any, dtype: str | None, what: str) -> np.ndarray:
 
 
 def _same(embed_VxE: np.ndarray, target_VxD: Any) -> bool:
-    """Whether an embedding is the target's, up to the rounding of either's precision and rows of padding."""
+    """True if an embedding equals the target's, up to the rounding of either's precision and rows of padding."""
     if embed_VxE.shape[1:] != np.shape(target_VxD)[1:]:
         return False
     rows = min(len(embed_VxE), len(target_VxD))
-    for start in range(0, rows, 8192):  # in parts: a float32 copy of both whole ones could be gigabytes
+    for start in range(0, rows, 8192):  # in chunks: float32 copies of both could take gigabytes
         part = slice(start, min(start + 8192, rows))
         ours, theirs = (np.asarray(x[part]).astype(np.float32) for x in (embed_VxE, target_VxD))
         if not np.allclose(ours, theirs, rtol=1e-2, atol=1e-4):

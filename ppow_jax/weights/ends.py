@@ -1,7 +1,7 @@
-"""The tokens that end an answer, of every kind of target: decoding, answers for training and evaluation use them alike.
+"""End tokens of an answer, for every kind of target; decoding, training answers and evaluation all use them.
 
-A directory's are the union of config.json, generation_config.json and the tokenizer. A GGUF file's are its ids of
-`eos`, `eot` and `eom`; where one of these keys is missing, its tokens that are known by name to serve that use.
+Those of a directory are the union of config.json, generation_config.json and the tokenizer. Those of a GGUF file are
+its ids of `eos`, `eot` and `eom`; if one of these keys is missing, tokens that are known by name for that use.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 GENERATION_CONFIG = "generation_config.json"
 REMEDY_DIRECTORY = f"eos_token_id of {GENERATION_CONFIG}"
 REMEDY_GGUF = "tokenizer.ggml.eot_token_id of the file"
-_KNOWN = {  # texts of tokens, by the key of a GGUF file that names such a token's id
+_KNOWN = {  # texts of tokens, by the key of a GGUF file that holds such a token's id
     "eos": (
         *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|return|>", "[EOS]"),
         "<\uff5cend\u2581of\u2581sentence\uff5c>",
@@ -30,12 +30,12 @@ _KNOWN = {  # texts of tokens, by the key of a GGUF file that names such a token
     "eom": ("<|eom_id|>", "<|eom|>", "<|call|>"),
 }
 _CONTROL = 3  # token type of GGUF
-_HARMONY = {"<|return|>", "<|call|>"}  # where these are, <|end|> ends a part of an answer only
-_SAID = "Zqxw"  # stands for an answer in a chat template
+_HARMONY = {"<|return|>", "<|call|>"}  # if these exist, <|end|> ends only a part of an answer
+_SAID = "Zqxw"  # placeholder for an answer in a chat template
 
 
 def of_gguf(file: GgufFile) -> tuple[int, ...]:
-    """Ids of the tokens that end an answer. Raises UserError for ids that are none of the file's tokens."""
+    """Ids of the tokens that end an answer. Raises UserError for ids outside the file's tokens."""
     tokens = file.array("tokenizer.ggml.tokens", str) or []
     types = file.array("tokenizer.ggml.token_type", int) or []
     ids = {use: file.token_id(use) for use in _KNOWN}
@@ -46,16 +46,16 @@ def of_gguf(file: GgufFile) -> tuple[int, ...]:
         if ids[use] is not None:
             known = {tokens[ids[use]]} if tokens else set()
             ends.append(ids[use])
-        elif use == "eos":  # texts such as </s> may be ordinary ones
+        elif use == "eos":  # texts such as </s> may be ordinary tokens
             known = {text for text, kind in zip(tokens, types, strict=False) if text in known and kind == _CONTROL}
         ends += [i for i, text in enumerate(tokens) if text in known]
     return tuple(dict.fromkeys(ends))
 
 
 def of_directory(directory: Path, vocab_size: int, config_ids: Iterable[int], tokenizer: Any = None) -> tuple[int, ...]:
-    """The union of what config.json (config_ids), generation_config.json and the tokenizer name, each id once.
+    """Union of the ids in config.json (config_ids), generation_config.json and the tokenizer, each once.
 
-    Ids beyond the vocabulary are left out, with a warning: the target cannot write them.
+    Ids beyond the vocabulary are left out, with a warning: the target cannot generate them.
     Raises UserError for a generation_config.json that is broken.
     """
     ends = dict.fromkeys(config_ids)
@@ -72,7 +72,7 @@ def of_directory(directory: Path, vocab_size: int, config_ids: Iterable[int], to
 
 
 def generation_ids(directory: Path) -> list[int]:
-    """The end tokens that generation_config.json names; none without the file. Raises UserError if it is broken."""
+    """The end tokens in generation_config.json; none without the file. Raises UserError if it is broken."""
     path = directory / GENERATION_CONFIG
     value = huggingface.read_json(path).get("eos_token_id") if path.exists() else None
     ids = [] if value is None else value if isinstance(value, list) else [value]
@@ -82,16 +82,16 @@ def generation_ids(directory: Path) -> list[int]:
 
 
 def tokenizer_ids(tokenizer: Any) -> list[int]:
-    """The end tokens that a tokenizer names: of a text, and where it has these, of a turn and of a message."""
+    """The tokenizer's end tokens: of a text and, if defined, of a turn and of a message."""
     names = [getattr(tokenizer, f"{use}_token", None) for use in _KNOWN]
     ids = [tokenizer.convert_tokens_to_ids(name) for name in names if isinstance(name, str)]
     return [int(i) for i in ids if i is not None]
 
 
 def warn_of_template(name: str, tokenizer: Any, ends: Iterable[int], remedy: str) -> None:
-    """Warns where nothing ends an answer, and where the chat template ends turns without any of these tokens.
+    """Warns if there is no end token, or if the chat template ends turns with none of them.
 
-    remedy: where else a token can be named, for the message.
+    remedy: where else an end token can be set, for the message.
     """
     ends = set(ends)
     if not ends:
@@ -110,12 +110,12 @@ def warn_of_template(name: str, tokenizer: Any, ends: Iterable[int], remedy: str
 
 
 def _closing(tokenizer: Any) -> str:
-    """Everything the chat template writes behind an answer; nothing without template, or where it refuses."""
+    """Text that the chat template writes after an answer; empty without a template, or if it refuses."""
     if not getattr(tokenizer, "chat_template", None):
         return ""
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SAID}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # whatever a template raises is reported where it is used
+    except Exception:  # template errors are reported where the template is used
         return ""
     return text.rpartition(_SAID)[2] if _SAID in text else ""

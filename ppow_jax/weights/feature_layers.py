@@ -1,8 +1,8 @@
-"""Which layers of the target feed a drafter, by what its files say of them.
+"""Target layers whose features a drafter uses, read from its files.
 
 Two conventions are in use for the same tensors: ids of *outputs* of layers (in `eagle_config`: SpecForge, SGLang,
-Model-Optimizer) and of *inputs*, one more (at the top level: vLLM, speculators). People mix them up, so ids that are
-impossible by a place's own convention are read by the other, and the log says which reading was taken.
+Model-Optimizer) and of *inputs*, one more (at the top level: vLLM, speculators). They are often confused, so ids that
+are impossible under a place's own convention are read by the other, and the log reports the reading that was used.
 """
 
 import logging
@@ -24,18 +24,18 @@ def read_layers(
 ) -> tuple[int, ...]:
     """The target layers that feed the drafter, as ids of inputs, ascending.
 
-    config: the top level of config.json, whose ids are inputs. eagle: its `eagle_config`, whose ids are outputs; both
-    without ids, or with none in the list, leave the choice to EAGLE-3's default for num_layers, the target's depth.
-    With num_layers None (no target at hand) that is (), and no id is too high.
+    config: the top level of config.json, whose ids are inputs. eagle: its `eagle_config`, whose ids are outputs; if
+    both have no ids, or an empty list, EAGLE-3's default for num_layers, the target's depth, is used.
+    With num_layers None (unknown target) the default is (), and ids have no upper bound.
 
     Raises:
       UserError: for ids that are no list of numbers, that fit neither as inputs nor as outputs, that contradict each
-        other, for another number of layers than three, and where there is no default.
+        other, for a number of layers other than three, and where there is no default.
     """
     by_output, by_input = _ids(eagle, f"eagle_config.{LAYER_IDS}", where), _ids(config, LAYER_IDS, where)
     if by_output and by_input:
         inputs = tuple(i + 1 for i in by_output)
-        if by_output == by_input and not _fit(inputs, num_layers):  # the same ids twice, which can only be inputs
+        if by_output == by_input and not _fit(inputs, num_layers):  # the same ids twice can only be inputs
             return _either(by_output, 1, f"{where}: eagle_config.{LAYER_IDS} = {by_output}", num_layers)
         check_feature_layers(inputs, num_layers, f"{where}: eagle_config.{LAYER_IDS} = {by_output}")
         if inputs != tuple(by_input):
@@ -52,7 +52,7 @@ def read_layers(
 
 
 def _ids(config: Mapping[str, Any], key: str, where: str) -> list[int]:
-    """The ids under a key of `config`, [] where there are none."""
+    """The ids under a key of `config`, [] if there are none."""
     ids = config.get(LAYER_IDS)
     if ids is None:
         return []
@@ -65,7 +65,7 @@ def _ids(config: Mapping[str, Any], key: str, where: str) -> list[int]:
 
 
 def _either(ids: list[int], shift: int, place: str, num_layers: int | None) -> tuple[int, ...]:
-    """Ids by their place's convention (inputs are ids + shift) or, where that is impossible, by the other one."""
+    """Ids by their place's convention (inputs are ids + shift) or, if that is impossible, by the other one."""
     usual, other = (tuple(i + by for i in ids) for by in (shift, 1 - shift))
     names = ("inputs", "outputs")
     if _fit(usual, num_layers) or not _fit(other, num_layers):

@@ -1,7 +1,7 @@
-"""config.json of the flat EAGLE-3 format: that of EAGLE, SpecForge, SGLang and sglang-jax, which vLLM reads too.
+"""config.json of the flat EAGLE-3 format: that of EAGLE, SpecForge, SGLang and sglang-jax, also read by vLLM.
 
-Layer ids: in `eagle_config`, layers are named by their *output* (SGLang and SpecForge add 1); at the top level, which
-vLLM reads, by their *input*, as ours are. Both are written.
+Layer ids: in `eagle_config`, layers are identified by their *output* (SGLang and SpecForge add 1); at the top level,
+which vLLM reads, by their *input*, as in `DrafterConfig`. Both are written.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ from ppow_jax.weights.drafter_tensors import Q_NORM
 from ppow_jax.weights.feature_layers import LAYER_IDS, read_layers
 
 _ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
-_EAGLE: dict[str, tuple[Any, ...]] = {  # Model-Optimizer's switches, of which there is one kind here
+_EAGLE: dict[str, tuple[Any, ...]] = {  # Model-Optimizer's switches, each with one supported value
     "use_aux_hidden_state": (True,),
     "use_input_layernorm_in_first_layer": (True,),
     "use_last_layernorm": (True,),
@@ -28,7 +28,7 @@ def to_json(config: DrafterConfig, where: str) -> dict[str, Any]:
     """The drafter's config.json, without the dtype of the file.
 
     Raises:
-      UserError: for a drafter that the format cannot hold; it names the format that can.
+      UserError: for a drafter that the format cannot represent; it names the format that can.
     """
     reason = reason_against(config)
     if reason is not None:
@@ -49,7 +49,7 @@ def to_json(config: DrafterConfig, where: str) -> dict[str, Any]:
         result["eagle_config"] = {LAYER_IDS: [i - 1 for i in config.feature_layers]} | result["eagle_config"]
     if config.target_hidden_size != config.hidden_size:
         result["target_hidden_size"] = config.target_hidden_size
-    if config.fc_norm or config.norm_output:  # the two switches by which servers know EAGLE-3.1
+    if config.fc_norm or config.norm_output:  # the two switches by which servers recognise EAGLE-3.1
         result |= {"fc_norm": config.fc_norm, "norm_output": config.norm_output}
     if config.norm_before_fc:
         result["norm_before_fc"] = True
@@ -57,7 +57,7 @@ def to_json(config: DrafterConfig, where: str) -> dict[str, Any]:
 
 
 def reason_against(config: DrafterConfig) -> str | None:
-    """Why the format cannot hold a drafter, if it cannot."""
+    """Reason why the format cannot represent a drafter, or None."""
     if config.num_layers > 1:
         return f"the flat format has one layer, this drafter has {config.num_layers}"
     return "the flat format has no norms of queries and keys" if config.qk_norm else None
@@ -73,10 +73,10 @@ def from_json(
     """Reads a config.json.
 
     Args:
-      tensors: names in the file, in the flat spelling: some parts are told by their presence alone. With the tensors
-        themselves (a mapping), what the config leaves out follows from their shapes.
-      num_layers: of the target, for files that do not say which layers feed them; None leaves feature_layers empty.
-      target_width: the target's hidden_size, where it is at hand.
+      tensors: names in the file, in the flat spelling: some parts are recognised by their presence alone. With the
+        tensors themselves (a mapping), values missing in the config follow from their shapes.
+      num_layers: depth of the target, for files without layer ids; None leaves feature_layers empty.
+      target_width: the target's hidden_size, if it is known.
 
     Raises:
       UserError: for anything missing, impossible or not supported.

@@ -1,4 +1,4 @@
-"""Targets out of GGUF files, dequantised with the `gguf` package."""
+"""Targets from GGUF files, dequantised with the `gguf` package."""
 
 import re
 from pathlib import Path
@@ -30,14 +30,14 @@ _LAYER = {
     **{f"ffn_{x}_exps.weight": f"{x}_proj" for x in ("gate", "up", "down")},  # all experts of the layer
 }
 _TOP = {"token_embd.weight": "embed", "output_norm.weight": "norm", "output.weight": "lm_head"}
-_ROPE_FACTORS = "rope_freqs.weight"  # what llama3 scaling becomes in a GGUF file
+_ROPE_FACTORS = "rope_freqs.weight"  # llama3 scaling in a GGUF file
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3moe": "Qwen3MoeForCausalLM",
 }
-_INTERLEAVED = ("llama",)  # where rotary pairs lie side by side in the rows of Q and K; elsewhere they lie as ours
+_INTERLEAVED = ("llama",)  # families with interleaved rotary pairs in the rows of Q and K; all others use our layout
 
 
 def load_target(path: str | Path, dtype=jnp.float32, put: Put = put_whole) -> tuple[ModelConfig, dict]:
@@ -46,10 +46,10 @@ def load_target(path: str | Path, dtype=jnp.float32, put: Put = put_whole) -> tu
 
 
 def read_target(file: GgufFile, dtype=jnp.float32, put: Put = put_whole) -> tuple[ModelConfig, dict]:
-    """Reads a GGUF file into (config, parameters), every matrix `[out, in]` in `dtype`. put: where parameters go.
+    """Reads a GGUF file into (config, parameters), every matrix `[out, in]` in `dtype`. put: places parameters.
 
-    Raises UserError for a file that has another architecture than the supported ones, or lacks, repeats or mis-shapes
-    a tensor (all of them in one message).
+    Raises UserError for a file with an unsupported architecture, or with missing, repeated or mis-shaped
+    tensors (all of them in one message).
     """
     config = _config(file)
     return config, _parameters(file, config, dtype, put)
@@ -96,7 +96,7 @@ def _config(file: GgufFile) -> ModelConfig:
 
 
 def _family_keys(name: str, get, tensors) -> dict:
-    """What `families.FAMILIES` reads, from metadata and from which tensors there are."""
+    """The input of `families.FAMILIES`, from metadata and the names of the tensors."""
     keys: dict = {"attention_bias": "blk.0.attn_output.bias" in tensors, "mlp_bias": "blk.0.ffn_down.bias" in tensors}
     if name == "qwen3moe":
         dense = (re.fullmatch(r"blk\.(\d{1,9})\.ffn_gate\.weight", tensor) for tensor in tensors)
@@ -104,7 +104,7 @@ def _family_keys(name: str, get, tensors) -> dict:
             "num_experts": get(f"{name}.expert_count"),
             "num_experts_per_tok": get(f"{name}.expert_used_count"),
             "moe_intermediate_size": get(f"{name}.expert_feed_forward_length"),
-            "norm_topk_prob": get(f"{name}.expert_weights_norm", True),  # llama.cpp norms them always
+            "norm_topk_prob": get(f"{name}.expert_weights_norm", True),  # llama.cpp always norms them
             "mlp_only_layers": [int(match[1]) for match in dense if match],
         }
     return keys
@@ -167,7 +167,7 @@ def _parameters(file: GgufFile, config: ModelConfig, dtype, put: Put) -> dict:
 
 
 def _unpermute(rows_O: np.ndarray, head_dim: int) -> np.ndarray:
-    """GGUF stores rotary pairs of Llama interleaved (x0 y0 x1 y1 ..); ours is (x0 x1 .. y0 y1 ..). A matrix or bias."""
+    """Undoes GGUF's interleaving of Llama's rotary pairs (x0 y0 x1 y1 .. -> x0 x1 .. y0 y1 ..). A matrix or bias."""
     pairs = rows_O.reshape(-1, head_dim // 2, 2, *rows_O.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows_O.shape)
 

@@ -1,4 +1,4 @@
-"""GGUF files as the `gguf` package reads them, checked: metadata by key, and the tensors of all parts of a model."""
+"""GGUF files as read by the `gguf` package, validated: metadata by key, and the tensors of all parts of a model."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 from ppow_jax.errors import UserError
 
 MAGIC = b"GGUF"
-_OTHERS = {  # first bytes of what lies where a GGUF file is expected
+_OTHERS = {  # first bytes of other files that are mistaken for GGUF
     b"vers": "a Git LFS pointer: `git lfs pull` fetches the file itself",
     b"lmgg": "GGML, the form before GGUF: convert the model anew",
     b"tjgg": "GGML, the form before GGUF: convert the model anew",
@@ -24,12 +24,12 @@ _OTHERS = {  # first bytes of what lies where a GGUF file is expected
 }
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE)
 _CUT = "it ends early: damaged, or not wholly downloaded"
-_MOST = 4_000_000  # entries of a list, of metadata, and tensors; large vocabularies have a quarter of a million
+_MOST = 4_000_000  # limit for entries of lists and metadata, and tensors; large vocabularies have 250,000
 _ABSENT = (-1, 2**32 - 1)  # token ids that mean none
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a file begins with GGUF's four bytes, whatever its name."""
+    """True if a file begins with GGUF's four bytes, whatever its name."""
     return Path(path).is_file() and _first_bytes(path) == MAGIC
 
 
@@ -89,9 +89,9 @@ class GgufFile:
 
 
 def open_model(path: str | Path) -> GgufFile:
-    """Opens a GGUF file, and with any part of a split model all its parts.
+    """Opens a GGUF file, or all parts of a split model, given any of them.
 
-    Raises UserError for what is not GGUF or is damaged, and for parts that are missing (named) or do not belong
+    Raises UserError for files that are not GGUF or are damaged, and for parts that are missing (named) or do not belong
     together.
     """
     given = _open(path)
@@ -113,7 +113,7 @@ def open_model(path: str | Path) -> GgufFile:
 
 
 class _Reader(gguf.GGUFReader):
-    """Stops at the end of the file; the package's own goes on with empty values, for as long as a length says."""
+    """Stops at the end of the file; the package's reader continues with empty values, up to the declared length."""
 
     def _get(self, offset, dtype, count=1, *rest, **options):
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
@@ -168,12 +168,12 @@ def _open(path: str | Path) -> _Reader:
             reader = _Reader(path)
         _check_places(reader)
         return reader
-    except Exception as error:  # the reader checks little: damaged files end in errors of many kinds
+    except Exception as error:  # the reader checks little: damaged files raise many kinds of errors
         raise UserError(f"{path}: not a readable GGUF file ({error or type(error).__name__})") from None
 
 
 def _check_places(reader: _Reader) -> None:
-    """Tensors lie one behind the other, as llama.cpp demands it too; elsewhere they would be another's numbers."""
+    """Requires tensors to be stored back to back, as llama.cpp does; other offsets would alias other tensors."""
     if reader.byte_order == "S":
         raise ValueError("its bytes are in the other order than this machine's")
     place, alignment = reader.data_offset, int(reader.alignment)

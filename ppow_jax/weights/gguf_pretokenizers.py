@@ -1,4 +1,4 @@
-"""Rules by which text is cut into words before byte-level BPE, by GGUF's names for them (`tokenizer.ggml.pre`)."""
+"""Pre-tokenizers: rules that split text into words before byte-level BPE, by GGUF name (`tokenizer.ggml.pre`)."""
 
 import dataclasses
 import logging
@@ -29,13 +29,13 @@ _DEEPSEEK_WORDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A way to cut text. whole_words: a word that is a token is not cut by merges (llama.cpp's ignore_merges).
+    """A splitting rule. whole_words: a word that is a token is not split by merges (llama.cpp's ignore_merges).
 
-    nfc: text is put into Unicode's composed form first. begin: a text gets the BOS token, where the file does not say.
+    nfc: text is normalised to Unicode's composed form first. begin: texts get the BOS token if the file does not say.
     """
 
     patterns: tuple[str, ...] = ()
-    gpt2: bool = False  # GPT-2's own pattern comes last
+    gpt2: bool = False  # GPT-2's own pattern is applied last
     whole_words: bool = False
     nfc: bool = False
     begin: bool = False
@@ -70,8 +70,8 @@ _LLAMA3_TOKENS: Callable[[str], bool] = {"<|begin_of_text|>", "<|eot_id|>", "<|s
 def rule_of(file: GgufFile, tokens: list[str]) -> Rule:
     """The rule that a file names. Raises UserError for an unknown one.
 
-    Without a name, or with the name "default" that converters gave what they did not know, it is the rule of the
-    architecture's family, or of Llama 3 where its tokens are there, or GPT-2's; a warning says which.
+    Without a name, or with the name "default", which converters use for unknown ones, it is the rule of the
+    architecture's family, or of Llama 3 if its tokens are present, or GPT-2's; a warning says which.
     """
     name = file.text("tokenizer.ggml.pre")
     if name in RULES:

@@ -1,8 +1,8 @@
 """SentencePiece vocabularies of GGUF files (`tokenizer.ggml.model` = "llama") as BPE of the `tokenizers` library.
 
-SentencePiece joins, again and again, the two neighbours whose union is the token of the highest score, and writes what
-stays unknown as bytes. Merges in the order of the scores do the same. A blank is written before each text, and before
-what follows a control token, as llama.cpp does.
+SentencePiece repeatedly joins the two neighbours whose union is the token with the highest score, and encodes
+unknown characters as bytes. Merges in the order of the scores are equivalent. A blank is written before each text, and
+before the text after a control token, as in llama.cpp.
 """
 
 import math
@@ -15,18 +15,18 @@ from ppow_jax.weights.gguf_file import GgufFile
 
 _NORMAL, _UNKNOWN, _BYTE = 1, 2, 6  # token types of GGUF
 _BLANK = "\u2581"
-_LONGEST = 512  # characters of a token that merges make; SentencePiece's are 16 by default
+_LONGEST = 512  # maximum number of characters of a merged token; SentencePiece's default is 16
 
 
 def build(file: GgufFile, names: Sequence[str], types: Sequence[int], unknown: int | None, clean: list) -> Tokenizer:
-    """The tokenizer, without added tokens.
+    """Builds the tokenizer, without added tokens.
 
-    names: the tokens, each different. unknown: the id that stands for characters that are in no token. clean: decoders
+    names: the tokens, all different. unknown: the id for characters that are in no token. clean: decoders
     that come first.
 
     Raises:
-      UserError: for scores that are missing, too few or no numbers, and where neither bytes nor an unknown token can
-        stand for a character without a token.
+      UserError: for scores that are missing, too few or no numbers, and if neither bytes nor an unknown token can
+        represent a character without a token.
     """
     scores = file.array("tokenizer.ggml.scores", (int, float))
     if scores is None:
@@ -66,7 +66,7 @@ def build(file: GgufFile, names: Sequence[str], types: Sequence[int], unknown: i
 
 
 def merges(names: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """All pairs of ordinary tokens that make an ordinary token, the best score first; of one score the first token."""
+    """All pairs of ordinary tokens that form an ordinary token, best score first; ties in order of the first token."""
     ids = {name: i for i, name in enumerate(names) if types[i] == _NORMAL}
     found = []
     for name, i in ids.items():

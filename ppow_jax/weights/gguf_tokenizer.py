@@ -1,4 +1,4 @@
-"""The tokenizer and chat template that a GGUF file carries, without torch (transformers' own reader needs it)."""
+"""Tokenizer and chat template of a GGUF file, without torch (which transformers' own reader needs)."""
 
 import logging
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from ppow_jax.weights.gguf_pretokenizers import rule_of
 log = logging.getLogger(__name__)
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
-_TEXT_BYTES = (9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))  # those of most texts in UTF-8
+_TEXT_BYTES = (9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))  # bytes of most texts in UTF-8
 _KEY = "tokenizer.ggml."
-_MARK = "\U0010fffd"  # and the id, behind the name of a token whose text another token has; decoding drops both
+_MARK = "\U0010fffd"  # suffix, with the id, of a token's name if another token has the same text; removed by decoding
 _CLEAN = decoders.Replace(Regex(_MARK + "[0-9]+"), "")
-_BEGIN = ("<s>", "<|begin_of_text|>", "<bos>")  # BOS where bos_token_id is missing
+_BEGIN = ("<s>", "<|begin_of_text|>", "<bos>")  # BOS if bos_token_id is missing
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -32,10 +32,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 def read_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     """Builds a transformers tokenizer from the metadata of a GGUF file: byte-level BPE or SentencePiece.
 
-    Control tokens, and those that end an answer, are special tokens; user-defined ones are found whole in a text. Two
-    tokens may have the same text: it becomes the first of them, or the special one, and decoding gives it for both.
+    Control tokens, and those that end an answer, are special tokens; user-defined ones are matched as a whole in a
+      text.
+    Two tokens may have the same text: it is encoded as the first of them, or as the special one, and both decode to it.
 
-    Raises UserError for another kind of tokenizer, for an unknown pre-tokenizer, and for what is broken.
+    Raises UserError for another kind of tokenizer, for an unknown pre-tokenizer, and for broken metadata.
     """
     model = file.text(f"{_KEY}model")
     if model not in ("gpt2", "llama"):
@@ -86,7 +87,7 @@ def _tokens(file: GgufFile) -> tuple[list[str], list[int]]:
 
 
 def _byte_level(file: GgufFile, names: list[str], clean: list) -> tuple[bool, Tokenizer]:
-    """(whether texts get a BOS token by default, the tokenizer without added tokens)."""
+    """(True if texts get a BOS token by default, the tokenizer without added tokens)."""
     merges = file.array(f"{_KEY}merges", str)
     if merges is None:
         raise UserError(f"{file.path}: tokenizer.ggml.merges is missing")
@@ -114,7 +115,7 @@ def _pair(file: GgufFile, merge: str) -> tuple[str, str]:
 
 
 def _different(file: GgufFile, tokens: Sequence[str], first: set[int]) -> list[str]:
-    """A name of its own for each token: its text, or that of an earlier token or of one in `first` with a mark."""
+    """Unique names of tokens: the text, with a mark if an earlier token or one in `first` has the same text."""
     names, seen = list(tokens), set()
     for i in sorted(range(len(tokens)), key=lambda i: (i not in first, i)):
         if not tokens[i] or tokens[i] in seen:
@@ -134,7 +135,7 @@ def _begin(file: GgufFile, tokens: Sequence[str], types: Sequence[int]) -> int |
 
 
 def _add_begin(file: GgufFile, tokenizer: Any, default: bool, begin: int | None, names: Sequence[str]) -> None:
-    """Lets texts begin with the BOS token, where the file says so or its kind of tokenizer does."""
+    """Makes texts begin with the BOS token, if the file or the default of its kind of tokenizer says so."""
     key = f"{_KEY}add_bos_token"
     if file.flag(f"{_KEY}add_eos_token", False):
         log.warning("%s: tokenizer.ggml.add_eos_token is not followed: no answer could come after it", file.path)

@@ -1,6 +1,6 @@
 """Targets as Hugging Face directories: config.json and safetensors, in one file or in shards.
 
-Nothing here needs torch. The small tools for safetensors and JSON files serve the drafter's format too.
+Nothing here needs torch. The helpers for safetensors and JSON files are shared with the drafter's format.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ _MAX_PROBLEMS = 50
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies in a file. `dtype` is safetensors' name of it, such as "BF16".
+    """A tensor stored in a file. `dtype` is its name in safetensors, such as "BF16".
 
-    read: the tensor, or the part of it that an index of slices names; nothing else of the file comes into memory.
+    read: the tensor, or the part of it given by an index of slices; nothing else of the file is loaded into memory.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ def load_target(
 
     Args:
       directory_or_name: a directory with config.json and safetensors, or a hub name such as "owner/model".
-      put: where parameters go. Shards of a mesh, for example, each read alone: `lambda path, shape, read:
+      put: places each parameter. For example, to read each shard of a mesh separately: `lambda path, shape, read:
         jax.make_array_from_callback(shape, shardings(path), read)`.
 
     Raises:
@@ -92,7 +92,7 @@ def open_target(directory: Path) -> tuple[ModelConfig, dict[str, StoredTensor]]:
 
 
 def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
-    """Whether two tensors of one shape are equal, compared in pieces."""
+    """True if two tensors of the same shape are equal, compared in chunks."""
     parts = (slice(start, min(start + rows, a.shape[0])) for start in range(0, a.shape[0], rows))
     return all(np.array_equal(a.read((part,)), b.read((part,))) for part in parts)
 
@@ -100,7 +100,7 @@ def _equal(a: StoredTensor, b: StoredTensor, rows: int = 4096) -> bool:
 def save_target(directory: str | Path, config: ModelConfig, params: Mapping[str, Any]) -> None:
     """Writes config.json, model.safetensors and its index, in the dtype of the parameters.
 
-    transformers, vLLM, SGLang and the official EAGLE code (which wants the index) load the directory.
+    transformers, vLLM, SGLang and the official EAGLE code (which requires the index) can load the directory.
 
     Raises:
       UserError: if the directory cannot be written.
@@ -118,7 +118,7 @@ def save_target(directory: str | Path, config: ModelConfig, params: Mapping[str,
 
 
 def find_directory(directory_or_name: str | Path) -> Path:
-    """The directory itself, or the local snapshot of a hub model of that name, fetched if need be.
+    """The directory itself, or the local snapshot of a hub model of that name, downloaded if necessary.
 
     Raises:
       UserError: if there is no such directory and the hub has no such model or cannot be reached.
@@ -136,7 +136,7 @@ def find_directory(directory_or_name: str | Path) -> Path:
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # the hub's errors, its HTTP library's and the system's share no base class
+    except Exception as error:  # errors of the hub, its HTTP library and the system share no base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: no such directory, and the hub did not give it ({reason})") from None
 
@@ -173,9 +173,9 @@ def tensor_problems(
     expected: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, tuple[str, ...]] = {},  # noqa: B006  (never written)
 ) -> list[str]:
-    """What is wrong with a file: unknown, missing, mis-shaped tensors, or of a type that is not in `dtypes`.
+    """Problems of a file: unknown, missing or mis-shaped tensors, or types that are not in `dtypes`.
 
-    `dtypes` maps names to permitted types; without an entry that is any float of 16 bits or more.
+    `dtypes` maps names to permitted types; names without an entry permit any float of 16 bits or more.
     """
     problems = [f"{name}: unknown tensor" for name in sorted(stored.keys() - expected.keys())]
     for name, shape in expected.items():
@@ -200,9 +200,9 @@ def raise_problems(where: str, problems: Iterable[str]) -> None:
 
 
 def replace_files(directory: str | Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Writes files whole or not at all, in the given order; name config.json, which completes them, last.
+    """Writes files atomically, in the given order; put config.json, which completes the set, last.
 
-    While older files are replaced there is no config.json, so that what a kill leaves behind is never taken
+    While older files are replaced there is no config.json, so that files left by a kill are never mistaken
     for a model. Raises UserError if the directory cannot be written.
     """
     directory = Path(directory)
@@ -224,27 +224,26 @@ def replace_files(directory: str | Path, writers: Mapping[str, Callable[[Path], 
 
 
 def json_writer(value: Mapping[str, Any]) -> Callable[[Path], object]:
-    """For `replace_files`: writes indented JSON."""
+    """Writer for `replace_files`: indented JSON."""
     text = json.dumps(value, indent=2) + "\n"
     return lambda path: path.write_text(text, encoding="utf-8")
 
 
 def tensors_writer(tensors: Mapping[str, np.ndarray]) -> Callable[[Path], object]:
-    """For `replace_files`: writes safetensors that torch programs accept (equal tensors give equal bytes)."""
+    """Writer for `replace_files`: safetensors that torch programs accept (equal tensors give equal bytes)."""
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
 
     def write(path: Path) -> None:
         save_file(contiguous, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes it private; a served drafter is read by others
+        path.chmod(0o644)  # safetensors makes it private, but a served drafter is read by others
 
     return write
 
 
 class _Mapped:
-    """A safetensors file that is let go once a fiftieth of it was read.
+    """A safetensors file that is unmapped whenever a fiftieth of it has been read.
 
-    Pages of a file that stays mapped add up to a second copy of it in memory; mapping it anew costs a look at its
-    header.
+    The pages of a file that stays mapped accumulate to a second copy of it in memory; remapping only reads its header.
     """
 
     def __init__(self, path: Path):
@@ -275,7 +274,7 @@ def _stored(file: Any, name: str, mapped: _Mapped) -> StoredTensor:
 
 
 def open_directory(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """All tensors of all shards, and what is wrong with the shards among each other."""
+    """All tensors of all shards, and inconsistencies between the shards."""
     problems: list[str] = []
     if (directory / WEIGHTS).exists():
         stored = open_safetensors(directory / WEIGHTS)
@@ -289,7 +288,7 @@ def open_directory(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]
 def open_shards(
     index: Path, read: Callable[[Path], dict[str, StoredTensor]]
 ) -> tuple[dict[str, StoredTensor], list[str]]:
-    """The tensors of all files that an index names, each opened by `read`, and what is wrong among them."""
+    """The tensors of all files in an index, each opened by `read`, and inconsistencies between them."""
     stored: dict[str, StoredTensor] = {}
     problems: list[str] = []
     weight_map = read_json(index).get("weight_map")
@@ -307,7 +306,7 @@ def open_shards(
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is one that old exporters saved although it follows from the config."""
+    """True for tensors that old exporters saved although they follow from the config."""
     return name.endswith("rotary_emb.inv_freq")
 
 
@@ -316,5 +315,5 @@ def _is_file_name(value: Any) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The error's own words on one line, without a path that the message names already."""
+    """The error's own message on one line, without the path if it is already named."""
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]

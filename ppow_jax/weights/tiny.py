@@ -1,11 +1,11 @@
-"""The tiny random target that tests and `tiny.flags` run: real code paths in seconds, no download."""
+"""The tiny random target used by tests and `tiny.flags`: real code paths in seconds, no download."""
 
 from ppow_jax.data.encoding import tiny_tokenizer as tokenizer
 from ppow_jax.models.config import ModelConfig
 
 __all__ = ["CONFIG", "SCALE", "tokenizer"]
 
-SCALE = 0.15  # of the random weights: large enough that the next token is far from uniform
+SCALE = 0.15  # of the random weights: large enough that the next-token distribution is far from uniform
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",

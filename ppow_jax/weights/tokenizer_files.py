@@ -1,4 +1,4 @@
-"""The tokenizer of a target's directory, every fault of its files in one line."""
+"""Tokenizer of a target's directory; every error in its files is reported in one line."""
 
 import logging
 from pathlib import Path
@@ -10,17 +10,17 @@ from ppow_jax.weights.huggingface import read_json
 
 log = logging.getLogger(__name__)
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them there must be
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them must exist
 OTHERS = ("tokenizer.model", "vocab.txt", "merges.txt", "chat_template.jinja")
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Any:
-    """Reads the tokenizer that transformers finds in `directory`; no code of the directory's own is ever run.
+    """Reads the tokenizer that transformers finds in `directory`; no code from the directory is ever run.
 
-    vocab_size: rows of the target's embedding; tokens beyond them are warned of.
+    vocab_size: rows of the target's embedding; warns of tokens beyond them.
 
     Raises:
-      UserError: for files that are missing, damaged, or something else than they are called.
+      UserError: for files that are missing, damaged, or not what their name says.
     """
     for name in JSON_FILES:
         if (directory / name).exists():
@@ -42,7 +42,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Any:
 
 
 def check_json(path: Path) -> None:
-    """Raises UserError unless a file of the tokenizer's holds a JSON object without two tokens of one id."""
+    """Raises UserError unless a tokenizer file holds a JSON object without duplicate ids."""
     value = read_json(path)
     if path.name != "tokenizer.json":
         return
@@ -66,7 +66,7 @@ def _load(directory: Path) -> Any:
         tokenizer("A text.")["input_ids"]
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the Rust library is no Exception, its errors share no class
+    except BaseException as error:  # a panic of the Rust library is no Exception, and its errors share no class
         reason = (str(error).strip().splitlines() or [""])[0][:300]
         raise UserError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {reason})") from None
     return tokenizer

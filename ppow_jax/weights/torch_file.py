@@ -1,4 +1,4 @@
-"""Reads `.bin` files of torch: tensors alone, never any other pickled object."""
+"""Reads `.bin` files of torch: only tensors, never any other pickled object."""
 
 import importlib.util
 from pathlib import Path
@@ -23,7 +23,7 @@ _DTYPES = {
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file that `torch.save` wrote, mapped into memory rather than read where the file permits it.
+    """The tensors of a file written by `torch.save`, memory-mapped if the file permits it.
 
     Raises:
       UserError: without torch, for a broken file, or one that holds anything but named tensors.
@@ -40,7 +40,7 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
 
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:  # torch, pickle and zipfile raise errors without a common class
+    except Exception as error:  # errors of torch, pickle and zipfile share no class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: torch cannot read it as plain tensors ({reason})") from None
     if not isinstance(value, dict) or not all(

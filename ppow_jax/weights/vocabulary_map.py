@@ -1,4 +1,4 @@
-"""The draft vocabulary as EAGLE-3 files hold it: `d2t`, offsets of draft ids, and `t2d`, a mask over target ids."""
+"""The draft vocabulary as stored in EAGLE-3 files: `d2t`, offsets of draft ids, and `t2d`, a mask over target ids."""
 
 import logging
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ import numpy as np
 from ppow_jax.weights.huggingface import StoredTensor
 
 log = logging.getLogger(__name__)
-_MANY = 16  # draft tokens, from which on chance does not separate all of them
+_MANY = 16  # least number of draft tokens for which gaps between all of their ids cannot be a coincidence
 
 
 def to_tensors(target_ids_W: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
-    """d2t int64 [W] and t2d bool [V]; the target's id of draft id i is i + d2t[i]."""
+    """d2t int64 [W] and t2d bool [V]; the target id of draft id i is i + d2t[i]."""
     mask_V = np.zeros(vocab_size, np.bool_)
     mask_V[target_ids_W] = True
     return {"d2t": np.asarray(target_ids_W, np.int64) - np.arange(len(target_ids_W)), "t2d": mask_V}
@@ -21,10 +21,10 @@ def to_tensors(target_ids_W: np.ndarray, vocab_size: int) -> dict[str, np.ndarra
 def from_tensors(
     stored: Mapping[str, StoredTensor], V: int, W: int, problems: list[str], where: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(target ids ascending int32 [W], order of the file's rows that makes them so); adds to `problems`.
+    """(target ids ascending int32 [W], order of the file's rows that sorts them); adds to `problems`.
 
-    Without d2t the mask tells the ids; without both, draft ids are target ids. A d2t that makes no sense as offsets,
-    but does as the ids themselves, is read as these, and `where` and that are logged.
+    Without d2t the ids follow from the mask; without both, draft ids are target ids. A d2t that is impossible as
+    offsets, but possible as the ids themselves, is read as ids, which is logged with `where`.
     """
     mask_V = stored["t2d"].read() if "t2d" in stored else None
     if "d2t" in stored:
@@ -45,10 +45,10 @@ def from_tensors(
 
 
 def _target_ids(d2t_W: np.ndarray, mask_V: np.ndarray | None, V: int, where: str) -> np.ndarray:
-    """The ids of a d2t of offsets, as the formats have it, or of one that holds the ids themselves.
+    """Target ids of a d2t that holds offsets, as the formats define it, or the ids themselves.
 
-    The mask decides. Without one, and where both could be, it is the ids if they ascend throughout from a vocabulary of
-    some size on: as offsets, no two ids would then be neighbours, and most ids of a real vocabulary are.
+    The mask decides. Without one, if both are possible, a d2t of at least _MANY entries that ascends throughout is read
+    as ids: as offsets, no two ids would then be neighbours, but most ids of a real vocabulary are.
     """
 
     def possible(ids_W: np.ndarray) -> bool:
@@ -66,5 +66,5 @@ def _target_ids(d2t_W: np.ndarray, mask_V: np.ndarray | None, V: int, where: str
 
 
 def ascending(ids_W: np.ndarray, V: int) -> bool:
-    """Whether ids are ascending, different ones of 0..V-1."""
+    """True if ids are ascending, different ones of 0..V-1."""
     return bool(ids_W[0] >= 0 and ids_W[-1] < V and (np.diff(ids_W) > 0).all())

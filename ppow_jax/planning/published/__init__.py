@@ -1,4 +1,4 @@
-"""Configurations of published models, the facts of their public config.json, so that a plan needs no hub."""
+"""Configurations of published models, from their public config.json, so that a plan needs no hub."""
 
 from importlib import resources
 from pathlib import Path
@@ -10,7 +10,7 @@ from ppow_jax.weights.huggingface import find_directory, read_json
 
 
 def names() -> list[str]:
-    """Of the models that are written down here."""
+    """Names of the models whose configurations are included here."""
     return sorted(file.name.removesuffix(".json") for file in _folder().iterdir() if file.name.endswith(".json"))
 
 
@@ -18,7 +18,7 @@ def read(target: str) -> ModelConfig:
     """The configuration of a target: one of `names()`, `tiny`, a config.json, a directory that holds one, a hub name.
 
     Raises:
-      UserError: there is none, or it is not supported.
+      UserError: it does not exist, or is not supported.
     """
     if target == "tiny":
         return tiny.CONFIG
