@@ -94,6 +94,17 @@ def test_a_study_resumes_where_it_was(finished, monkeypatch):
     assert again["arms"] == first["arms"]
 
 
+def test_another_mode_is_replayed_without_training(finished, monkeypatch):
+    """Modes that a finished study lacks are replayed with the drafters that it left."""
+    path = finished / "arms" / "recipe" / "seed0" / "result.json"
+    result = json.loads(path.read_text())
+    tree = result["replayed"].pop("tree")
+    path.write_text(json.dumps(result))
+    monkeypatch.setattr(run, "train_stage_2", lambda *_: pytest.fail("it trained"))
+    assert run.run(study_settings(finished)) == 0
+    assert json.loads(path.read_text())["replayed"]["tree"] == tree
+
+
 def test_rates_are_chosen_by_the_held_out_answers(tmp_path):
     workdir = tmp_path / "run"
     assert run.run(study_settings(workdir, arms="eagle3,cst", seeds="0", rates="1e-9,1e-2")) == 0

@@ -49,7 +49,8 @@ def write(
 
     mode: the speculation mode that arms are compared in; the others are reported beside it.
     """
-    found = {arm.name: _results(workdir, arm, seeds) for arm in arms}
+    modes = about["settings"]["modes"]
+    found = {arm.name: _results(workdir, arm, seeds, modes) for arm in arms}
     complete = [seed for seed in seeds if all(seed in results for results in found.values())]
     if not complete:
         return {}
@@ -64,10 +65,12 @@ def write(
     return study
 
 
-def _results(workdir: Path, arm: Arm, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
+def _results(workdir: Path, arm: Arm, seeds: Sequence[int], modes: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """The results by seed, of those whose modes have all been replayed."""
     its = {seed: seed if arm.stage else seeds[0] for seed in seeds}  # the start has no seed
     paths = {seed: arm_directory(workdir, arm.name, its[seed]) / "result.json" for seed in seeds}
-    return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+    found = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+    return {seed: result for seed, result in found.items() if set(modes) <= set(result["replayed"])}
 
 
 def arm_directory(workdir: Path, name: str, seed: int) -> Path:

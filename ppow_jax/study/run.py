@@ -118,23 +118,23 @@ def _measured(
     directory = results.arm_directory(parent, arm.name, seed)
     path = directory / "result.json"
     if path.exists():
-        return json.loads(path.read_text())
-    log.info("%s, seed %d", arm.name, seed)
-    begin = time.perf_counter()
-    drafter = _trained(study, arm, seed, rate, directory)
-    seconds = time.perf_counter() - begin
-    found = replay_modes(study.context, drafter, study.settings.modes, study.prices, answers)
-    result = {
-        "arm": arm.name,
-        "seed": seed,
-        "rate": rate,
-        "seconds": seconds,
-        "replayed": {mode: results.counts(x) for mode, x in found.items()},
-    }
-    directory.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, json.dumps(result))
-    shutil.rmtree(directory / (arm.stage or "none") / "checkpoints", ignore_errors=True)  # the best one stays
-    log.info("%s, seed %d: tau %s", arm.name, seed, {mode: round(x.tau, 3) for mode, x in found.items()})
+        result = json.loads(path.read_text())
+    else:
+        log.info("%s, seed %d", arm.name, seed)
+        begin = time.perf_counter()
+        _trained(study, arm, seed, rate, directory)
+        seconds = time.perf_counter() - begin
+        result = {"arm": arm.name, "seed": seed, "rate": rate, "seconds": seconds, "replayed": {}}
+        directory.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, json.dumps(result))
+        shutil.rmtree(directory / (arm.stage or "none") / "checkpoints", ignore_errors=True)  # the best one stays
+    missing = [mode for mode in study.settings.modes if mode not in result["replayed"]]
+    if missing:
+        drafter = _trained(study, arm, seed, rate, directory)  # restored
+        found = replay_modes(study.context, drafter, missing, study.prices, answers)
+        log.info("%s, seed %d: tau %s", arm.name, seed, {mode: round(x.tau, 3) for mode, x in found.items()})
+        result["replayed"] |= {mode: results.counts(x) for mode, x in found.items()}
+        files.write_atomic(path, json.dumps(result))
     return result
 
 
