@@ -119,6 +119,16 @@ def in_use() -> bool:
     return bool(axis_sizes())
 
 
+def committed(tree: T) -> T:
+    """Commits arrays to the devices that they are on; on a mesh they already are.
+
+    Programs are compiled apart for arrays that are committed, as restored ones are, and for those that are not.
+    """
+    if in_use():
+        return tree
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
+
+
 def spec(axes: Sequence[str | None], shape: Sequence[int], sizes: Mapping[str, int], counts: Mapping[str, int]) -> P:
     """Logical axes of an array -> its PartitionSpec on a mesh of these sizes.
 

@@ -64,9 +64,7 @@ def run(
     clock = clock or Clock()
     with Checkpoints(directory / "checkpoints") as checkpoints, Best(directory / "best") as best:
         done = 0
-        # Committed to its devices like a restored state, so that a resumed run reuses the compiled programs.
-        if not sharding.in_use():  # on a mesh it already is
-            state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+        state = sharding.committed(state)  # like a restored one, so that a resumed run reuses the compiled programs
         abstract = sharding.like(state)
         with clock.on("restore"):
             found = checkpoints.restore_latest(abstract)

@@ -46,7 +46,7 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
             log.info("measuring %s", name)
             rows = evaluate(
                 context.target,
-                cast(drafter, s.dtype),
+                sharding.committed(cast(drafter, s.dtype)),
                 benchmarks,
                 speculations=speculations,
                 max_new_tokens=s.max_new_tokens,
