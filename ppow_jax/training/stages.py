@@ -1,7 +1,6 @@
 """Stages 1 and 2, and the order in which their drafters build on each other."""
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Callable
@@ -169,61 +168,50 @@ def _features(context: Context, drafter: Drafter, batches: Batches, name: str) -
 Step = Callable[[TrainState, int, tuple[PackedBatch, Cached | None]], tuple[TrainState, dict[str, Any]]]
 
 
-def _shell(context: Context, drafter: Drafter) -> Drafter:
-    """The drafter without parameters (configuration and vocabulary), which are those of the training state."""
-    return drafter.replace(params={}, mixed=context.mixed, remat=context.settings.remat)
-
-
 def _supervised_step(context: Context, drafter: Drafter, plan: _Plan, draft_steps: int) -> tuple[Any, Step]:
     s = context.settings
-    optimizer, shell = plan.optimizer(context, drafter), _shell(context, drafter)
-    step = functools.partial(
-        supervised.train_step,
-        config=context.target.config,
-        optimizer=optimizer,
-        steps=draft_steps,
-        decay=s.ttt_decay,
-        greedy_text=context.greedy_text,
-        accumulate=s.accumulate,
-        average_decay=plan.average_decay,
-    )
-    return optimizer, lambda state, _, data: step(state, shell, context.target.params, *sharding.place(data))
+    static = {
+        "steps": draft_steps,
+        "decay": s.ttt_decay,
+        "greedy_text": context.greedy_text,
+        "accumulate": s.accumulate,
+    }
+    optimizer, step = _program(context, drafter, plan, supervised.train_step, **static)
+    return optimizer, lambda state, _, data: step(state, *data)
 
 
 def _exact_step(context: Context, drafter: Drafter, plan: _Plan) -> tuple[Any, Step]:
     s = context.settings
-    optimizer, shell = plan.optimizer(context, drafter), _shell(context, drafter)
-    step = functools.partial(
-        ppow_exact.train_step,
-        config=context.target.config,
-        optimizer=optimizer,
-        rollouts=rollout_settings(s, _costs(context, drafter), context.greedy_text),
-        exact=exact_settings(s),
-        average_decay=plan.average_decay,
-    )
-    return optimizer, lambda state, _, data: step(state, shell, context.target.params, *sharding.place(data))
+    static = {
+        "rollouts": rollout_settings(s, _costs(context, drafter), context.greedy_text),
+        "exact": exact_settings(s),
+    }
+    optimizer, step = _program(context, drafter, plan, ppow_exact.train_step, **static)
+    return optimizer, lambda state, _, data: step(state, *data)
 
 
 def _sampled_step(context: Context, drafter: Drafter, plan: _Plan) -> tuple[Any, Step]:
     s = context.settings
-    optimizer, shell = plan.optimizer(context, drafter), _shell(context, drafter)
-    step = functools.partial(
-        ppow_sampled.train_step,
-        config=context.target.config,
-        optimizer=optimizer,
-        rollouts=rollout_settings(s, _costs(context, drafter), context.greedy_text),
-        policy=ppow_sampled.PolicySettings(s.clip, s.kl_weight, s.passes),
-        greedy_text=context.greedy_text,
-        accumulate=s.accumulate,
-        average_decay=plan.average_decay,
-    )
+    static = {
+        "rollouts": rollout_settings(s, _costs(context, drafter), context.greedy_text),
+        "policy": ppow_sampled.PolicySettings(s.clip, s.kl_weight, s.passes),
+        "greedy_text": context.greedy_text,
+        "accumulate": s.accumulate,
+    }
+    optimizer, step = _program(context, drafter, plan, ppow_sampled.train_step, **static)
     key = jax.random.fold_in(jax.random.key(s.seed), 2)
+    return optimizer, lambda state, index, data: step(state, data[0], jax.random.fold_in(key, index))
 
-    def one(state, index, data):
-        rows = data[0], jax.random.fold_in(key, index)
-        return step(state, shell, context.target.params, *sharding.place(rows))
 
-    return optimizer, one
+def _program(context: Context, drafter: Drafter, plan: _Plan, train_step: Callable, **static: Any) -> tuple[Any, Any]:
+    """(the optimizer, a step: the training state and the rows of a batch -> the next state and metrics).
+
+    The step is given the drafter's configuration and vocabulary; its parameters are the training state's.
+    """
+    optimizer, target = plan.optimizer(context, drafter), context.target
+    shell = drafter.replace(params={}, mixed=context.mixed, remat=context.settings.remat)
+    static |= {"config": target.config, "optimizer": optimizer, "average_decay": plan.average_decay}
+    return optimizer, lambda state, *rows: train_step(state, shell, target.params, *sharding.place(rows), **static)
 
 
 def exact_settings(s: TrainSettings) -> ExactSettings:
