@@ -204,7 +204,7 @@ def test_names():
     }
 
 
-@pytest.mark.parametrize("name", ["tiny", "quick", "scratch", "smollm2_135m"])
+@pytest.mark.parametrize("name", ["tiny", "quick", "scratch", "mixture", "smollm2_135m"])
 def test_shipped_flagfiles_name_what_exists(name):
     path = Path(__file__).parents[1] / "experiments" / "configs" / f"{name}.flags"
     settings = parse(TrainSettings, [f"--flagfile={path}", "--workdir=anywhere"])
