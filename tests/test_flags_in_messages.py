@@ -39,7 +39,9 @@ def programs() -> dict[str, set[str]]:
         if "__main__" in path.read_text():
             module = importlib.import_module(f"experiments.{path.stem}")
             classes = [getattr(module, name) for name in SETTINGS.get(path.stem, ("Settings",))]
-            found[path.stem] = {spec.name for cls in classes for spec in specs(cls) if not spec.positional}
+            flags = [spec for cls in classes for spec in specs(cls) if not spec.positional]
+            switches = {f"no{spec.name}" for spec in flags if spec.kind is bool and not spec.many}
+            found[path.stem] = {spec.name for spec in flags} | switches
     return found
 
 
