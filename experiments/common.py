@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from ppow_jax import mesh_shape
-from ppow_jax.config import check_fields, field
+from ppow_jax.flags import check_fields, field
 
 if TYPE_CHECKING:
     from ppow_jax.speculation.adaptive import Stopping

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ppow_jax import cli
-from ppow_jax.config import check_fields, field, require
+from ppow_jax.flags import check_fields, field, require
 
 
 def _directory(help: str) -> str:
@@ -71,8 +71,8 @@ def verify(settings: VerifySettings) -> int:
     reason. Every other reading of its target layers is always tested, too.
     """
     from ppow_jax.evaluation import self_check
-    from ppow_jax.evaluation.loading import load_drafter
     from ppow_jax.weights import summary, targets
+    from ppow_jax.weights.loading import load_drafter
 
     directory = _check_directory(settings.directory)
     target = targets.load(settings.target, settings.dtype)

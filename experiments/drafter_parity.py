@@ -15,8 +15,8 @@ from typing import Any
 from tabulate import tabulate
 
 from ppow_jax import cli
-from ppow_jax.config import check_fields, field, require
 from ppow_jax.files import write_atomic
+from ppow_jax.flags import check_fields, field, require
 
 log = logging.getLogger(__name__)
 GOLDEN_ANSWERS = 2
@@ -43,8 +43,8 @@ def main(settings: Settings) -> int:
     """Prints a row per question and one for all; 1 if something differs."""
     from experiments.parity import questions, torch_model
     from ppow_jax import load
-    from ppow_jax.evaluation.loading import find_drafter
     from ppow_jax.weights.drafters import import_drafter
+    from ppow_jax.weights.loading import find_drafter
     from tests.golden import eagle3_torch
 
     directory = find_drafter(settings.drafter, settings.target)
@@ -83,7 +83,7 @@ def our_rounds(model: Any, question: str, window: int, max_new_tokens: int) -> d
     """{prompt, answer, rounds}: token ids; per round, the tokens drafted."""
     from ppow_jax.data.conversations import Message
     from ppow_jax.data.encoding import encode_prompt
-    from ppow_jax.evaluation import trace
+    from ppow_jax.inference import trace
     from ppow_jax.speculation.settings import chain
 
     prompt = encode_prompt(model.target.tokenizer, [Message("user", question)])

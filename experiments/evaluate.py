@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.common import ModelFlags, StoppingFlags
 from ppow_jax import cli, mesh_shape
-from ppow_jax.config import field, require
+from ppow_jax.flags import field, require
 
 if TYPE_CHECKING:
     from ppow_jax.speculation.settings import Speculation
@@ -136,10 +136,10 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _measure(settings: Settings) -> dict[str, Any]:
-    from ppow_jax.evaluation import dialogues, loading, report
+    from ppow_jax.evaluation import dialogues, report
     from ppow_jax.evaluation import measure as measuring
     from ppow_jax.evaluation.benchmarks import load_benchmark
-    from ppow_jax.weights import targets
+    from ppow_jax.weights import loading, targets
 
     speculations = settings.speculations()
     directory = loading.find_drafter(settings.drafter, settings.target)

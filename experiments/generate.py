@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.common import ModelFlags, StoppingFlags
 from ppow_jax import cli, mesh_shape
-from ppow_jax.config import field, require
 from ppow_jax.errors import UserError
+from ppow_jax.flags import field, require
 
 if TYPE_CHECKING:
-    from ppow_jax.inference import Model, Result
+    from ppow_jax.inference.model import Model, Result
     from ppow_jax.speculation.settings import Speculation
 
 QUIT = "/quit"
@@ -122,8 +122,8 @@ def main(settings: Settings) -> None:
 
 
 def _answer(settings: Settings, text: str | None) -> None:
-    from ppow_jax import inference
-    from ppow_jax.evaluation import loading
+    from ppow_jax.inference.model import SPECULATIONS, load
+    from ppow_jax.weights import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)
     mode = settings.speculation or ("off" if directory is None else "chain")
@@ -131,14 +131,14 @@ def _answer(settings: Settings, text: str | None) -> None:
     for flag, needed in (*wanted, (f"speculation={mode}", mode != "off")):
         missing = f"--{flag}: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
         require(not needed or directory is not None, missing)
-    how = settings.decoding | {"speculation": speculation(settings, inference.SPECULATIONS[mode])}
-    model = inference.load(settings.target, str(directory) if directory else None, settings.dtype)
+    how = settings.decoding | {"speculation": speculation(settings, SPECULATIONS[mode])}
+    model = load(settings.target, str(directory) if directory else None, settings.dtype)
     if settings.chat:
         return chat(model, how)
 
     prompt = text if settings.raw else model.chat_prompt(text)
     if settings.trace is not None:
-        from ppow_jax.evaluation import trace
+        from ppow_jax.inference import trace
 
         log.info("compiling")
         traced = trace.record(model, prompt, **how)

@@ -25,11 +25,11 @@ import numpy as np
 from tabulate import tabulate
 
 from ppow_jax import cli
-from ppow_jax.config import check_fields, field, require
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
-from ppow_jax.evaluation import decoding
 from ppow_jax.files import write_atomic
+from ppow_jax.flags import check_fields, field, require
+from ppow_jax.inference import decoding
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.speculation.settings import chain

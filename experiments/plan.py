@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from ppow_jax import cli, files
-from ppow_jax.config import field
+from ppow_jax.flags import field
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.training.settings import TrainSettings
 

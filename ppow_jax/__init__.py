@@ -8,7 +8,7 @@ Importing the package itself imports nothing else: import what you need from its
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppow_jax.inference import load
+    from ppow_jax.inference.model import load
 
 __all__ = ["load"]
 __version__ = "0.1.0"
@@ -17,6 +17,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ppow_jax import inference
+    from ppow_jax.inference import model
 
-    return getattr(inference, name)
+    return getattr(model, name)

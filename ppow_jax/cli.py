@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from ppow_jax import config as config_lib
-from ppow_jax import files, progress
-from ppow_jax.config import require
+from ppow_jax import files, flags, progress
 from ppow_jax.errors import UserError
+from ppow_jax.flags import require
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -40,7 +39,7 @@ def run(
 
     Args:
       main: the entry point; its module's docstring heads --help. None counts as success.
-      config_cls: dataclass of `ppow_jax.config.field`s.
+      config_cls: dataclass of `ppow_jax.flags.field`s.
       defaults: values that replace the fields' own defaults here.
       argv: arguments without the program's name; by default those of the process.
       command: the word that selected `main`, whose own docstring then heads --help; see `run_command`.
@@ -54,7 +53,7 @@ def run(
         sys.exit(0)
     setup_logging()
     try:
-        sys.exit(main(config_lib.parse(config_cls, argv, defaults)))
+        sys.exit(main(flags.parse(config_cls, argv, defaults)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -141,7 +140,7 @@ def usage(
     module = sys.modules[main.__module__]
     program = module.__spec__.name if module.__spec__ else main.__module__
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
-    specs = config_lib.specs(config_cls)
+    specs = flags.specs(config_cls)
     words = [program, *([command] if command else []), *(_alone(spec) for spec in specs if spec.positional)]
     lines = [inspect.cleandoc((main.__doc__ if command else module.__doc__) or ""), ""]
     lines += [f"usage: python -m {' '.join(words)} [--name=value ...] [--flagfile=FILE ...]"]
@@ -161,12 +160,12 @@ def usage(
     return "\n".join(lines).strip()
 
 
-def _alone(spec: config_lib.Spec) -> str:
+def _alone(spec: flags.Spec) -> str:
     """Placeholder of a value without a flag, such as `DIRECTORY`."""
     return spec.name.upper()
 
 
-def _form(spec: config_lib.Spec) -> str:
+def _form(spec: flags.Spec) -> str:
     """Syntax of the flag, such as `--steps=N`."""
     if spec.kind is bool and not spec.many:
         return f"--[no]{spec.name}"

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from ppow_jax.config import require
+from ppow_jax.flags import require
 
 AXES = ("data", "fsdp", "tensor", "expert")
 HELP = "Devices per axis, as data:4,fsdp:1,tensor:2 (axes: data, fsdp, tensor, expert); none: all devices on data."

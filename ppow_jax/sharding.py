@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ppow_jax.config import require
+from ppow_jax.flags import require
 from ppow_jax.mesh_shape import AXES, MeshShape
 
 __all__ = ["AXES", "Mesh", "MeshShape"]

@@ -27,10 +27,11 @@ from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, tree
-from ppow_jax.training import initialise, ppow_sampled, supervised
-from ppow_jax.training.checkpoint import Checkpoints
-from ppow_jax.training.rollout import RolloutSettings
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training import initialise
+from ppow_jax.training.run.checkpoint import Checkpoints
+from ppow_jax.training.steps import ppow_sampled, supervised
+from ppow_jax.training.steps.rollout import RolloutSettings
+from ppow_jax.training.steps.state import TrainState
 
 # 4 key heads and 61 tokens do not divide by 8: they stay whole there, the 8 heads and the MLP are cut.
 CONFIG = dataclasses.replace(SMALL, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_size=64, vocab_size=64)

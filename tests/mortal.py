@@ -57,10 +57,10 @@ def _train(argv: list[str], cache: str, place: str, death: Death) -> None:
     log = os.open(f"{place}/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    from ppow_jax import cli, config
+    from ppow_jax import cli, flags
     from ppow_jax.training.settings import TrainSettings
 
-    settings = config.parse(TrainSettings, argv)
+    settings = flags.parse(TrainSettings, argv)
     _watch(settings.workdir, place, death)
     if death.seconds is not None:
         timer = threading.Timer(death.seconds, os.kill, (os.getpid(), death.signum))

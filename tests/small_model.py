@@ -9,7 +9,7 @@ import numpy as np
 import small_world
 
 from ppow_jax.data.encoding import tiny_tokenizer
-from ppow_jax.inference import Model
+from ppow_jax.inference.model import Model
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter

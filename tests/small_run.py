@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 
-from ppow_jax import config
-from ppow_jax.training.checkpoint import Checkpoints
-from ppow_jax.training.metrics import VOLATILE, read_metrics
+from ppow_jax import flags
+from ppow_jax.training.run.checkpoint import Checkpoints
+from ppow_jax.training.run.metrics import VOLATILE, read_metrics
 from ppow_jax.training.settings import TrainSettings
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -46,12 +46,12 @@ FLAGS = {  # tiny.flags, made smaller still
 
 
 def arguments(workdir, **changes):
-    flags = FLAGS | {"benchmarks": cache() / "prompts.jsonl", "workdir": workdir} | changes
-    return [f"--flagfile={TINY}", *(f"--{name}={value}" for name, value in flags.items())]
+    values = FLAGS | {"benchmarks": cache() / "prompts.jsonl", "workdir": workdir} | changes
+    return [f"--flagfile={TINY}", *(f"--{name}={value}" for name, value in values.items())]
 
 
 def settings(workdir, **changes) -> TrainSettings:
-    return config.parse(TrainSettings, arguments(workdir, **changes))
+    return flags.parse(TrainSettings, arguments(workdir, **changes))
 
 
 class Command:

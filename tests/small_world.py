@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ppow_jax.corpus.target_pass import score
 from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.data.encoding import Example
 from ppow_jax.models import transformer
@@ -19,9 +20,9 @@ from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import off
-from ppow_jax.training import initialise, supervised
-from ppow_jax.training.scoring import score
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training import initialise
+from ppow_jax.training.steps import supervised
+from ppow_jax.training.steps.state import TrainState
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",

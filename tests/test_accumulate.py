@@ -8,9 +8,9 @@ import numpy as np
 import small_world as world
 
 from ppow_jax.data.batches import Batches
-from ppow_jax.training import supervised
-from ppow_jax.training.accumulate import each, join, split, summed
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps import supervised
+from ppow_jax.training.steps.accumulate import each, join, split, summed
+from ppow_jax.training.steps.state import TrainState
 
 
 def test_split_and_join_are_inverse():

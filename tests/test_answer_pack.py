@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from ppow_jax.corpus.answer_pack import prompt_key, read_packs, write_pack
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
-from ppow_jax.training.answer_pack import prompt_key, read_packs, write_pack
 
 ABOUT = {"target": "small", "max_new_tokens": 5}
 

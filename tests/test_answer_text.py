@@ -6,10 +6,10 @@ import pytest
 from sentencepiece_reference import random_text
 from test_gguf_tokenizer import sentencepiece
 
-from ppow_jax.answer_text import AnswerText, split_stops
 from ppow_jax.data.encoding import encode_text, tiny_tokenizer
 from ppow_jax.errors import UserError
-from ppow_jax.inference import Model
+from ppow_jax.inference.answer_text import AnswerText, split_stops
+from ppow_jax.inference.model import Model
 from ppow_jax.weights import targets
 from ppow_jax.weights.gguf_tokenizer import load_tokenizer
 

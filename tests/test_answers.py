@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from ppow_jax.corpus import answers
+from ppow_jax.corpus.answer_pack import prompt_key
 from ppow_jax.data.conversations import Conversation, Message, load_conversations
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
-from ppow_jax.training import answers
-from ppow_jax.training.answer_pack import prompt_key
 from ppow_jax.weights import tiny
 
 SETTINGS = answers.AnswerSettings(

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from ppow_jax.config import parse
 from ppow_jax.data.conversations import SOURCES, Conversation, Message
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation import benchmarks
 from ppow_jax.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from ppow_jax.flags import parse
 from ppow_jax.training.settings import TrainSettings
 
 HUMAN_EVAL = {

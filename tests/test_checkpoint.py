@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from ppow_jax.errors import UserError
-from ppow_jax.training.checkpoint import Best, Checkpoints
+from ppow_jax.training.run.checkpoint import Best, Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -160,7 +160,7 @@ def test_best_keeps_the_highest_score_over_a_resume(tmp_path):
 SAVER = """
 import sys
 import jax.numpy as jnp
-from ppow_jax.training.checkpoint import Checkpoints
+from ppow_jax.training.run.checkpoint import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1], keep=2)
 for step in range(1, 1000):

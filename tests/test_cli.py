@@ -13,9 +13,9 @@ import time
 import pytest
 
 from ppow_jax import cli, progress
-from ppow_jax.config import check_fields, field
 from ppow_jax.errors import UserError
-from ppow_jax.training.preemption import EXIT_SIGINT, EXIT_SIGTERM, StopSignal
+from ppow_jax.flags import check_fields, field
+from ppow_jax.training.run.preemption import EXIT_SIGINT, EXIT_SIGTERM, StopSignal
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -27,7 +27,7 @@ import logging
 import sys
 
 from ppow_jax import cli
-from ppow_jax.config import check_fields, field
+from ppow_jax.flags import check_fields, field
 
 
 @dataclasses.dataclass(frozen=True)

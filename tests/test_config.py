@@ -4,9 +4,9 @@ import tomllib
 
 import pytest
 
-from ppow_jax import config
-from ppow_jax.config import check_fields, field, parse, require
+from ppow_jax import flags
 from ppow_jax.errors import UserError
+from ppow_jax.flags import check_fields, field, parse, require
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -106,8 +106,8 @@ def test_an_error_in_a_flagfile_names_file_and_line(tmp_path):
 )
 def test_a_written_flagfile_repeats_the_run_exactly(tmp_path, settings):
     path = tmp_path / "flags.txt"
-    config.write_flagfile(path, settings)
-    assert config.read_flagfile(Settings, path) == settings
+    flags.write_flagfile(path, settings)
+    assert flags.read_flagfile(Settings, path) == settings
     assert parse(Settings, [f"--flagfile={path}"]) == settings
     assert [p.name for p in tmp_path.iterdir()] == ["flags.txt"]
 
@@ -115,13 +115,13 @@ def test_a_written_flagfile_repeats_the_run_exactly(tmp_path, settings):
 @pytest.mark.parametrize("text", ["two\nlines", " blank", "none"])
 def test_a_text_that_a_flagfile_would_change_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="--drafter=.*: cannot be kept in a flagfile"):
-        config.write_flagfile(tmp_path / "flags.txt", Settings(drafter=text))
+        flags.write_flagfile(tmp_path / "flags.txt", Settings(drafter=text))
 
 
 def test_differences_name_both_values():
     old, new = Settings(), Settings(steps=20, rate=0.5, drafter="d")
-    assert config.differences(old, new, ignore=("rate",)) == ["--steps=10 (now 20)", "--drafter=none (now d)"]
-    assert config.differences(old, old) == []
+    assert flags.differences(old, new, ignore=("rate",)) == ["--steps=10 (now 20)", "--drafter=none (now d)"]
+    assert flags.differences(old, old) == []
 
 
 def test_requirements_txt_repeats_pyproject():

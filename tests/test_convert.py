@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import convert
 from ppow_jax import cli
-from ppow_jax.evaluation import decoding, self_check
+from ppow_jax.evaluation import self_check
+from ppow_jax.inference import decoding
 from ppow_jax.models import transformer
 from ppow_jax.models.families import Experts
 from ppow_jax.training import initialise

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from ppow_jax import distributed, mesh_shape, progress
 from ppow_jax.errors import UserError
-from ppow_jax.training.metrics import VOLATILE, NoMetrics, read_metrics
+from ppow_jax.training.run.metrics import VOLATILE, NoMetrics, read_metrics
 
 SCRIPT = pathlib.Path(__file__).with_name("train_in_processes.py")
 STAGES, ALL_STAGES = "data,supervised,export", "data,supervised,ppow,evaluate,export"

@@ -7,12 +7,7 @@ import pytest
 
 from ppow_jax.data import encoding, templates
 from ppow_jax.data.conversations import Conversation, Message, builtin_conversations
-from ppow_jax.data.encoding import (
-    encode_conversation,
-    encode_prompt,
-    require_chat_template,
-    tiny_tokenizer,
-)
+from ppow_jax.data.encoding import encode_conversation, encode_prompt, require_chat_template, tiny_tokenizer
 from ppow_jax.errors import UserError
 
 

@@ -12,7 +12,7 @@ from test_gguf_file import TOKENIZER, TOKENS, WHOLE
 
 from ppow_jax.data.encoding import CHATML_TEMPLATE, tiny_tokenizer
 from ppow_jax.errors import UserError
-from ppow_jax.inference import Model
+from ppow_jax.inference.model import Model
 from ppow_jax.models import transformer
 from ppow_jax.weights import ends, huggingface, targets, tiny
 from ppow_jax.weights.gguf_file import open_model

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate
-from ppow_jax import cli, inference
-from ppow_jax.evaluation import loading
+from ppow_jax import cli
+from ppow_jax.inference import model
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter_config import DrafterConfig
-from ppow_jax.weights import targets, tiny
+from ppow_jax.weights import loading, targets, tiny
 from ppow_jax.weights.drafters import export_drafter
 
 ROOT = Path(__file__).parent.parent
@@ -135,13 +135,13 @@ def test_generate_writes_a_trace(run, drafter, tmp_path):
 
 def test_chat(run, monkeypatch):
     asked = []
-    plain = inference.Model.chat_prompt
+    plain = model.Model.chat_prompt
 
     def ask(model, messages):
         asked.append([dict(message) for message in messages])
         return plain(model, messages)
 
-    monkeypatch.setattr(inference.Model, "chat_prompt", ask)
+    monkeypatch.setattr(model.Model, "chat_prompt", ask)
     for text, turns in (("hi\n\nwhat?\n/quit\nnever\n", 2), ("hi", 1), ("", 0)):
         asked.clear()
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
@@ -158,8 +158,8 @@ def test_chat(run, monkeypatch):
 
 def test_texts_that_are_not_utf8(run, monkeypatch, tmp_path, caplog):
     asked = []
-    plain = inference.Model.chat_prompt
-    monkeypatch.setattr(inference.Model, "chat_prompt", lambda m, said: asked.append(said) or plain(m, said))
+    plain = model.Model.chat_prompt
+    monkeypatch.setattr(model.Model, "chat_prompt", lambda m, said: asked.append(said) or plain(m, said))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfcaf\xe9\n"), encoding="ascii"))
     monkeypatch.setattr(cli, "setup_logging", lambda: None)
     code, out, _ = run(generate, *PLAIN, "--chat")

@@ -10,14 +10,7 @@ import small_world as world
 
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import divergence
-from ppow_jax.objectives.expected import (
-    ExactSettings,
-    expected_reward,
-    priority,
-    remaining_rounds,
-    visits,
-    window_loss,
-)
+from ppow_jax.objectives.expected import ExactSettings, expected_reward, priority, remaining_rounds, visits, window_loss
 from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.policy import group_advantage
 from ppow_jax.objectives.rewards import CostModel, speedup_reward

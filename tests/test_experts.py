@@ -9,7 +9,7 @@ import pytest
 
 from ppow_jax.evaluation import measure
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
-from ppow_jax.evaluation.costs import Costs
+from ppow_jax.inference.costs import Costs
 from ppow_jax.models import experts as module
 from ppow_jax.models import transformer
 from ppow_jax.models.experts import Routes, mixture, route

@@ -14,6 +14,7 @@ import optax
 import pytest
 from golden import families
 
+from ppow_jax.corpus.target_pass import score
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.encoding import Example
 from ppow_jax.models import transformer
@@ -23,10 +24,10 @@ from ppow_jax.speculation import generate, prefill
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, off, tree
 from ppow_jax.speculation.verify import leading
-from ppow_jax.training import initialise, ppow_sampled
-from ppow_jax.training.rollout import RolloutSettings, rollout
-from ppow_jax.training.scoring import score
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training import initialise
+from ppow_jax.training.steps import ppow_sampled
+from ppow_jax.training.steps.rollout import RolloutSettings, rollout
+from ppow_jax.training.steps.state import TrainState
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "families.npz")
 NEW, K = families.NEW_TOKENS, 3

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import small_world as world
 
+from ppow_jax.corpus import features
+from ppow_jax.corpus.features import FeatureStore
 from ppow_jax.data.batches import Batches
 from ppow_jax.errors import UserError
-from ppow_jax.training import features
-from ppow_jax.training.features import FeatureStore
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps.state import TrainState
 
 
 def store(directory, batches=None, layers=world.FEATURE_LAYERS, stop=lambda: False, params=None):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ppow_jax.config import specs
+from ppow_jax.flags import specs
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("ppow_jax/**/*.py"), *ROOT.glob("experiments/*.py")])

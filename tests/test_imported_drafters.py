@@ -8,12 +8,13 @@ import optax
 import small_world as world
 from test_ppow import SETTINGS
 
-from ppow_jax.evaluation.loading import load_drafter
 from ppow_jax.models.drafter_config import parameter_shapes
-from ppow_jax.training import initialise, ppow_sampled
+from ppow_jax.training import initialise
 from ppow_jax.training.results import cast
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps import ppow_sampled
+from ppow_jax.training.steps.state import TrainState
 from ppow_jax.weights.drafters import export_drafter
+from ppow_jax.weights.loading import load_drafter
 from ppow_jax.weights.targets import Target
 from tests.golden import models
 

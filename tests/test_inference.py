@@ -14,13 +14,13 @@ import pytest
 from small_model import CONFIG, MODES, NEW, POSITIONS, model, tokenizer
 
 import ppow_jax
-from ppow_jax import inference
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.errors import UserError
-from ppow_jax.inference import SPECULATIONS, Model
+from ppow_jax.inference import model as inference
+from ppow_jax.inference.model import SPECULATIONS, Model
+from ppow_jax.inference.requests import Answer, Request
 from ppow_jax.models import transformer
-from ppow_jax.requests import Answer, Request
 from ppow_jax.speculation import generate, prefill
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling

@@ -70,7 +70,7 @@ def test_a_new_drafter_takes_over_the_targets_last_layer_and_head(fc_norm):
 
 def test_it_starts_better_than_chance():
     """Its first proposal hits the target's choice far more often than one of W tokens at random would."""
-    from ppow_jax.training import supervised
+    from ppow_jax.training.steps import supervised
 
     def tau(drafter):
         measured = supervised.evaluate(

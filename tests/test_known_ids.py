@@ -12,8 +12,9 @@ from ppow_jax import cli
 from ppow_jax.data.encoding import tiny_tokenizer
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation import decoding, self_check
-from ppow_jax.inference import Model
+from ppow_jax.evaluation import self_check
+from ppow_jax.inference import decoding
+from ppow_jax.inference.model import Model
 from ppow_jax.models import transformer
 from ppow_jax.speculation.settings import chain
 from ppow_jax.training import initialise

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ppow_jax.evaluation import loading
 from ppow_jax.models import transformer
 from ppow_jax.speculation import generate, verify
 from ppow_jax.speculation.adaptive import Prices, Stopping
 from ppow_jax.speculation.propose import NONE, propose
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, adaptive, adaptive_tree, chain, tree
-from ppow_jax.weights import targets
+from ppow_jax.weights import loading, targets
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 

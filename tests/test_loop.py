@@ -13,12 +13,12 @@ import pytest
 
 from ppow_jax import files
 from ppow_jax.errors import UserError
-from ppow_jax.training import loop
-from ppow_jax.training.checkpoint import Checkpoints
-from ppow_jax.training.clock import Clock, read_attempts
-from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, read_metrics
-from ppow_jax.training.preemption import StopSignal
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.run import loop
+from ppow_jax.training.run.checkpoint import Checkpoints
+from ppow_jax.training.run.clock import Clock, read_attempts
+from ppow_jax.training.run.metrics import MetricsWriter, NonFiniteError, read_metrics
+from ppow_jax.training.run.preemption import StopSignal
+from ppow_jax.training.steps.state import TrainState
 
 
 def fake_loop(poison=None, **changes):

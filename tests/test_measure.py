@@ -12,9 +12,10 @@ import pytest
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation import decoding, measure, report
+from ppow_jax.evaluation import measure, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
-from ppow_jax.evaluation.costs import measure_prices
+from ppow_jax.inference import decoding
+from ppow_jax.inference.costs import measure_prices
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ppow_jax.errors import UserError
-from ppow_jax.training.metrics import Mean, MetricsWriter, NonFiniteError, read_metrics, require_finite
+from ppow_jax.training.run.metrics import Mean, MetricsWriter, NonFiniteError, read_metrics, require_finite
 
 
 def test_means_of_parts_add_up_to_the_mean_of_the_whole():

@@ -9,11 +9,11 @@ import pytest
 
 from ppow_jax.data.encoding import tiny_tokenizer
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation.loading import load_drafter
 from ppow_jax.models import transformer
 from ppow_jax.training import initialise
 from ppow_jax.weights import tiny
 from ppow_jax.weights.drafters import export_drafter
+from ppow_jax.weights.loading import load_drafter
 from ppow_jax.weights.targets import Target
 from tests.golden import models
 

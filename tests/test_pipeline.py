@@ -12,12 +12,12 @@ import pytest
 import small_run
 from small_run import Command, arguments, assert_same_results, metrics_of
 
-from ppow_jax import config, files
+from ppow_jax import files, flags
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
-from ppow_jax.training import corpus, pipeline, results, stages
-from ppow_jax.training.checkpoint import Checkpoints
-from ppow_jax.training.metrics import NonFiniteError, read_metrics
+from ppow_jax.training import pipeline, results, stages, texts
+from ppow_jax.training.run.checkpoint import Checkpoints
+from ppow_jax.training.run.metrics import NonFiniteError, read_metrics
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import find_start, keep_start
 from ppow_jax.weights import targets
@@ -255,7 +255,7 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path, monkeypatch):
 def test_a_run_keeps_the_drafter_that_it_started_from(whole, tmp_path):
     source = shutil.copytree(whole / "drafter", tmp_path / "source")
     argv = arguments(tmp_path / "run", drafter=source, draft_vocab_size=8192)  # the default: not asked for
-    settings, target = config.parse(TrainSettings, argv), targets.load("tiny", "float32")
+    settings, target = flags.parse(TrainSettings, argv), targets.load("tiny", "float32")
     start = find_start(settings, tmp_path, target)
     assert start.config.draft_vocab_size == 64
     keep_start(start, tmp_path)
@@ -273,9 +273,9 @@ def test_whole_conversations_are_held_out():
         return Example(np.zeros(3, np.int32), np.ones(3, bool), f"a turn b:{conversation} turn {turn}")
 
     examples = [example(c, t) for c in range(20) for t in (0, 2)]
-    held_out, rest = corpus.split(examples, (8,), seed=1)
+    held_out, rest = texts.split(examples, (8,), seed=1)
     sources = [{e.source.rsplit(" turn ", 1)[0] for e in part} for part in (held_out, rest)]
     assert len(held_out) == 8 and len(rest) == 32 and not sources[0] & sources[1]
-    assert [e.source for e in corpus.split(examples, (8,), seed=1)[0]] == [e.source for e in held_out]
-    assert [e.source for e in corpus.split(examples, (8,), seed=2)[0]] != [e.source for e in held_out]
-    assert len(corpus.split(examples, (1,), seed=0)[0]) == 2  # at least one conversation
+    assert [e.source for e in texts.split(examples, (8,), seed=1)[0]] == [e.source for e in held_out]
+    assert [e.source for e in texts.split(examples, (8,), seed=2)[0]] != [e.source for e in held_out]
+    assert len(texts.split(examples, (1,), seed=0)[0]) == 2  # at least one conversation

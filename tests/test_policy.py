@@ -7,13 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax.objectives.policy import (
-    clipped_surrogate,
-    decision_logp,
-    decisive_tokens,
-    flat_groups,
-    group_advantage,
-)
+from ppow_jax.objectives.policy import clipped_surrogate, decision_logp, decisive_tokens, flat_groups, group_advantage
 
 
 def test_advantages_by_hand():

@@ -13,14 +13,14 @@ import optax
 import pytest
 import small_world as world
 
+from ppow_jax.corpus.target_pass import restricted
 from ppow_jax.data.batches import empty_batch
 from ppow_jax.models import transformer
 from ppow_jax.objectives.rewards import CostModel, proximity_reward
-from ppow_jax.training import ppow_sampled
-from ppow_jax.training import rollout as rollout_module
-from ppow_jax.training.rollout import RolloutSettings
-from ppow_jax.training.scoring import restricted
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps import ppow_sampled
+from ppow_jax.training.steps import rollout as rollout_module
+from ppow_jax.training.steps.rollout import RolloutSettings
+from ppow_jax.training.steps.state import TrainState
 
 K, G, A = 3, 4, 3
 SETTINGS = RolloutSettings(

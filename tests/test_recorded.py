@@ -8,14 +8,14 @@ import logging
 import pytest
 from small_run import arguments, settings
 
-from ppow_jax import config
+from ppow_jax import flags
 from ppow_jax.data.templates import CHATML_TEMPLATE, with_date
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
-from ppow_jax.evaluation.decoding import Decoding
 from ppow_jax.evaluation.dialogues import askable, batches, fitting, short_enough
+from ppow_jax.inference.decoding import Decoding
 from ppow_jax.speculation.settings import chain
-from ppow_jax.training import corpus
+from ppow_jax.training import texts
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.workdir import fix_date
 from ppow_jax.weights import tiny
@@ -53,8 +53,8 @@ def collect(tmp_path, data=None, recorded=None, template=CHATML_TEMPLATE, **chan
     if recorded:
         changes["recorded"] = lines(tmp_path / "recorded.jsonl", *recorded)
     s = settings(tmp_path / "run", **changes)
-    jobs = corpus.collect_jobs(s, target(template))
-    found = corpus.collect_recorded(s, target(template), jobs)
+    jobs = texts.collect_jobs(s, target(template))
+    found = texts.collect_recorded(s, target(template), jobs)
     return [source.source.rpartition("/")[2] for source in jobs], [e.source.rpartition("/")[2] for e in found]
 
 
@@ -103,24 +103,24 @@ def test_the_parts_of_a_few_conversations_are_never_empty():
     for n in (2, 3, 5):
         examples = [Example(f"{i % n}:1 turn {i}") for i in range(40)]
         for number in (1, 20, 39):
-            held_out, rest = corpus.split(examples, (number,), seed=1)
+            held_out, rest = texts.split(examples, (number,), seed=1)
             assert held_out and rest and len(held_out) + len(rest) == 40
 
 
 def test_the_date_is_kept_in_the_workdir(tmp_path, monkeypatch):
-    def on(day, *flags):
+    def on(day, *more):
         class Date(datetime.date):
             @classmethod
             def today(cls):
                 return cls.fromisoformat(day)
 
         monkeypatch.setattr(datetime, "date", Date)
-        return fix_date(config.parse(TrainSettings, [*arguments(tmp_path), *flags]))
+        return fix_date(flags.parse(TrainSettings, [*arguments(tmp_path), *more]))
 
     first = on("2026-02-28")
     assert first.date == "2026-02-28"
     assert on("2026-03-01").date == "2026-03-01"  # nothing was begun
-    config.write_flagfile(tmp_path / "flags.txt", first)
+    flags.write_flagfile(tmp_path / "flags.txt", first)
     assert on("2026-03-01").date == "2026-02-28"
     assert on("2026-03-01", "--date=2020-01-01").date == "2020-01-01"  # which is refused as any other change is
     (tmp_path / "flags.txt").write_text("--seed=0\n")  # of before there was a date
@@ -175,4 +175,4 @@ def test_long_prompts_are_left_out_of_benchmarks(tmp_path, caplog):
 def test_a_workdir_of_another_version_is_named(tmp_path):
     (tmp_path / "flags.txt").write_text("--seed=0\n--confidence_head=false\n")
     with pytest.raises(UserError, match=r"holds a run of another version \(.*flags.txt:2: --confidence_head: unknown"):
-        fix_date(config.parse(TrainSettings, arguments(tmp_path)))
+        fix_date(flags.parse(TrainSettings, arguments(tmp_path)))

@@ -11,6 +11,7 @@ import small_world
 import twelve_tokens as world
 from twelve_tokens import CHEAP, DEAR, FREE, GREEDY, LAYERED
 
+from ppow_jax.corpus.features import FeatureStore
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
@@ -19,7 +20,6 @@ from ppow_jax.evaluation.replay_tables import plans_of
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices, Stopping
 from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, off, tree
-from ppow_jax.training.features import FeatureStore
 
 N, LONGEST, ROW = 24, 90, 256  # answers that are long enough for drafting to rest and to try again
 CONFIG = dataclasses.replace(world.CONFIG, eos_token_ids=(2,))  # a token that ends some answers, not most

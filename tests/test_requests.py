@@ -10,8 +10,8 @@ import pytest
 from small_model import MODES, NEW, model
 
 from ppow_jax.errors import UserError
-from ppow_jax.inference import Result
-from ppow_jax.requests import Stats
+from ppow_jax.inference.model import Result
+from ppow_jax.inference.requests import Stats
 from ppow_jax.speculation import generate
 
 POOL = 20  # requests

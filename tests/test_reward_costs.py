@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from ppow_jax.evaluation.costs import Costs
+from ppow_jax.inference.costs import Costs
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.training import stages
 from ppow_jax.training.settings import TrainSettings

@@ -12,7 +12,7 @@ from golden import models
 from scipy import stats
 
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation.decoding import Decoding
+from ppow_jax.inference.decoding import Decoding
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate

@@ -10,7 +10,7 @@ from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.models import cache, drafter, transformer
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps.state import TrainState
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
 ROWS = ("data", "fsdp")

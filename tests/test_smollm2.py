@@ -10,10 +10,10 @@ from twelve_tokens import GREEDY, answers
 
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
-from ppow_jax.evaluation.loading import find_drafter, load_drafter
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.settings import chain
 from ppow_jax.weights import targets
+from ppow_jax.weights.loading import find_drafter, load_drafter
 
 
 @pytest.mark.smollm2

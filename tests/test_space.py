@@ -11,10 +11,10 @@ import small_run
 
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
-from ppow_jax.training import space
-from ppow_jax.training.checkpoint import KEEP
-from ppow_jax.training.corpus import collect_jobs
+from ppow_jax.training.run import space
+from ppow_jax.training.run.checkpoint import KEEP
 from ppow_jax.training.start import new_config
+from ppow_jax.training.texts import collect_jobs
 from ppow_jax.weights import targets
 
 

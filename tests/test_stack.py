@@ -19,9 +19,10 @@ from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, off, tree
 from ppow_jax.speculation.state import map_leaves
-from ppow_jax.training import ppow_sampled, stages
+from ppow_jax.training import stages
 from ppow_jax.training.settings import TrainSettings
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps import ppow_sampled
+from ppow_jax.training.steps.state import TrainState
 
 CONFIG = small_world.CONFIG
 

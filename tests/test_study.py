@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_run
 
-from ppow_jax import config
+from ppow_jax import flags
 from ppow_jax.errors import UserError
 from ppow_jax.study import page, run
 from ppow_jax.study.arms import ARMS, find_arm, settings_of
@@ -33,8 +33,8 @@ def start():
 
 
 def study_settings(workdir, **changes):
-    flags = small_run.arguments(workdir, **(CHANGES | {"drafter": start(), "draft_vocab_size": 8192} | changes))
-    return config.parse(StudySettings, flags)
+    arguments = small_run.arguments(workdir, **(CHANGES | {"drafter": start(), "draft_vocab_size": 8192} | changes))
+    return flags.parse(StudySettings, arguments)
 
 
 @pytest.fixture(scope="module")

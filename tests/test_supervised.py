@@ -14,8 +14,8 @@ from ppow_jax.objectives import supervised as objective
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain
-from ppow_jax.training import supervised
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps import supervised
+from ppow_jax.training.steps.state import TrainState
 
 STEPS, DECAY = world.STEPS, 0.7
 

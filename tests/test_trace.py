@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from small_model import CONFIG, MODES, NEW, model, tokenizer
 
-from ppow_jax.evaluation.trace import Drafted, Step, Trace, record
+from ppow_jax.inference.requests import Result, Stats
+from ppow_jax.inference.trace import Drafted, Step, Trace, record
 from ppow_jax.models import transformer
-from ppow_jax.requests import Result, Stats
 from ppow_jax.speculation.settings import chain, tree
 
 PROMPT = "Once"

@@ -11,7 +11,8 @@ import signal
 import sys
 
 from ppow_jax import cli
-from ppow_jax.training import checkpoint, pipeline
+from ppow_jax.training import pipeline
+from ppow_jax.training.run import checkpoint
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights import tiny
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ppow_jax.config import require
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
-from ppow_jax.evaluation.decoding import Decoding, require_room
+from ppow_jax.flags import require
+from ppow_jax.inference.decoding import Decoding, require_room
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from ppow_jax import progress
-from ppow_jax.config import require
 from ppow_jax.evaluation import dialogues, intervals, report
 from ppow_jax.evaluation.benchmarks import Benchmark
-from ppow_jax.evaluation.costs import Costs, measure_costs, measure_prices
-from ppow_jax.evaluation.decoding import TO_THE_END, Decoded, Decoding, decode, rung, top2_margin
 from ppow_jax.evaluation.dialogues import Request
+from ppow_jax.flags import require
+from ppow_jax.inference.costs import Costs, measure_costs, measure_prices
+from ppow_jax.inference.decoding import TO_THE_END, Decoded, Decoding, decode, rung, top2_margin
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
 from ppow_jax.speculation.adaptive import Prices

@@ -1,12 +1,12 @@
 """Greedy speculative decoding replayed on recorded answers, without decoding.
 
 At temperature 0 the target's text does not depend on the drafter, so one set of the target's own answers serves to
-compare many drafters and speculation modes: the target reads the answers once (`training.features` stores the
+compare many drafters and speculation modes: the target reads the answers once (`corpus.features` stores the
 resulting features), the drafter drafts from every position of them at once (`evaluation.replay_tables`), and the rounds
 are then simulated one after the other from these drafts, including the decisions of adaptive windows, answer by answer
 as at batch 1.
 
-Counts are those of `evaluation.decoding.decode`, up to the target's rounding: the same answers, read in one pass or in
+Counts are those of `inference.decoding.decode`, up to the target's rounding: the same answers, read in one pass or in
 many, give logits that differ in their last digits. One difference remains: drafts of an answer's last round that the
 target would accept after the end of the answer, which the answer does not show. They count in decode's histogram,
 and neither in its tokens nor in its rounds.
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
+from ppow_jax.corpus.features import FeatureStore
 from ppow_jax.data.batches import Batches
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.replay_tables import ChainTable, Plan, Table, TreeTable, plans_of, read_batch
@@ -28,7 +29,6 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation.adaptive import Pace, Prices, goes_on, kept, update
 from ppow_jax.speculation.settings import Speculation
-from ppow_jax.training.features import FeatureStore
 
 Array = jax.Array
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.corpus.target_pass import score
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
@@ -26,7 +27,6 @@ from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.speculation.tree import Candidates, TreeShape, draft_candidates
 from ppow_jax.speculation.verify import leading
-from ppow_jax.training.scoring import score
 
 Array = jax.Array
 WINDOWS = 1024  # windows of one draft step that are computed at once

@@ -273,7 +273,7 @@ def _flag(value: Any) -> str:
 
 
 def _time(spent: Mapping[str, Any]) -> str:
-    """Breakdown of a training run's time (see `training.clock`)."""
+    """Breakdown of a training run's time (see `training.run.clock`)."""
     kinds = list(dict.fromkeys(["wall", *(kind for seconds in spent["seconds"].values() for kind in seconds)]))
     rows = [{"name": stage, **seconds} for stage, seconds in spent["seconds"].items()]
     columns = {"name": "seconds", **{kind: kind for kind in kinds}}

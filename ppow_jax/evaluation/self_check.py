@@ -13,7 +13,7 @@ import numpy as np
 
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
-from ppow_jax.evaluation import decoding
+from ppow_jax.inference import decoding
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import DrafterConfig, default_feature_layers
 from ppow_jax.speculation.settings import chain

@@ -27,10 +27,11 @@ from ppow_jax.speculation import generate
 from ppow_jax.speculation.prefill import PIECE
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
-from ppow_jax.training import initialise, ppow_sampled, stages, supervised
+from ppow_jax.training import initialise, stages
 from ppow_jax.training.optimizers import optimizer
 from ppow_jax.training.settings import TrainSettings
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps import ppow_sampled, supervised
+from ppow_jax.training.steps.state import TrainState
 from ppow_jax.weights.targets import DTYPES
 
 KINDS = ("target", "drafter", "optimizer", "caches", "batch")

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.config import require
+from ppow_jax.flags import require
 
 Array = jax.Array
 

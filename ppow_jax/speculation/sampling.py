@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ppow_jax.config import require
+from ppow_jax.flags import require
 from ppow_jax.models.vocabulary import argmax
 
 Array = jax.Array

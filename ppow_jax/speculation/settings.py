@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ppow_jax.config import require
+from ppow_jax.flags import require
 from ppow_jax.speculation.adaptive import Stopping
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.tree import TreeShape

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax import sharding
-from ppow_jax.config import require
+from ppow_jax.flags import require
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV

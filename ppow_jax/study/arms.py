@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ppow_jax import config as config_lib
+from ppow_jax import flags
 from ppow_jax.errors import UserError
 from ppow_jax.training.settings import IGNORED, TrainSettings
 
@@ -72,7 +72,7 @@ def find_arm(text: str) -> Arm:
     name, _, rest = text.partition(":")
     if name not in ARMS:
         raise UserError(f"--arms={text}: there is no arm {name!r}; the arms are {', '.join(ARMS)}")
-    arm, specs = ARMS[name], {spec.name: spec for spec in config_lib.specs(TrainSettings)}
+    arm, specs = ARMS[name], {spec.name: spec for spec in flags.specs(TrainSettings)}
     changes = dict(arm.changes)
     for change in filter(None, rest.split(";")):
         field, equals, value = change.partition("=")
@@ -84,7 +84,7 @@ def find_arm(text: str) -> Arm:
 
 def settings_of(arm: Arm, base: TrainSettings, seed: int, rate: float | None = None) -> TrainSettings:
     """Training settings of an arm with a seed; rate: its learning rate, which replaces the study's."""
-    default = {spec.name: spec.default for spec in config_lib.specs(TrainSettings)}
+    default = {spec.name: spec.default for spec in flags.specs(TrainSettings)}
     values = {name: getattr(base, name) for name in default} | dict(arm.changes) | {"seed": seed}
     ignored = IGNORED[values["estimator"]]
     values |= {name: default[name] for name in ignored if name not in arm.changes}

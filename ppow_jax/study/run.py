@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ppow_jax import config as config_lib
-from ppow_jax import files, sharding
+from ppow_jax import files, flags, sharding
+from ppow_jax.corpus.features import FeatureStore
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.templates import with_date
 from ppow_jax.evaluation import measure
@@ -20,16 +20,15 @@ from ppow_jax.speculation.settings import of_mode
 from ppow_jax.study import results
 from ppow_jax.study.arms import Arm, find_arm, settings_of
 from ppow_jax.study.settings import FREE, StudySettings
-from ppow_jax.training.checkpoint import Best
-from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context
-from ppow_jax.training.corpus import collect_jobs, collect_recorded, load_corpus
-from ppow_jax.training.features import FeatureStore
-from ppow_jax.training.metrics import MetricsWriter, NoMetrics
-from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.replays import feature_store, measured_prices, replay_modes
+from ppow_jax.training.run.checkpoint import Best
+from ppow_jax.training.run.clock import Clock
+from ppow_jax.training.run.metrics import MetricsWriter, NoMetrics
+from ppow_jax.training.run.preemption import Stopped, StopSignal
 from ppow_jax.training.stages import train_stage_2
 from ppow_jax.training.start import find_start, keep_start
+from ppow_jax.training.texts import collect_jobs, collect_recorded, load_corpus
 from ppow_jax.training.workdir import fix_date, open_workdir
 from ppow_jax.weights import targets
 
@@ -74,10 +73,10 @@ def _open(settings: StudySettings, stop: StopSignal) -> _Study:
     target = targets.load(settings.target, settings.dtype)
     target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
     start = find_start(settings, workdir, target)
-    config_lib.require(start is not None, "--drafter: a study needs a drafter to start from")
+    flags.require(start is not None, "--drafter: a study needs a drafter to start from")
     jobs = collect_jobs(settings, target)
     recorded = collect_recorded(settings, target, jobs)
-    config_lib.write_flagfile(workdir / "flags.txt", settings)
+    flags.write_flagfile(workdir / "flags.txt", settings)
     files.clear_left_over(workdir)
     keep_start(start, workdir)
     corpus = load_corpus(settings, workdir, target, jobs, recorded, stop)
@@ -192,7 +191,7 @@ def _decode(study: _Study, rates: dict[str, float]) -> None:
 def _write(study: _Study, rates: dict[str, float]) -> None:
     s = study.settings
     about = measure.environment(s.dtype) | {
-        "settings": {spec.name: getattr(s, spec.name) for spec in config_lib.specs(StudySettings)},
+        "settings": {spec.name: getattr(s, spec.name) for spec in flags.specs(StudySettings)},
         "rates": rates,
         "costs": json.loads((study.workdir / "prices.json").read_text()),
         "test_answers": len(study.test.batches.examples),

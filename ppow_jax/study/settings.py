@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ppow_jax.config import field, require
+from ppow_jax.flags import field, require
 from ppow_jax.speculation.settings import MODES
 from ppow_jax.study.arms import ARMS, find_arm
 from ppow_jax.training.settings import FREE as FREE_IN_TRAINING

@@ -3,11 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from ppow_jax.training.clock import Clock
-from ppow_jax.training.corpus import Corpus
-from ppow_jax.training.metrics import MetricsWriter
-from ppow_jax.training.preemption import StopSignal
+from ppow_jax.training.run.clock import Clock
+from ppow_jax.training.run.metrics import MetricsWriter
+from ppow_jax.training.run.preemption import StopSignal
 from ppow_jax.training.settings import TrainSettings
+from ppow_jax.training.texts import Corpus
 from ppow_jax.weights.targets import Target
 
 

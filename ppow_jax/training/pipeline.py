@@ -4,24 +4,23 @@ import dataclasses
 import errno
 import logging
 
-from ppow_jax import config as config_lib
-from ppow_jax import distributed, files, sharding
+from ppow_jax import distributed, files, flags, sharding
 from ppow_jax.data.templates import with_date
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, draw, load_benchmark
 from ppow_jax.evaluation.dialogues import require_known_texts, short_enough
 from ppow_jax.mesh_shape import MeshShape
-from ppow_jax.training.clock import Clock
 from ppow_jax.training.context import Context
-from ppow_jax.training.corpus import collect_jobs, collect_recorded, load_corpus
-from ppow_jax.training.metrics import MetricsWriter, NoMetrics, NonFiniteError
-from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.results import evaluate_arms, export_arm
+from ppow_jax.training.run.clock import Clock
+from ppow_jax.training.run.metrics import MetricsWriter, NoMetrics, NonFiniteError
+from ppow_jax.training.run.preemption import Stopped, StopSignal
+from ppow_jax.training.run.space import check_space
+from ppow_jax.training.run.tensorboard import TensorBoard
 from ppow_jax.training.settings import TrainSettings
-from ppow_jax.training.space import check_space
 from ppow_jax.training.stages import train_arms
 from ppow_jax.training.start import find_start, keep_start, new_config
-from ppow_jax.training.tensorboard import TensorBoard
+from ppow_jax.training.texts import collect_jobs, collect_recorded, load_corpus
 from ppow_jax.training.workdir import fix_date, open_workdir
 from ppow_jax.weights import targets
 
@@ -82,7 +81,7 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     if stop.requested:
         raise Stopped
     # only now: settings that fail do not claim a workdir
-    distributed.by_leader(lambda: config_lib.write_flagfile(workdir / "flags.txt", settings))
+    distributed.by_leader(lambda: flags.write_flagfile(workdir / "flags.txt", settings))
     distributed.by_leader(lambda: files.clear_left_over(workdir))
     keep_start(start, workdir)
     with MetricsWriter(workdir, tensorboard=tensorboard) if leader else NoMetrics(workdir) as metrics:
@@ -105,5 +104,5 @@ def _benchmarks(settings: TrainSettings) -> list[Benchmark]:
     if "evaluate" not in settings.stages:
         return []
     names = settings.benchmarks
-    config_lib.require(bool(names), "--benchmarks: must name one at least, for --stages=evaluate")
+    flags.require(bool(names), "--benchmarks: must name one at least, for --stages=evaluate")
     return [load_benchmark(name, None, settings.seed, settings.benchmark_dir) for name in names]

@@ -4,11 +4,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ppow_jax.corpus.answers import Job
 from ppow_jax.data.batches import find_anchors
 from ppow_jax.data.conversations import load_conversations
 from ppow_jax.data.encoding import Example, encode_conversation
 from ppow_jax.errors import UserError
-from ppow_jax.training.answers import Job
 from ppow_jax.training.settings import TrainSettings
 
 log = logging.getLogger(__name__)

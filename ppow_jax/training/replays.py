@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 
 from ppow_jax import distributed, files
+from ppow_jax.corpus.features import FeatureStore
 from ppow_jax.data.batches import Batches
-from ppow_jax.evaluation.costs import measure_prices
 from ppow_jax.evaluation.intervals import Counts, Estimate, micro_average, paired_difference, paired_ratio
 from ppow_jax.evaluation.replay import Replayed, replay_all
+from ppow_jax.inference.costs import measure_prices
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.settings import Speculation, of_mode
 from ppow_jax.training.context import Context
-from ppow_jax.training.features import FeatureStore
-from ppow_jax.training.preemption import Stopped
+from ppow_jax.training.run.preemption import Stopped
 
 TYPICAL_CACHE = 256  # tokens: the cache length at which costs are measured
 

@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from ppow_jax import config as config_lib
-from ppow_jax import distributed, files, sharding
+from ppow_jax import distributed, files, flags, sharding
 from ppow_jax.evaluation import report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.settings import of_mode
 from ppow_jax.training.context import Context
-from ppow_jax.training.metrics import read_metrics
-from ppow_jax.training.preemption import Stopped
 from ppow_jax.training.replays import compare, feature_store, measured_prices, replay_modes
+from ppow_jax.training.run.metrics import read_metrics
+from ppow_jax.training.run.preemption import Stopped
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.card import write_card
 from ppow_jax.weights.drafters import best_format, export_drafter
@@ -34,7 +33,7 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
     s, workdir = context.settings, context.workdir
     about, speculations = environment(s.dtype), [of_mode(mode, s.window) for mode in s.modes]
     conditions = zlib.crc32(repr((about, s.target, speculations, s.max_new_tokens, benchmarks)).encode())
-    settings = {spec.name: getattr(s, spec.name) for spec in config_lib.specs(TrainSettings)}
+    settings = {spec.name: getattr(s, spec.name) for spec in flags.specs(TrainSettings)}
     former, done = former_arms(workdir), []
     replayed = _replayed(context, arms)
     for name, drafter in arms.items():

@@ -5,7 +5,7 @@ import datetime
 import re
 
 from ppow_jax import mesh_shape
-from ppow_jax.config import check_fields, field, require, specs
+from ppow_jax.flags import check_fields, field, require, specs
 from ppow_jax.objectives.expected import HORIZONS
 from ppow_jax.speculation.settings import MODES
 

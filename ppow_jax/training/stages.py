@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from ppow_jax import config as config_lib
-from ppow_jax import distributed, files, sharding
+from ppow_jax import distributed, files, flags, sharding
+from ppow_jax.corpus.features import Cached, FeatureStore
 from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.evaluation.measure import measure_costs
 from ppow_jax.models.drafter import Drafter, cast
@@ -18,18 +18,18 @@ from ppow_jax.objectives.expected import ExactSettings
 from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation.settings import chain
-from ppow_jax.training import loop, ppow_exact, ppow_sampled, supervised
-from ppow_jax.training.checkpoint import Best
 from ppow_jax.training.context import Context
-from ppow_jax.training.features import Cached, FeatureStore
 from ppow_jax.training.optimizers import make_optimizer
-from ppow_jax.training.preemption import Stopped
-from ppow_jax.training.profile import Profile
 from ppow_jax.training.results import export_arm
-from ppow_jax.training.rollout import RolloutSettings
+from ppow_jax.training.run import loop
+from ppow_jax.training.run.checkpoint import Best
+from ppow_jax.training.run.preemption import Stopped
+from ppow_jax.training.run.profile import Profile
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import new_drafter
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps import ppow_exact, ppow_sampled, supervised
+from ppow_jax.training.steps.rollout import RolloutSettings
+from ppow_jax.training.steps.state import TrainState
 from ppow_jax.training.workdir import has_best
 
 log = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ def _train(
         raise Stopped
     s = context.settings
     drafter = drafter.replace(mixed=context.mixed, remat=s.remat)
-    about = {"seed": s.seed, "settings": {spec.name: getattr(s, spec.name) for spec in config_lib.specs(type(s))}}
+    about = {"seed": s.seed, "settings": {spec.name: getattr(s, spec.name) for spec in flags.specs(type(s))}}
     stage, (optimizer, step) = plan.stage, updates
     stage_loop = loop.Loop(
         stage=stage,

@@ -6,19 +6,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ppow_jax import config as config_lib
-from ppow_jax import distributed, files, sharding
+from ppow_jax import distributed, files, flags, sharding
+from ppow_jax.corpus.target_pass import row_mask
 from ppow_jax.data.batches import PackedBatch
-from ppow_jax.evaluation.loading import find_drafter, load_drafter
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.transformer import forward
 from ppow_jax.training import initialise
 from ppow_jax.training.context import Context
-from ppow_jax.training.scoring import row_mask
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.drafters import export_drafter
+from ppow_jax.weights.loading import find_drafter, load_drafter
 from ppow_jax.weights.targets import Target
 
 
@@ -33,16 +32,16 @@ def find_start(settings: TrainSettings, workdir: Path, target: Target) -> Drafte
     kept = workdir / "drafter_start"
     directory = kept if kept.exists() else find_drafter(settings.drafter, settings.target)
     rule = f"there is none for --target={settings.target}; name a directory, or none for a new drafter"
-    config_lib.require(directory is not None, f"--drafter={settings.drafter}: {rule}")
+    flags.require(directory is not None, f"--drafter={settings.drafter}: {rule}")
     drafter = load_drafter(directory, target, "float32")
     others = []
-    for spec in config_lib.specs(TrainSettings):
+    for spec in flags.specs(TrainSettings):
         if spec.name in ("draft_vocab_size", "feature_layers", "fc_norm"):
             asked, its = getattr(settings, spec.name), getattr(drafter.config, spec.name)
             if asked not in (spec.default, its):
                 others.append(f"--{spec.name}={spec.format(asked)} (it has {spec.format(its)})")
     rule = f"cannot be changed by {', '.join(others)}; leave these flags out"
-    config_lib.require(not others, f"--drafter={settings.drafter}: {rule}")
+    flags.require(not others, f"--drafter={settings.drafter}: {rule}")
     return drafter
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ppow_jax import config as config_lib
-from ppow_jax import distributed, files
+from ppow_jax import distributed, files, flags
 from ppow_jax.errors import UserError
 from ppow_jax.training.settings import FREE, TrainSettings
 
@@ -17,12 +16,12 @@ TRAINED = ("supervised", "ppow")  # the stages that train a drafter
 
 def open_workdir(settings: TrainSettings, free: Sequence[str] = FREE) -> Path:
     """Creates the workdir, or checks that it holds a run of the same settings, except for those in `free`."""
-    config_lib.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
+    flags.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
     workdir = files.writable_directory(settings.workdir)
     flagfile = workdir / "flags.txt"
     if flagfile.exists():
         before = _kept_settings(type(settings), flagfile)
-        changed = config_lib.differences(before, settings, ignore=free)
+        changed = flags.differences(before, settings, ignore=free)
         if changed:
             raise UserError(
                 f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory"
@@ -40,7 +39,7 @@ def open_workdir(settings: TrainSettings, free: Sequence[str] = FREE) -> Path:
 
 def _kept_settings(kind: type[S], flagfile: Path) -> S:
     try:
-        return config_lib.read_flagfile(kind, flagfile)
+        return flags.read_flagfile(kind, flagfile)
     except UserError as error:
         rule = "take another directory, or remove what this version does not know from the file"
         raise UserError(f"--workdir={flagfile.parent}: holds a run of another version ({error}); {rule}") from None

@@ -1,7 +1,7 @@
 """Stage 2 without sampling: one PPOW step on the expected reward of every window of the text, as one XLA program.
 
 For text that the target wrote at temperature 0 and greedy acceptance, see `objectives.expected`. The sampled estimator,
-as published, is `training.ppow_sampled`; both have the same interface.
+as published, is `training.steps.ppow_sampled`; both have the same interface.
 """
 
 import functools
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import optax
 
 from ppow_jax import sharding
+from ppow_jax.corpus.target_pass import score
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.expected import ExactSettings, window_loss
 from ppow_jax.objectives.rewards import speedup_reward
-from ppow_jax.training.rollout import RolloutSettings
-from ppow_jax.training.scoring import score
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps.rollout import RolloutSettings
+from ppow_jax.training.steps.state import TrainState
 
 Array = jax.Array
 
@@ -44,7 +44,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's.
 
-    cached: the target's pass over the batch, if computed before (`training.features`). rollouts: only window, costs
+    cached: the target's pass over the batch, if computed before (`corpus.features`). rollouts: only window, costs
     and ADAW's start are used.
     """
     layers, ids_W, embed_VxD = drafter.config.feature_layers, drafter.target_ids_W, target_params["embed"]

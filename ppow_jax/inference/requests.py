@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
-from ppow_jax.answer_text import AnswerText, split_stops
-from ppow_jax.config import require
 from ppow_jax.data.encoding import encode_text
 from ppow_jax.data.known_ids import require_known
-from ppow_jax.evaluation.decoding import rung
+from ppow_jax.flags import require
+from ppow_jax.inference.answer_text import AnswerText, split_stops
+from ppow_jax.inference.decoding import rung
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices

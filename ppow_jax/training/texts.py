@@ -7,17 +7,16 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ppow_jax import config as config_lib
-from ppow_jax import distributed
+from ppow_jax import distributed, flags
+from ppow_jax.corpus import answers
+from ppow_jax.corpus.answer_pack import read_packs, write_pack
 from ppow_jax.data.batches import Batches
 from ppow_jax.data.conversations import load_conversations
 from ppow_jax.data.encoding import Example
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.errors import UserError
-from ppow_jax.training import answers
-from ppow_jax.training.answer_pack import read_packs, write_pack
-from ppow_jax.training.preemption import Stopped, StopSignal
 from ppow_jax.training.recorded import check_parts, read_recorded
+from ppow_jax.training.run.preemption import Stopped, StopSignal
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.targets import Target
 
@@ -29,7 +28,7 @@ def collect_jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
     """The prompts to answer; raises UserError where lengths, texts or numbers do not fit."""
     longest = settings.max_prompt_tokens + settings.answer_tokens
     limit = target.config.max_position_embeddings
-    config_lib.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
+    flags.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
     conversations = load_conversations(settings.data)
     jobs = answers.collect_jobs(target.tokenizer, conversations, _answer_settings(settings), settings.num_answers)
     for job in jobs:

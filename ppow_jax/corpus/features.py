@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import distributed, files, progress, sharding
+from ppow_jax.corpus.target_pass import row_mask
 from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.training.scoring import row_mask
 
 log = logging.getLogger(__name__)
 

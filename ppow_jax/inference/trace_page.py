@@ -5,7 +5,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ppow_jax.evaluation.trace import Step, Trace
+    from ppow_jax.inference.trace import Step, Trace
 
 
 def page(trace: "Trace") -> str:

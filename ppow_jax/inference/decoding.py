@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
-from ppow_jax.config import require
 from ppow_jax.data.known_ids import require_known
+from ppow_jax.flags import require
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate

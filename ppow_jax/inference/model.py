@@ -23,20 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
-from ppow_jax.config import require
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
-from ppow_jax.evaluation import loading
-from ppow_jax.evaluation.costs import measure_prices
-from ppow_jax.evaluation.decoding import TO_THE_END, rung
+from ppow_jax.flags import require
+from ppow_jax.inference.costs import measure_prices
+from ppow_jax.inference.decoding import TO_THE_END, rung
+from ppow_jax.inference.requests import Answer, Batch, Job, Result, Stats, Stop, Text, arrays
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
-from ppow_jax.requests import Answer, Batch, Job, Result, Stats, Stop, Text, arrays
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, adaptive_tree, chain, off, tree
-from ppow_jax.weights import targets
+from ppow_jax.weights import loading, targets
 from ppow_jax.weights.targets import Target
 
 __all__ = ["SPECULATIONS", "Model", "Result", "Stats", "Stream", "load"]
@@ -71,7 +70,7 @@ class Model:
     """A target, and a drafter or None. See `load`.
 
     prices: cost tables of adaptive windows, per (speculation, rows, greedy), measured by
-    `evaluation.costs.measure_prices` on first use. The distribution of an answer does not depend on them, but with
+    `inference.costs.measure_prices` on first use. The distribution of an answer does not depend on them, but with
     adaptive chains at temperature > 0 the answer that a seed draws does: keep them to reproduce it elsewhere.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ppow_jax.config import require
+from ppow_jax.flags import require
 
 _TAIL = 16  # minimum number of the prompt's tokens that are decoded with the answer
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # a token of a vocabulary with byte fallback

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.evaluation import trace_page
 from ppow_jax.files import write_atomic
-from ppow_jax.inference import Model
+from ppow_jax.inference import trace_page
+from ppow_jax.inference.model import Model
+from ppow_jax.inference.requests import Batch, Result, Text
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.requests import Batch, Result, Text
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.generate import Round, State
 from ppow_jax.speculation.propose import NONE, Draft

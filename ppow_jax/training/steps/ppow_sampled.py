@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from ppow_jax import sharding
+from ppow_jax.corpus.target_pass import restricted, score
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
@@ -17,10 +18,9 @@ from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import divergence
 from ppow_jax.objectives.policy import clipped_surrogate, decision_logp
 from ppow_jax.objectives.supervised import Windows
-from ppow_jax.training.accumulate import each, summed
-from ppow_jax.training.rollout import Rollout, RolloutSettings, rollout, summary
-from ppow_jax.training.scoring import restricted, score
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps.accumulate import each, summed
+from ppow_jax.training.steps.rollout import Rollout, RolloutSettings, rollout, summary
+from ppow_jax.training.steps.state import TrainState
 
 Array = jax.Array
 

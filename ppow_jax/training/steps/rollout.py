@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.corpus.target_pass import Scored
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
@@ -21,7 +22,6 @@ from ppow_jax.objectives.rewards import CostModel, proximity_reward, speedup_rew
 from ppow_jax.speculation.propose import propose
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.verify import leading
-from ppow_jax.training.scoring import Scored
 
 Array = jax.Array
 

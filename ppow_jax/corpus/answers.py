@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import distributed, files, progress, sharding
+from ppow_jax.corpus.answer_pack import Answers, prompt_key
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.data.encoding import Example, encode_prompt
 from ppow_jax.errors import UserError
@@ -28,7 +29,6 @@ from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import off
 from ppow_jax.speculation.state import map_leaves
-from ppow_jax.training.answer_pack import Answers, prompt_key
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def regenerate(
     """Generates, or reads back, the answers to `jobs`; one Example each (the answer's tokens masked).
 
     directory: the cache. stop: checked every few tokens; True ends early with the finished chunks. known: answers of
-    earlier runs, used as they are (`training.answer_pack`).
+    earlier runs, used as they are (`corpus.answer_pack`).
     Raises UserError when the cache was made with other settings or for other prompts. A broken file is regenerated.
     """
     directory = files.writable_directory(directory)

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.corpus.answers import Job
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter_config import DrafterConfig
-from ppow_jax.training.answers import Job
-from ppow_jax.training.checkpoint import KEEP, KEEP_BEST
+from ppow_jax.training.run.checkpoint import KEEP, KEEP_BEST
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.workdir import TRAINED
 from ppow_jax.weights.targets import DTYPES, Target

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.files import writable_directory, write_atomic
-from ppow_jax.training.tensorboard import TensorBoard
+from ppow_jax.training.run.tensorboard import TensorBoard
 
 _RESERVED = ("step", "stage", "time")
 

@@ -10,14 +10,14 @@ import numpy as np
 import optax
 
 from ppow_jax import sharding
+from ppow_jax.corpus.target_pass import restricted, score
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives import supervised
-from ppow_jax.training.accumulate import each, summed
-from ppow_jax.training.scoring import restricted, score
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.steps.accumulate import each, summed
+from ppow_jax.training.steps.state import TrainState
 
 Array = jax.Array
 
@@ -45,7 +45,7 @@ def train_step(
     """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
 
     drafter: provides configuration, vocabulary and precision; its parameters are replaced by the state's. cached: the
-    target's pass over the batch, if computed before (`training.features`). accumulate: number of microbatches per step;
+    target's pass over the batch, if computed before (`corpus.features`). accumulate: number of microbatches per step;
     the results are those of the whole batch. average_decay: decay of the state's parameter average, if it has one.
     """
     layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
@@ -125,7 +125,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Simulated greedy-chain tau of windows of K tokens on held-out batches, with its parts by step.
 
-    batches: each with the target's features of it if they are stored (`training.features`), or None.
+    batches: each with the target's features of it if they are stored (`corpus.features`), or None.
     """
     sums = [
         _evaluate_batch(drafter, target_params, *batch, config=config, K=K, greedy_text=greedy_text)

@@ -11,12 +11,12 @@ import jax
 
 from ppow_jax import progress, sharding
 from ppow_jax.errors import UserError
-from ppow_jax.training.checkpoint import Best, Checkpoints
-from ppow_jax.training.clock import Clock, compile_seconds, memory_bytes
-from ppow_jax.training.metrics import MetricsWriter, NonFiniteError, require_finite
-from ppow_jax.training.preemption import StopSignal
-from ppow_jax.training.profile import Profile
-from ppow_jax.training.train_state import TrainState
+from ppow_jax.training.run.checkpoint import Best, Checkpoints
+from ppow_jax.training.run.clock import Clock, compile_seconds, memory_bytes
+from ppow_jax.training.run.metrics import MetricsWriter, NonFiniteError, require_finite
+from ppow_jax.training.run.preemption import StopSignal
+from ppow_jax.training.run.profile import Profile
+from ppow_jax.training.steps.state import TrainState
 
 log = logging.getLogger(__name__)
 _SHOWN = ("loss", "tau_sim", "reward", "accepted_length")  # metrics shown beside the progress bar
