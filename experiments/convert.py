@@ -1,8 +1,9 @@
-"""Inspects drafters and targets, verifies that a drafter fits a target, and converts drafters between formats.
+"""Inspects drafters and targets, verifies that a drafter fits a target, converts formats, enlarges draft vocabularies.
 
     python -m experiments.convert inspect DIRECTORY
     python -m experiments.convert verify --target=meta-llama/Llama-3.1-8B-Instruct DIRECTORY
     python -m experiments.convert convert --format=speculators --output=OUT DIRECTORY
+    python -m experiments.convert vocabulary --target=T --size=12288 --data=chats.jsonl --output=OUT DIRECTORY
 
 The flat format is used by EAGLE, SpecForge, SGLang and sglang-jax, and vLLM reads it, too; the speculators format is
 vLLM's own. Exit codes: 0 for success, 1 if a drafter does not help its target, 2 for wrong input.
@@ -25,6 +26,13 @@ def _check_directory(directory: str | None) -> Path:
     path = Path(directory).expanduser()
     require(path.is_dir(), f"{directory}: {'is a file' if path.exists() else 'there is no such directory'}")
     return path
+
+
+def _check_output(output: str | None, source: Path) -> None:
+    require(output is not None, "--output: must be named, the directory for the new files")
+    path = Path(output).expanduser()
+    require(path.resolve() != source.resolve(), f"--output={output}: must be another directory")
+    require(not (path / "config.json").exists(), f"--output={output}: holds a model already; name another directory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +124,7 @@ class ConvertSettings:
     def __post_init__(self):
         check_fields(self)
         require(self.format is not None, "--format: must be named, flat or speculators")
-        require(self.output is not None, "--output: must be named, the directory for the new files")
-        source, output = _check_directory(self.directory), Path(self.output).expanduser()
-        require(output.resolve() != source.resolve(), f"--output={self.output}: must be another directory")
-        empty = not (output / "config.json").exists()
-        require(empty, f"--output={self.output}: holds a model already; name another directory")
+        _check_output(self.output, _check_directory(self.directory))
 
 
 def convert(settings: ConvertSettings) -> None:
@@ -159,10 +163,72 @@ def convert(settings: ConvertSettings) -> None:
     print(f"{output}: the {settings.format} format of {source}")
 
 
+@dataclasses.dataclass(frozen=True)
+class VocabularySettings:
+    """The flags of `vocabulary`."""
+
+    directory: str | None = _directory("Directory of the drafter to read; its files are not changed.")
+    target: str | None = field(None, "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.")
+    size: int | None = field(None, "Tokens of the new draft vocabulary.", low=1)
+    data: str = field("", "Texts whose tokens are counted: as --data of training.")
+    answers_from: tuple[str, ...] = field((), "Answers whose tokens are counted: answers.npz of workdirs.")
+    output: str | None = field(None, "Directory for the new files; must not contain a model yet.")
+
+    def __post_init__(self):
+        check_fields(self)
+        require(self.target is not None, "--target: must be named: the model that the drafter is for")
+        require(self.size is not None, "--size: must be named: the tokens of the new draft vocabulary")
+        texts = bool(self.data or self.answers_from)
+        require(texts, "--data or --answers_from: one must be named, the texts whose tokens are counted")
+        _check_output(self.output, _check_directory(self.directory))
+
+
+def vocabulary(settings: VocabularySettings) -> None:
+    """Adds the most frequent missing tokens of your texts to a drafter's vocabulary; then train it on such texts.
+
+    New rows of the drafter's head are copied from the target's. Train it then on texts that have these tokens:
+    `experiments.train --drafter=OUT`. No model card is written: the figures of the old one would not describe the new
+    drafter.
+    """
+    import jax
+
+    from ppow_jax.corpus.token_counts import count_tokens
+    from ppow_jax.models import transformer
+    from ppow_jax.weights import draft_vocabulary, targets
+    from ppow_jax.weights.drafters import export_drafter, import_drafter
+
+    source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
+    target = targets.load(settings.target)
+    V = target.config.vocab_size
+    stored = import_drafter(
+        source, num_target_layers=target.config.num_layers, target_embed_VxD=target.params["embed"]
+    )
+    count_V = count_tokens(target.tokenizer, V, settings.data, settings.answers_from, settings.target)
+    head_VxD = jax.device_get(transformer.head(target.params))
+    before = draft_vocabulary.coverage(stored.target_ids_W, count_V)
+    config, params, ids_W = draft_vocabulary.enlarge(
+        stored.config, stored.params, stored.target_ids_W, head_VxD, count_V, settings.size
+    )
+    export_drafter(
+        output,
+        config,
+        params,
+        ids_W,
+        dtype=None,
+        target_name=stored.target_name or settings.target,
+        target_architecture=target.config.architecture,
+        embed_VxE=stored.embed_VxE,
+    )
+    after = draft_vocabulary.coverage(ids_W, count_V)
+    print(f"{output}: {settings.size} draft tokens in place of {stored.config.draft_vocab_size};")
+    print(f"they hold {after:.1%} of the {count_V.sum():,} counted tokens, the old ones {before:.1%}")
+
+
 COMMANDS: dict[str, tuple[Callable, type]] = {
     "inspect": (inspect, InspectSettings),
     "verify": (verify, VerifySettings),
     "convert": (convert, ConvertSettings),
+    "vocabulary": (vocabulary, VocabularySettings),
 }
 
 if __name__ == "__main__":
