@@ -12,6 +12,7 @@ vLLM's own. Exit codes: 0 for success, 1 if a drafter does not help its target, 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from ppow_jax import cli
 from ppow_jax.flags import check_fields, field, require
@@ -231,5 +232,11 @@ COMMANDS: dict[str, tuple[Callable, type]] = {
     "vocabulary": (vocabulary, VocabularySettings),
 }
 
-if __name__ == "__main__":
+
+def command_line() -> NoReturn:
+    """`ppow-convert`, and `python -m experiments.convert`."""
     cli.run_command(COMMANDS)
+
+
+if __name__ == "__main__":
+    command_line()

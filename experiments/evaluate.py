@@ -16,7 +16,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.common import ModelFlags, StoppingFlags
 from ppow_jax import cli, mesh_shape
@@ -199,5 +199,10 @@ def _acceptance_table(rows: list[dict[str, Any]]) -> str:
     return report.console_table(table, {key: report.COLUMNS[key] for key in about} | positions)
 
 
-if __name__ == "__main__":
+def command_line() -> NoReturn:
+    """`ppow-evaluate`, and `python -m experiments.evaluate`."""
     cli.run(main, Settings)
+
+
+if __name__ == "__main__":
+    command_line()

@@ -12,7 +12,7 @@ import io
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.common import ModelFlags, StoppingFlags
 from ppow_jax import cli, mesh_shape
@@ -239,5 +239,10 @@ def comparison(plain: "Result", fast: "Result", temperature: float) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def command_line() -> NoReturn:
+    """`ppow-generate`, and `python -m experiments.generate`."""
     cli.run(main, Settings)
+
+
+if __name__ == "__main__":
+    command_line()

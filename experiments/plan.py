@@ -10,7 +10,7 @@ chip's published peaks. docs/plans.md explains every figure. TPU topologies need
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 from ppow_jax import cli, files
 from ppow_jax.flags import field
@@ -190,5 +190,10 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def command_line() -> NoReturn:
+    """`ppow-plan`, and `python -m experiments.plan`."""
     cli.run(main, Settings, DEFAULTS)
+
+
+if __name__ == "__main__":
+    command_line()

@@ -5,6 +5,8 @@
 All results are written to --workdir. The same command resumes a run that was stopped or killed.
 """
 
+from typing import NoReturn
+
 from ppow_jax import cli
 from ppow_jax.training.settings import TrainSettings
 
@@ -17,5 +19,10 @@ def main(settings: TrainSettings) -> int:
     return pipeline.run(settings)
 
 
-if __name__ == "__main__":
+def command_line() -> NoReturn:
+    """`ppow-train`, and `python -m experiments.train`."""
     cli.run(main, TrainSettings)
+
+
+if __name__ == "__main__":
+    command_line()

@@ -25,6 +25,16 @@ def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def shipped(path: str | os.PathLike) -> pathlib.Path:
+    """`path`; if only the package has a file of this relative path, that file.
+
+    So `experiments/configs/tiny.flags` names the same file in the repository and, with an installed package, anywhere.
+    """
+    path = pathlib.Path(path)
+    beside = pathlib.Path(__file__).parents[1] / path
+    return beside if not path.exists() and not path.is_absolute() and beside.is_file() else path
+
+
 def clear_left_over(directory: pathlib.Path) -> None:
     """Removes temporary files that a kill left below a directory; no other process may be writing there."""
     for temporary in directory.rglob(".*.tmp"):

@@ -23,7 +23,6 @@ import difflib
 import itertools
 import math
 import os
-import pathlib
 import re
 import types
 import typing
@@ -33,7 +32,7 @@ from typing import Any, TypeVar
 from absl import flags
 
 from ppow_jax.errors import UserError
-from ppow_jax.files import write_atomic
+from ppow_jax.files import shipped, write_atomic
 
 T = TypeVar("T")
 
@@ -247,7 +246,7 @@ def _expand_flagfiles(argv: Sequence[str], open_files: tuple[str, ...] = ()) -> 
         path = os.path.expanduser(path if equals else next(arguments, ""))
         require(path not in open_files, f"--flagfile={path}: includes itself")
         try:
-            lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
+            lines = shipped(path).read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise UserError(f"--flagfile={path}: cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:

@@ -3,8 +3,8 @@
 import random
 
 import pytest
+from gguf_files import sentencepiece
 from sentencepiece_reference import random_text
-from test_gguf_tokenizer import sentencepiece
 
 from ppow_jax.data.encoding import encode_text, tiny_tokenizer
 from ppow_jax.errors import UserError

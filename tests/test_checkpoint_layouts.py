@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from damaged_files import mutate
 from golden import families
 from safetensors.numpy import load_file, save_file
-from test_huggingface import mutate
 
 from ppow_jax.errors import UserError
 from ppow_jax.weights.huggingface import WEIGHTS, load_target, save_target

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from config_mutations import edited, mutate
+from golden import models
 from tokenizers import Tokenizer
 
 from ppow_jax.data.encoding import tiny_tokenizer
@@ -28,8 +30,6 @@ from ppow_jax.training import initialise
 from ppow_jax.weights import huggingface, targets, tiny
 from ppow_jax.weights.drafters import export_drafter, import_drafter
 from ppow_jax.weights.feature_layers import LAYER_IDS
-from tests.config_mutations import edited, mutate
-from tests.golden import models
 
 FEW, MANY = range(3), range(3, 50)
 TEXT = "Where are the 12 ducks?\n\tÄh – over there."

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import small_world as world
+from golden import models
 from safetensors.numpy import load_file, save_file
 
 from experiments import convert
@@ -21,7 +22,6 @@ from ppow_jax.models.families import Experts
 from ppow_jax.training import initialise
 from ppow_jax.weights import huggingface, targets
 from ppow_jax.weights.drafters import export_drafter, import_drafter
-from tests.golden import models
 
 SHIPPED = Path(__file__).parents[1] / "drafters" / "smollm2-135m"
 

@@ -21,7 +21,7 @@ from ppow_jax import distributed, mesh_shape, progress
 from ppow_jax.errors import UserError
 from ppow_jax.training.run.metrics import VOLATILE, NoMetrics, read_metrics
 
-SCRIPT = pathlib.Path(__file__).with_name("train_in_processes.py")
+SCRIPT = pathlib.Path(__file__).parent / "support" / "train_in_processes.py"
 STAGES, ALL_STAGES = "data,supervised,export", "data,supervised,ppow,evaluate,export"
 
 
@@ -33,7 +33,7 @@ def start(workdir, number=1, devices=1, die_at=0, stages=STAGES):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(SCRIPT.parents[1]),
+        "PYTHONPATH": str(SCRIPT.parents[2]),
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }

@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
+from small_configs import LLAMA
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter_config import DrafterConfig, check_feature_layers, default_feature_layers, validate_fit
-from tests.test_config_models import LLAMA
 
 DRAFTER = DrafterConfig(
     vocab_size=49152,

@@ -9,50 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import yaml
+from eagle3_files import IDS, PLAIN, VARIANTS, E, V, W, edit_config, edit_tensors, embed_of, params_of
 from safetensors.numpy import load_file, save_file
 
 from ppow_jax.errors import UserError
-from ppow_jax.models.drafter_config import DrafterConfig, parameter_shapes
-from ppow_jax.models.rope import Llama3, Yarn
 from ppow_jax.weights.card import write_card
 from ppow_jax.weights.drafters import export_drafter, import_drafter
-
-V, W, E = 20, 6, 8
-IDS = np.array([1, 2, 5, 11, 18, 19], np.int32)
-PLAIN = DrafterConfig(
-    vocab_size=V,
-    draft_vocab_size=W,
-    hidden_size=E,
-    intermediate_size=10,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
-    rms_norm_eps=1e-5,
-    rope_theta=1e5,
-    max_position_embeddings=128,
-    target_hidden_size=E,
-    feature_layers=(2, 15, 27),
-    fc_norm=False,
-)
-VARIANTS = {
-    "plain": PLAIN,
-    "eagle31": dataclasses.replace(PLAIN, fc_norm=True, norm_output=True),
-    "wide_target": dataclasses.replace(PLAIN, target_hidden_size=12, own_embed=True),
-    "biases": dataclasses.replace(PLAIN, attention_bias=True, output_bias=True, norm_before_fc=True),
-    "llama3_rope": dataclasses.replace(PLAIN, rope_scaling=Llama3(8.0, 1.0, 4.0, 64)),
-    "yarn": dataclasses.replace(PLAIN, rope_scaling=Yarn(4.0, 64, 1.25)),
-    "biases_but_one": dataclasses.replace(PLAIN, attention_bias=True, fc_norm=True),
-    "norm_before_residual": dataclasses.replace(PLAIN, norm_before_residual=True, feature_layers=(0, 1, 2)),
-}
-
-
-def embed_of(config: DrafterConfig) -> np.ndarray | None:
-    return np.random.default_rng(1).normal(size=(V, config.hidden_size)) if config.own_embed else None
-
-
-def params_of(config: DrafterConfig) -> dict:
-    rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in parameter_shapes(config).items()}
 
 
 @pytest.fixture
@@ -60,18 +22,6 @@ def drafter(tmp_path) -> Path:
     """A directory with a plain drafter in float32."""
     export_drafter(tmp_path / "drafter", PLAIN, params_of(PLAIN), IDS, dtype="float32")
     return tmp_path / "drafter"
-
-
-def edit_config(directory: Path, drop: tuple[str, ...] = (), **changes) -> None:
-    path = directory / "config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
-
-
-def edit_tensors(directory: Path, rename=lambda name: name, drop: tuple[str, ...] = (), **changes) -> None:
-    path = directory / "model.safetensors"
-    tensors = {rename(name): tensor for name, tensor in load_file(path).items() if name not in drop}
-    save_file(tensors | {name.replace("__", "."): value for name, value in changes.items()}, path)
 
 
 def files(directory: Path) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """experiments.evaluate and experiments.generate from the command line, on the tiny target."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -12,12 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small_configs
 
 from experiments import evaluate, generate
 from ppow_jax import cli
 from ppow_jax.inference import model
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.weights import loading, targets, tiny
 from ppow_jax.weights.drafters import export_drafter
 
@@ -35,21 +36,8 @@ def _logging_as_before():
 
 
 def make_drafter(directory: Path, vocab_size: int = tiny.CONFIG.vocab_size) -> str:
-    config = DrafterConfig(
-        vocab_size=vocab_size,
-        draft_vocab_size=50,
-        hidden_size=tiny.CONFIG.hidden_size,
-        intermediate_size=32,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=2048,
-        target_hidden_size=tiny.CONFIG.hidden_size,
-        feature_layers=(2, 3, 4),
-        fc_norm=True,
-    )
+    target = dataclasses.replace(tiny.CONFIG, vocab_size=vocab_size)
+    config = small_configs.drafter_config(target, 50, feature_layers=(2, 3, 4), fc_norm=True)
     export_drafter(directory, config, drafting.init(jax.random.key(0), config), np.arange(50, 100))
     return str(directory)
 

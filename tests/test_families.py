@@ -5,20 +5,12 @@ import json
 import random
 
 import pytest
-from test_config_models import LLAMA, read
+from small_configs import LLAMA, LLAMA3, YARN, read
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.families import Experts
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.5] * 32, "long_factor": [1.5] * 32, "attention_factor": 1.0}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}

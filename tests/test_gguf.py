@@ -9,112 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_files import CONFIG, Type, write
 from golden import models
 
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
-from ppow_jax.models.config import ModelConfig
 from ppow_jax.weights import targets
 from ppow_jax.weights.gguf import load_target
 from ppow_jax.weights.gguf_tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=20,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,  # wider than hidden_size // num_heads
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-    eos_token_ids=(2,),
-)
-LAYER = {
-    "input_norm": "attn_norm",
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "post_norm": "ffn_norm",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
-TOP = {"embed": "token_embd", "norm": "output_norm", "lm_head": "output"}
-Type = gguf.GGMLQuantizationType
-
-
-def named(params: dict) -> dict[str, np.ndarray]:
-    """Parameters by their GGUF names, rotary pairs interleaved as llama.cpp's converter leaves them."""
-    tensors = {f"{TOP[name]}.weight": x for name, x in params.items() if name != "layers"}
-    for n, layer in enumerate(params["layers"]):
-        tensors |= {f"blk.{n}.{LAYER[name]}.weight": x for name, x in layer.items()}
-    return tensors
-
-
-def interleaved(w: np.ndarray, num_heads: int) -> np.ndarray:
-    halves = w.reshape(num_heads, 2, w.shape[0] // num_heads // 2, *w.shape[1:])
-    return halves.swapaxes(1, 2).reshape(w.shape)
-
-
-def metadata(config: ModelConfig) -> dict:
-    return {
-        "llama.block_count": config.num_layers,
-        "llama.context_length": config.max_position_embeddings,
-        "llama.embedding_length": config.hidden_size,
-        "llama.feed_forward_length": config.intermediate_size,
-        "llama.attention.head_count": config.num_heads,
-        "llama.attention.head_count_kv": config.num_kv_heads,
-        "llama.attention.key_length": config.head_dim,
-        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "llama.rope.freq_base": config.rope_theta,
-        "tokenizer.ggml.eos_token_id": config.eos_token_ids[0],
-    }
-
-
-def write(path: Path, config=CONFIG, kind=Type.F32, architecture="llama", fields=(), tensors=(), split=0) -> Path:
-    """Writes a model; `fields` and `tensors` change or (by None) remove entries. Norms stay float32.
-
-    split: tensors of a part, where the model is written in several; their names are the writer's.
-    """
-    entries = metadata(config) | dict(fields)
-    values = named(models.target_params(config))
-    for name in values:
-        if ".attn_q." in name or ".attn_k." in name:
-            values[name] = interleaved(values[name], len(values[name]) // config.head_dim)
-    values |= dict(tensors)
-    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
-    for key, value in entries.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif value is not None:
-            writer.add_array(key, value)
-    for name, value in values.items():
-        if value is None:
-            continue
-        stored = kind if value.ndim >= 2 else Type.F32
-        if stored in (Type.F32, Type.F16):
-            writer.add_tensor(name, value.astype(np.float32 if stored == Type.F32 else np.float16))
-        else:
-            writer.add_tensor(name, gguf.quantize(value, stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 KINDS = [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1]
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_files import LAYER, TOP, Type, interleaved, metadata, write
 from golden import families
-from test_gguf import LAYER, TOP, Type, interleaved, metadata, write
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.config import ModelConfig

@@ -9,25 +9,13 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from gguf_files import TOKENIZER, WHOLE, write
 from golden import models
-from test_gguf import CONFIG, write
 
 from ppow_jax.errors import UserError
 from ppow_jax.weights import targets
 from ppow_jax.weights.gguf import load_target
 from ppow_jax.weights.gguf_file import is_gguf, open_model
-from tests.test_gguf_tokenizer import BYTES
-
-TOKENS = [*BYTES, "<|im_start|>", "<|im_end|>", "he"]
-TOKENIZER = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": TOKENS,
-    "tokenizer.ggml.token_type": [1] * 256 + [3, 3, 1],
-    "tokenizer.ggml.merges": ["h e"],
-    "tokenizer.ggml.eos_token_id": 257,
-}
-WHOLE = dataclasses.replace(CONFIG, vocab_size=len(TOKENS))
 
 
 def write_whole(path: Path, **changes) -> Path:

@@ -13,10 +13,9 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from gguf_files import BYTES, CONFIG, PIECES, SCORES, interleaved, named
 from gguf_mutations import ARRAY, BOOL, F32, I32, STRING, U32, Field, File, Stored, mutate
 from golden import models
-from test_gguf import CONFIG, interleaved, named
-from test_gguf_tokenizer import BYTES, PIECES, SCORES
 
 from ppow_jax.data.encoding import CHATML_TEMPLATE
 from ppow_jax.errors import UserError

@@ -1,39 +1,15 @@
 """Tokenizers of GGUF files: rules that cut text into words, SentencePiece, equal texts, BOS tokens."""
 
-import dataclasses
 import logging
 import random
-from pathlib import Path
 
 import pytest
-from sentencepiece_reference import BLANK, encode, learn, random_text
-from test_gguf import CONFIG, write
-from tokenizers import pre_tokenizers
+from gguf_files import BYTES, PIECES, SCORES, SPECIAL, byte_level, sentencepiece
+from sentencepiece_reference import encode, random_text
 
 from ppow_jax.errors import UserError
 from ppow_jax.weights.gguf_pretokenizers import RULES
 from ppow_jax.weights.gguf_tokenizer import load_tokenizer
-
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-SPECIAL = ["<|begin|>", "<|end|>"]
-
-
-def byte_level(path: Path, extra=(), types=None, architecture="llama", **changes) -> Path:
-    """A file with all bytes, two control tokens, a merged one, and more tokens (ordinary ones by default)."""
-    tokens = [*BYTES, *SPECIAL, "he", *extra]
-    fields = {
-        "model": "gpt2",
-        "pre": "gpt-2",
-        "tokens": tokens,
-        "token_type": [1] * 256 + [3, 3, 1] + (types or [1] * len(extra)),
-        "merges": ["h e"],
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-    } | changes
-    return write(
-        path, architecture=architecture, fields={f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-    )
-
 
 # ---------------------------------------------------------------- words
 
@@ -173,30 +149,6 @@ def test_an_end_of_turn_is_special_whatever_its_type(tmp_path):
 
 
 # ---------------------------------------------------------------- SentencePiece
-
-TEXTS = [random_text(random.Random(seed), "aabbcde  n", 30) for seed in range(60)]
-LEARNED = learn(TEXTS, 120)
-PIECES = [*LEARNED, *sorted({char for text in TEXTS for char in text.replace(" ", BLANK)} | {BLANK})]
-SCORES = {piece: -float(i) for i, piece in enumerate(PIECES)}
-
-
-def sentencepiece(path: Path, bytes_=True, extra=(), **changes) -> Path:
-    """`<unk>`, `<s>`, `</s>`, bytes, pieces, and user-defined tokens."""
-    named = [f"<0x{byte:02X}>" for byte in range(256)] if bytes_ else []
-    tokens = ["<unk>", "<s>", "</s>", *named, *PIECES, *extra]
-    fields = {
-        "model": "llama",
-        "pre": "default",
-        "tokens": tokens,
-        "scores": [0.0] * (3 + len(named)) + list(SCORES.values()) + [-1000.0] * len(extra),
-        "token_type": [2, 3, 3] + [6] * len(named) + [1] * len(PIECES) + [4] * len(extra),
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "unknown_token_id": 0,
-    } | changes
-    config = dataclasses.replace(CONFIG, vocab_size=len(tokens))
-    return write(path, config, fields={f"tokenizer.ggml.{key}": value for key, value in fields.items()})
-
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_joins_by_score_and_writes_bytes(tmp_path, prefix):

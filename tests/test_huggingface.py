@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small_configs
+from damaged_files import mutate
 from safetensors.numpy import load_file, save_file
 
 from ppow_jax.errors import UserError
@@ -22,8 +24,7 @@ HEAD = "lm_head.weight"
 
 
 def tiny_config(tied: bool) -> ModelConfig:
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
+    return small_configs.target_config(
         vocab_size=V,
         hidden_size=D,
         intermediate_size=I,
@@ -31,8 +32,6 @@ def tiny_config(tied: bool) -> ModelConfig:
         num_heads=2,
         num_kv_heads=1,
         head_dim=4,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
         eos_token_ids=(1,),
@@ -257,22 +256,6 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         save(tmp_path / "file")
-
-
-def mutate(path: Path, rng: random.Random) -> None:
-    """One random accident to a file: cut, flip a bit (mostly in the header), repeat or fill a part."""
-    data = bytearray(path.read_bytes())
-    at = rng.randrange(min(len(data), 1500) if rng.random() < 0.7 else len(data))
-    kind = rng.randrange(4)
-    if kind == 0:
-        del data[at:]
-    elif kind == 1:
-        data[at] ^= 1 << rng.randrange(8)
-    elif kind == 2:
-        data[at:at] = data[at : at + rng.randrange(1, 40)]
-    else:
-        data[at : at + 8] = bytes(rng.choice(b'\x00\xff9"{]') for _ in range(8))
-    path.write_bytes(bytes(data))
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import small_world as world
-from test_ppow import SETTINGS
+from golden import models
 
 from ppow_jax.models.drafter_config import parameter_shapes
 from ppow_jax.training import initialise
@@ -16,7 +16,6 @@ from ppow_jax.training.steps.state import TrainState
 from ppow_jax.weights.drafters import export_drafter
 from ppow_jax.weights.loading import load_drafter
 from ppow_jax.weights.targets import Target
-from tests.golden import models
 
 CONFIG = dataclasses.replace(
     initialise.drafter_config(world.CONFIG, 20, world.FEATURE_LAYERS),
@@ -30,7 +29,7 @@ CONFIG = dataclasses.replace(
     output_bias=True,
     own_embed=True,
 )
-ROLLOUTS = dataclasses.replace(SETTINGS, adaw_start=0)
+ROLLOUTS = dataclasses.replace(world.ROLLOUTS, adaw_start=0)
 
 
 def test_it_is_trained_with_ppow_and_written_again(tmp_path):

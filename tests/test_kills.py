@@ -7,12 +7,12 @@ import re
 import shutil
 import signal
 
-import mortal
+import killed_runs
 import numpy as np
 import pytest
 import safetensors.numpy
 import small_run
-from mortal import Death
+from killed_runs import Death
 
 
 def test_kills_between_writing_and_renaming_change_no_byte(tmp_path):
@@ -24,13 +24,13 @@ def test_kills_between_writing_and_renaming_change_no_byte(tmp_path):
         r"os.rename supervised/checkpoints/8\.orbax-checkpoint-tmp$",
         r"os.rename \.drafter\.new",
     ):
-        life = mortal.live(
+        life = killed_runs.live(
             small_run.arguments(tmp_path / "run"), small_run.cache(), place, Death(change=1, pattern=pattern)
         )
         assert life.code == -signal.SIGKILL, life.log
         assert re.search(pattern, life.changes[-1])
     assert "supervised: going on after step 4 of 24" in life.log  # 8 was not in place
-    life = mortal.live(small_run.arguments(tmp_path / "run"), small_run.cache(), place)
+    life = killed_runs.live(small_run.arguments(tmp_path / "run"), small_run.cache(), place)
     assert life.code == 0, life.log
     small_run.assert_same_results(tmp_path / "run", small_run.whole())
 
@@ -48,7 +48,7 @@ def test_nan_in_a_step_stops_the_run_or_is_skipped(tmp_path):
 
     def train(**changes):
         argv = small_run.arguments(workdir, stages="data,supervised", **changes)
-        return mortal.live(argv, small_run.cache(), place)
+        return killed_runs.live(argv, small_run.cache(), place)
 
     def steps():
         return [row for row in small_run.metrics_of(workdir) if row["stage"] == "supervised"]
@@ -77,7 +77,7 @@ def tiny(tmp_path_factory):
     for path in (cache, place):
         path.mkdir()
     argv = [f"--flagfile={small_run.TINY}", "--stages=data,supervised,ppow,export"]
-    life = mortal.live([*argv, f"--workdir={directory / 'whole'}"], cache, place)
+    life = killed_runs.live([*argv, f"--workdir={directory / 'whole'}"], cache, place)
     assert life.code == 0, life.log
     return argv, cache, directory / "whole", life.changes, place
 
@@ -106,7 +106,7 @@ def lives(tiny, directory, number, choose):
         workdir, code = directory / f"run{run}", None
         while code != 0:
             before, death = steps(workdir), choose(ended)
-            life = mortal.live([*argv, f"--workdir={workdir}"], cache, place, death)
+            life = killed_runs.live([*argv, f"--workdir={workdir}"], cache, place, death)
             code = life.code
             if code != 0:
                 ended += 1

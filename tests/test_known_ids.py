@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from golden import models
+from small_configs import NARROW_TINY as TARGET
 
 from experiments import evaluate, generate, train
 from ppow_jax import cli
@@ -20,8 +22,6 @@ from ppow_jax.speculation.settings import chain
 from ppow_jax.training import initialise
 from ppow_jax.weights import huggingface, targets
 from ppow_jax.weights.drafters import export_drafter
-from tests.golden import models
-from tests.test_padded_vocabulary import TARGET
 
 SAID = "token id 259 ('<extra>') is beyond the target's embedding of 259 rows"
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_configs
 
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
@@ -19,7 +20,6 @@ from ppow_jax.inference.costs import measure_prices
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.settings import adaptive_tree, chain, tree
 from ppow_jax.weights import targets
@@ -48,21 +48,7 @@ def target():
 def drafter(target):
     """Guesses that the target repeats its last token, which is often accepted; no draft for tokens below 10."""
     c, ids = target.config, jnp.arange(10, target.config.vocab_size)
-    config = DrafterConfig(
-        vocab_size=c.vocab_size,
-        draft_vocab_size=len(ids),
-        hidden_size=c.hidden_size,
-        intermediate_size=32,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=2048,
-        target_hidden_size=c.hidden_size,
-        feature_layers=(0, 1, 2),
-        fc_norm=False,
-    )
+    config = small_configs.drafter_config(c, len(ids))
     params = drafting.init(jax.random.key(1), config, scale=0.05)
     last_feature = jnp.concatenate([jnp.zeros((c.hidden_size, 2 * c.hidden_size)), jnp.eye(c.hidden_size)], 1)
     params |= {"fc": last_feature, "lm_head": target.params["embed"][ids]}

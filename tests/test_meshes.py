@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-SCRIPT = pathlib.Path(__file__).with_name("mesh_programs.py")
+SCRIPT = pathlib.Path(__file__).parent / "support" / "mesh_programs.py"
 MESHES = ["8,1,1", "4,2,1", "2,2,2", "1,1,8"]
 
 
@@ -22,7 +22,7 @@ def run(which, directory):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
         " --xla_llvm_disable_expensive_passes=true",  # compiling is what takes the time here
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parent)]),
+        "PYTHONPATH": str(SCRIPT.parents[2]),
     }
     command = [sys.executable, str(SCRIPT), which, str(directory / "found.json"), str(directory / "checkpoints")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

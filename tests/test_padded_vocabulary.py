@@ -6,18 +6,16 @@ import logging
 import jax
 import numpy as np
 import pytest
+from golden import models
+from small_configs import NARROW_TINY as TARGET
 
 from ppow_jax.data.encoding import tiny_tokenizer
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.training import initialise
-from ppow_jax.weights import tiny
 from ppow_jax.weights.drafters import export_drafter
 from ppow_jax.weights.loading import load_drafter
 from ppow_jax.weights.targets import Target
-from tests.golden import models
-
-TARGET = dataclasses.replace(tiny.CONFIG, hidden_size=16, intermediate_size=16, num_heads=2, num_kv_heads=1, head_dim=8)
 
 
 def target(vocab_size: int, tokenizer=None) -> Target:

@@ -19,23 +19,10 @@ from ppow_jax.models import transformer
 from ppow_jax.objectives.rewards import CostModel, proximity_reward
 from ppow_jax.training.steps import ppow_sampled
 from ppow_jax.training.steps import rollout as rollout_module
-from ppow_jax.training.steps.rollout import RolloutSettings
 from ppow_jax.training.steps.state import TrainState
 
-K, G, A = 3, 4, 3
-SETTINGS = RolloutSettings(
-    window=K,
-    group=G,
-    windows=A,
-    rollout_temperature=0.7,
-    verify_temperature=0.0,
-    eta=0.2,
-    eps=4.0,
-    adaw=True,
-    adaw_start=2,
-    greedy_reference=False,
-    costs=CostModel(0.12),
-)
+SETTINGS = world.ROLLOUTS
+K, G, A = SETTINGS.window, SETTINGS.group, SETTINGS.windows
 
 
 # Rollouts.

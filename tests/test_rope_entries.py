@@ -3,8 +3,7 @@
 import logging
 
 import pytest
-from test_config_models import LLAMA, read
-from test_families import LLAMA3, YARN
+from small_configs import LLAMA, LLAMA3, YARN, read
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.config import ModelConfig

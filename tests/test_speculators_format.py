@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from eagle3_files import IDS, PLAIN, VARIANTS, E, V, W, edit_config, edit_tensors, embed_of, params_of
 from safetensors.numpy import load_file, save_file
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.drafter_config import parameter_shapes
 from ppow_jax.weights.drafters import best_format, export_drafter, import_drafter
-from tests.test_eagle3_format import IDS, PLAIN, VARIANTS, E, V, W, edit_config, edit_tensors, embed_of, params_of
 
 ONLY_HERE = {
     "layers": dataclasses.replace(PLAIN, num_layers=3),

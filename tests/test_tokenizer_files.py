@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from damaged_files import PAGE, POINTER
 
 from ppow_jax.data.encoding import tiny_tokenizer
 from ppow_jax.errors import UserError
 from ppow_jax.weights.tokenizer_files import load_tokenizer
-from tests.test_heads_of_others import PAGE, POINTER
 
 TEXT = "Where are the 12 ducks?\n"
 

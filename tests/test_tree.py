@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_world as world
 
-import tests.small_world as world
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Prefix

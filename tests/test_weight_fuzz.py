@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from eagle3_files import IDS, PLAIN, W, params_of
+from golden import models
 from safetensors.numpy import load_file, save_file
 
 from ppow_jax.errors import UserError
@@ -22,8 +24,6 @@ from ppow_jax.models import transformer
 from ppow_jax.models.drafter_config import parameter_shapes
 from ppow_jax.weights import huggingface
 from ppow_jax.weights.drafters import export_drafter, import_drafter
-from tests.golden import models
-from tests.test_eagle3_format import IDS, PLAIN, W, params_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 SMALL = 8 << 20  # bytes; the files are a hundred times smaller

@@ -17,7 +17,7 @@ import numpy as np
 
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
-from ppow_jax.files import write_atomic
+from ppow_jax.files import shipped, write_atomic
 
 Answers = Mapping[bytes, np.ndarray]
 HASH = 16  # bytes
@@ -59,7 +59,7 @@ def read_packs(paths: Sequence[str], about: Mapping[str, Any]) -> Answers:
     found: dict[bytes, np.ndarray] = {}
     for path in paths:
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with open(shipped(path), "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 keys, lengths, tokens = arrays["keys"], arrays["lengths"], arrays["tokens"].astype(np.int32)
                 theirs = json.loads(arrays["about"].tobytes())
         except OSError as error:

@@ -9,29 +9,35 @@ from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import is_vector, validate_fit
+from ppow_jax.weights import shipped
 from ppow_jax.weights.drafters import import_drafter
 from ppow_jax.weights.huggingface import CONFIG
 from ppow_jax.weights.padded_vocabulary import fit_vocabulary
 from ppow_jax.weights.targets import DTYPES, Target
 
 AUTO = "auto"
-_SHIPPED = Path(__file__).parents[2] / "drafters"
 
 
 def find_drafter(name: str | None, target: str) -> Path | None:
-    """The drafter's directory: `name`, or for "auto" `drafters/TARGET` if there is one; None for none.
+    """The drafter's directory: `name`, or for "auto" the one that comes with the target; None for none.
 
-    "auto" looks below the working directory first, then beside this package.
-    Raises UserError for a `name` that holds no drafter.
+    Args:
+      name: a directory; the name of a target that a drafter comes with; "auto" for the drafter of `target`, if there is
+        one; None. See `shipped.roots` for the places that names are looked up in.
+      target: as --target names it.
+
+    Raises:
+      UserError: `name` holds no drafter, or the drafter that comes with the target is missing.
     """
     if name == AUTO:
-        roots = (Path("drafters"), _SHIPPED) if Path(target).name == target else ()
-        return next((root / target for root in roots if (root / target / CONFIG).is_file()), None)
+        return shipped.find(target)
     if name is None:
         return None
     path = Path(name).expanduser()
+    if not path.exists() and name in shipped.SHIPPED:
+        return shipped.find(name, flag=name)
     if not path.is_dir():
-        raise UserError(f"--drafter={name}: there is no such directory")
+        raise UserError(f"--drafter={name}: there is no such directory, and no drafter of that name comes along")
     if not (path / CONFIG).is_file():
         raise UserError(f"--drafter={name}: not a drafter, it has no {CONFIG}")
     return path

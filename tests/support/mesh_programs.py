@@ -1,6 +1,7 @@
-"""Run by test_meshes.py in a process of its own, with 8 virtual devices: every program on every mesh, as JSON.
+r"""Run by test_meshes.py in a process of its own, with 8 virtual devices: every program on every mesh, as JSON.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_programs.py meshes|rest OUTPUT.json DIRECTORY
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+        python tests/support/mesh_programs.py meshes|rest OUTPUT.json DIRECTORY
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from small_world import CONFIG as SMALL
+import small_world
 
 from ppow_jax import sharding
 from ppow_jax.data.batches import Batches
@@ -23,33 +24,23 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.families import Experts
-from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, tree
 from ppow_jax.training import initialise
 from ppow_jax.training.run.checkpoint import Checkpoints
 from ppow_jax.training.steps import ppow_sampled, supervised
-from ppow_jax.training.steps.rollout import RolloutSettings
 from ppow_jax.training.steps.state import TrainState
 
 # 4 key heads and 61 tokens do not divide by 8: they stay whole there, the 8 heads and the MLP are cut.
-CONFIG = dataclasses.replace(SMALL, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_size=64, vocab_size=64)
+CONFIG = dataclasses.replace(
+    small_world.CONFIG, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_size=64, vocab_size=64
+)
 ROWS, STEPS = 8, 3
 MESHES = {"8,1,1": (8, 1, 1), "4,2,1": (4, 2, 1), "2,2,2": (2, 2, 2), "1,1,8": (1, 1, 8)}
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(3e-3, eps=1e-5))
-ROLLOUTS = RolloutSettings(
-    window=2,
-    group=3,
-    windows=2,
-    rollout_temperature=1.0,
-    verify_temperature=0.0,
-    eta=0.2,
-    eps=4.0,
-    adaw=True,
-    adaw_start=1,
-    greedy_reference=False,
-    costs=CostModel(0.12),
+ROLLOUTS = dataclasses.replace(
+    small_world.ROLLOUTS, window=2, group=3, windows=2, rollout_temperature=1.0, adaw_start=1
 )
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damaged_files import PAGE, POINTER
+from eagle3_files import IDS, PLAIN, E, V, W, edit_config, edit_tensors, params_of
 from safetensors.numpy import load_file, save_file
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.drafter_config import parameter_shapes
 from ppow_jax.weights import huggingface, torch_file
 from ppow_jax.weights.drafters import StoredDrafter, export_drafter, import_drafter
-from tests.test_eagle3_format import IDS, PLAIN, E, V, W, edit_config, edit_tensors, params_of
 
 FORMATS = ("flat", "speculators")
 LAYER = "transformer_layer_config"
@@ -307,10 +308,6 @@ def test_several_pickles_with_an_index(pickles):
     (pickles / weight_map["d2t"]).unlink()
     with pytest.raises(UserError, match=weight_map["d2t"]):
         import_drafter(pickles)
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 9437184\n"
-PAGE = "\n<!DOCTYPE html>\n<html><head><title>Page</title></head></html>"
 
 
 FILES = ("config.json", "model.safetensors", "model.safetensors.index.json")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_gguf import write
-from test_gguf_file import TOKENIZER, TOKENS, WHOLE
+from gguf_files import TOKENIZER, TOKENS, WHOLE, write
 
 from ppow_jax.data.encoding import CHATML_TEMPLATE, tiny_tokenizer
 from ppow_jax.errors import UserError

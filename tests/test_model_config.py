@@ -1,29 +1,10 @@
 """Model descriptions: what is read, what is refused and how."""
 
 import pytest
+from small_configs import LLAMA, read
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.config import ModelConfig
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 100000,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-    "eos_token_id": 2,
-}
-
-
-def read(**changes):
-    return ModelConfig.from_hf(LLAMA | changes, "some/config.json")
 
 
 def test_reads_llama():

@@ -19,7 +19,7 @@ from ppow_jax.training.run.checkpoint import Checkpoints
 from ppow_jax.training.run.metrics import VOLATILE, read_metrics
 from ppow_jax.training.settings import TrainSettings
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "experiments" / "configs" / "tiny.flags"
 FLAGS = {  # tiny.flags, made smaller still
     "num_answers": 16,

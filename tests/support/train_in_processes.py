@@ -1,6 +1,6 @@
 """Run by test_distributed.py: one of several processes that train together, on a target that compiles in seconds.
 
-    python tests/train_in_processes.py WORKDIR PORT NUM_PROCESSES PROCESS_ID DIE_AT STAGES
+    python tests/support/train_in_processes.py WORKDIR PORT NUM_PROCESSES PROCESS_ID DIE_AT STAGES
 
 DIE_AT: the last process is killed, as by `kill -9`, once the checkpoint of this step has begun to be written; 0: never.
 """

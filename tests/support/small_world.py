@@ -10,35 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import small_configs
 
 from ppow_jax.corpus.target_pass import score
 from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.data.encoding import Example
 from ppow_jax.models import transformer
-from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
+from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import off
 from ppow_jax.training import initialise
 from ppow_jax.training.steps import supervised
+from ppow_jax.training.steps.rollout import RolloutSettings
 from ppow_jax.training.steps.state import TrainState
 
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=512,
-    tie_word_embeddings=False,
-    eos_token_ids=(60,),
-)
+CONFIG = small_configs.target_config()
 FEATURE_LAYERS = (0, 1, 3)
 ROW, ANCHORS, ROWS = 64, 48, 2
 ANSWER = 20
@@ -138,3 +126,20 @@ def training() -> tuple[Drafter, list[dict], int]:
 def trained() -> Drafter:
     """Some of its windows are accepted, many are not."""
     return training()[0]
+
+
+# Rollouts.
+
+ROLLOUTS = RolloutSettings(
+    window=3,
+    group=4,
+    windows=3,
+    rollout_temperature=0.7,
+    verify_temperature=0.0,
+    eta=0.2,
+    eps=4.0,
+    adaw=True,
+    adaw_start=2,
+    greedy_reference=False,
+    costs=CostModel(0.12),
+)
