@@ -2,24 +2,21 @@
 
 Both decode the same questions greedily in float32. Torch reads the drafter's files itself, uses features and text from
 transformers, and recomputes every draft from the whole text. Draft tokens must be equal, and tau equal within 1 %.
---make_golden=tests/golden writes the first answers as reference values for the tests, which do not need torch.
 """
 
 import dataclasses
 import importlib.util
-import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from ppow_jax import cli
-from ppow_jax.files import write_atomic
 from ppow_jax.flags import check_fields, field, require
 
 log = logging.getLogger(__name__)
-GOLDEN_ANSWERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +28,6 @@ class Settings:
     window: int = field(4, "Drafted tokens per round.", low=1, high=16)
     num_prompts: int = field(10, "Number of questions.", low=1)
     max_new_tokens: int = field(48, "Tokens of each answer.", low=2)
-    make_golden: str | None = field(None, "Directory for drafts.json.")
 
     def __post_init__(self):
         check_fields(self)
@@ -41,42 +37,51 @@ class Settings:
 
 def main(settings: Settings) -> int:
     """Prints a row per question and one for all; 1 if something differs."""
-    from experiments.parity import questions, torch_model
-    from ppow_jax import load
-    from ppow_jax.weights.drafters import import_drafter
     from ppow_jax.weights.loading import find_drafter
-    from tests.golden import eagle3_torch
 
     directory = find_drafter(settings.drafter, settings.target)
     require(directory is not None, f"--drafter={settings.drafter}: there is none for this target; name a directory")
-    stored = import_drafter(directory)
-    extras = ("fc_norm", "norm_output", "norm_before_fc", "attention_bias", "own_embed", "rope_scaling")
-    found = [name for name in extras if getattr(stored.config, name)] + [stored.format] * (stored.format != "flat")
-    require(not found, f"--drafter={directory}: must be a plain drafter in the flat format, this one has {found}")
-    model = load(settings.target, drafter=str(directory), dtype="float32")
-    drafter = eagle3_torch.read(directory)
-    rows, golden = [], []
-    with torch_model(model.target.config, model.target.params) as theirs:
-        for question in questions(settings.num_prompts):
-            ours = our_rounds(model, question, settings.window, settings.max_new_tokens)
-            text, start = ours["prompt"] + ours["answer"], len(ours["prompt"]) + 1
-            greedy, rounds = torch_rounds(theirs, drafter, text, start, settings.window)
-            rows.append(row(question, ours, greedy[start - 2 : -1] == text[start - 1 :], rounds))
-            golden.append({"question": question} | ours | {"rounds": rounds})
-            log.info("%(question)s: %(drafts)d drafts, %(same)d the same", rows[-1])
+    rows = [
+        row(*compared)
+        for compared in compare(
+            settings.target, directory, settings.window, settings.max_new_tokens, settings.num_prompts
+        )
+    ]
     total: dict[str, Any] = {"question": "all", "text_identical": all(x["text_identical"] for x in rows)}
     total |= {key: sum(x[key] for x in rows) for key in ("drafts", "same", "gained", "rounds", "torch_rounds")}
     rows.append(total)
     for x in rows:
         x |= {"tau": x["gained"] / x["rounds"], "torch_tau": x["gained"] / x["torch_rounds"]}
     print(tabulate(rows, headers="keys", floatfmt=".4f"))
-    if settings.make_golden is not None:
-        kept: dict[str, Any] = {"window": settings.window, "max_new_tokens": settings.max_new_tokens}
-        kept |= {"answers": golden[:GOLDEN_ANSWERS]}
-        write_atomic(Path(settings.make_golden) / "drafts.json", json.dumps(kept) + "\n")
-    total = rows[-1]
     near = abs(total["tau"] / total["torch_tau"] - 1) <= 0.01
     return int(not (near and total["text_identical"] and total["same"] == total["drafts"]))
+
+
+def compare(
+    target: str, directory: Path, window: int, max_new_tokens: int, number: int
+) -> Iterator[tuple[str, dict[str, Any], bool, list[list[int]]]]:
+    """Yields, for each question: its text, our rounds, whether the greedy text is torch's, torch's drafts per round.
+
+    Raises UserError for a drafter that the torch definition does not cover.
+    """
+    from experiments import eagle3_torch
+    from experiments.parity import questions, torch_model
+    from ppow_jax import load
+    from ppow_jax.weights.drafters import import_drafter
+
+    stored = import_drafter(directory)
+    extras = ("fc_norm", "norm_output", "norm_before_fc", "attention_bias", "own_embed", "rope_scaling")
+    found = [name for name in extras if getattr(stored.config, name)] + [stored.format] * (stored.format != "flat")
+    require(not found, f"--drafter={directory}: must be a plain drafter in the flat format, this one has {found}")
+    model = load(target, drafter=str(directory), dtype="float32")
+    drafter = eagle3_torch.read(directory)
+    with torch_model(model.target.config, model.target.params) as theirs:
+        for question in questions(number):
+            ours = our_rounds(model, question, window, max_new_tokens)
+            text, start = ours["prompt"] + ours["answer"], len(ours["prompt"]) + 1
+            greedy, rounds = torch_rounds(theirs, drafter, text, start, window)
+            yield question, ours, greedy[start - 2 : -1] == text[start - 1 :], rounds
+            log.info("%s: done", question)
 
 
 def our_rounds(model: Any, question: str, window: int, max_new_tokens: int) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def torch_rounds(
     """(the token that the target holds most probable after each of the text, the tokens that each round drafts)."""
     import torch
 
-    from tests.golden.eagle3_torch import chain_rounds
+    from experiments.eagle3_torch import chain_rounds
 
     eagle3, ids_W, layers = drafter
     with torch.inference_mode():

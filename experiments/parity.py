@@ -3,7 +3,6 @@
 By default: logits and greedy text of the target in float32, and its tokenizer if it comes from a GGUF file.
 --speed: plain decoding at batch size 1, both implementations in both precisions, alternating in one run. Torch decodes
 in a simple loop with its key/value cache, which is faster than `generate`. Run nothing else on the machine meanwhile.
---make_golden=tests/golden: writes the reference values of the tests, which do not need torch.
 """
 
 import dataclasses
@@ -49,7 +48,6 @@ class Settings:
     max_new_tokens: int = field(64, "Tokens of each greedy text, and of each timed run.", low=2)
     speed: bool = field(False, "Measure the speed of plain decoding instead.")
     repeats: int = field(5, "Timed runs per implementation and precision.", low=1)
-    make_golden: str | None = field(None, "Directory for the reference values of the tests.")
     output: str | None = field("parity.json", "Result file.")
 
     def __post_init__(self):
@@ -60,8 +58,6 @@ class Settings:
 
 def main(settings: Settings) -> int:
     """Runs the chosen comparison; 1 if something differs."""
-    if settings.make_golden is not None:
-        return make_golden(Path(settings.make_golden))
     rows = speed(settings) if settings.speed else parity(settings)
     print(tabulate(rows, headers="keys", floatfmt=".6g"))
     result = {"settings": dataclasses.asdict(settings), "versions": versions(), "results": rows}
@@ -334,59 +330,6 @@ def torch_seconds(model: Any, prompt: np.ndarray, n: int) -> float:
             out = model(token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
         return time.perf_counter() - begin
-
-
-# ---------------------------------------------------------------- golden values
-
-
-def make_golden(directory: Path) -> int:
-    """Writes llama.npz, families.npz, drafter.npz and smollm2.json."""
-    from tests.golden import families, models
-    from tests.golden.eagle3_torch import eagle3
-
-    values: dict[str, Any] = {}
-    for name, config in models.TARGETS.items():
-        prompts, eos = models.prompts(config), config.eos_token_ids
-        with torch_model(config, models.target_params(config)) as model:
-            answers = [torch_answer(model, prompt, models.NEW_TOKENS, eos) for prompt in prompts]
-            texts = [np.r_[prompt, answer] for prompt, answer in zip(prompts, answers, strict=True)]
-            tokens = np.stack([np.resize(text, models.NEW_TOKENS) for text in texts])
-            values |= {f"{name}.tokens": tokens, f"{name}.logits": torch_logits(model, tokens)}
-            values |= {f"{name}.hidden{i}": torch_hidden(model, tokens, i) for i in models.FEATURE_LAYERS[name]}
-        values |= {f"{name}.answer{i}": answer for i, answer in enumerate(answers)}
-    np.savez_compressed(directory / "llama.npz", **values)
-
-    values = families.golden_values(torch_model, torch_logits)
-    np.savez_compressed(directory / "families.npz", **values)
-
-    values = {}
-    for name, drafter in models.DRAFTERS.items():
-        outputs = eagle3(drafter, models.drafter_params(drafter), **models.drafter_inputs(drafter))
-        values |= {f"{name}.{key}": value for key, value in outputs.items()}
-    np.savez_compressed(directory / "drafter.npz", **values)
-
-    target = targets.load("smollm2-135m", "float32")
-    theirs = torch_tokenizer(gguf_file("smollm2-135m"))
-    chats = [[vars(m) for m in chat] for chat in CHATS]
-    with torch_model(target.config, target.params) as model:
-        prompts = [encode_prompt(target.tokenizer, [Message("user", text)]) for text in questions(3)]
-        texts = [torch_answer(model, prompt, 32, target.config.eos_token_ids) for prompt in prompts]
-    golden = {
-        "texts": [{"text": text, "ids": theirs(text)["input_ids"]} for text in TEXTS],
-        "chats": [{"messages": c, "ids": theirs.apply_chat_template(c, return_dict=False)} for c in chats],
-        "greedy": [{"prompt": p.tolist(), "answer": a.tolist()} for p, a in zip(prompts, texts, strict=True)],
-    }
-    write_atomic(directory / "smollm2.json", json.dumps(golden) + "\n")
-    return 0
-
-
-def torch_hidden(model: Any, tokens_BxT: np.ndarray, layer: int) -> np.ndarray:
-    """transformers' hidden_states[layer]: what enters that layer."""
-    import torch
-
-    with torch.inference_mode():
-        out = model(torch.as_tensor(tokens_BxT, dtype=torch.long), output_hidden_states=True)
-    return out.hidden_states[layer].numpy()
 
 
 if __name__ == "__main__":

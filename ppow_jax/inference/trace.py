@@ -1,20 +1,16 @@
 """Trace of one answer, decoded round by round from the host: for inspection, not for speed."""
 
-import dataclasses
 import functools
-import os
 import time
-from html import escape
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.files import write_atomic
-from ppow_jax.inference import trace_page
 from ppow_jax.inference.model import Model
-from ppow_jax.inference.requests import Batch, Result, Text
+from ppow_jax.inference.requests import Batch, Text
+from ppow_jax.inference.trace_page import Drafted, Step, Trace
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
@@ -26,65 +22,6 @@ from ppow_jax.speculation.settings import Speculation
 from ppow_jax.speculation.tree import Tree
 
 LIKELY = 4  # number of the target's most probable tokens that are recorded
-
-
-@dataclasses.dataclass(frozen=True)
-class Drafted:
-    """A drafted token. parent: index in the window of the token that it follows, 0 for the root, n + 1 for drafted[n].
-
-    drafter, target: the probability that each gives to it there, at temperature 1.
-    """
-
-    token: int
-    parent: int
-    drafter: float
-    target: float
-    accepted: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A round: the tokens drafted after `root`, parents first, and the token that the target added itself.
-
-    own_target: the target's probability of that token; likely: its most probable tokens there; both at temperature 1.
-    gained: tokens added to the answer; fewer than the accepted ones and the target's own where it ended among them.
-    """
-
-    root: int
-    drafted: tuple[Drafted, ...]
-    own: int
-    own_target: float
-    likely: tuple[tuple[int, float], ...]
-    gained: int
-    draft_seconds: float
-    verify_seconds: float
-
-    @property
-    def accepted(self) -> list[int]:
-        """Indices of the accepted tokens in `drafted`."""
-        return [n for n, token in enumerate(self.drafted) if token.accepted]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """An answer and the rounds that made it; its first token came with the prefill. settings: as given to `record`."""
-
-    target: str
-    prompt: str
-    speculation: Speculation
-    settings: dict[str, Any]
-    steps: tuple[Step, ...]
-    result: Result
-    tokenizer: Any
-
-    def write(self, path: str | os.PathLike) -> None:
-        """Writes one self-contained HTML page."""
-        write_atomic(path, trace_page.page(self))
-
-    def _repr_html_(self) -> str:
-        """The page in an iframe, for notebooks."""
-        style = "width:100%;height:600px;border:1px solid #d9dce0;border-radius:6px"
-        return f'<iframe srcdoc="{escape(trace_page.page(self))}" style="{style}"></iframe>'
 
 
 def record(model: Model, prompt: Text, **settings: Any) -> Trace:

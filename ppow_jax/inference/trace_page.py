@@ -1,14 +1,76 @@
-"""HTML page of a trace: one file, without external scripts or styles."""
+"""A trace and its HTML page: one file, without external scripts or styles."""
 
+import dataclasses
+import os
 from html import escape
 from string import Template
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from ppow_jax.inference.trace import Step, Trace
+from ppow_jax.files import write_atomic
+from ppow_jax.inference.requests import Result
+from ppow_jax.speculation.settings import Speculation
 
 
-def page(trace: "Trace") -> str:
+@dataclasses.dataclass(frozen=True)
+class Drafted:
+    """A drafted token. parent: index in the window of the token that it follows, 0 for the root, n + 1 for drafted[n].
+
+    drafter, target: the probability that each gives to it there, at temperature 1.
+    """
+
+    token: int
+    parent: int
+    drafter: float
+    target: float
+    accepted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A round: the tokens drafted after `root`, parents first, and the token that the target added itself.
+
+    own_target: the target's probability of that token; likely: its most probable tokens there; both at temperature 1.
+    gained: tokens added to the answer; fewer than the accepted ones and the target's own where it ended among them.
+    """
+
+    root: int
+    drafted: tuple[Drafted, ...]
+    own: int
+    own_target: float
+    likely: tuple[tuple[int, float], ...]
+    gained: int
+    draft_seconds: float
+    verify_seconds: float
+
+    @property
+    def accepted(self) -> list[int]:
+        """Indices of the accepted tokens in `drafted`."""
+        return [n for n, token in enumerate(self.drafted) if token.accepted]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """An answer and the rounds that made it; its first token came with the prefill. settings: as given to `record`."""
+
+    target: str
+    prompt: str
+    speculation: Speculation
+    settings: dict[str, Any]
+    steps: tuple[Step, ...]
+    result: Result
+    tokenizer: Any
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Writes one self-contained HTML page."""
+        write_atomic(path, page(self))
+
+    def _repr_html_(self) -> str:
+        """The page in an iframe, for notebooks."""
+        style = "width:100%;height:600px;border:1px solid #d9dce0;border-radius:6px"
+        return f'<iframe srcdoc="{escape(page(self))}" style="{style}"></iframe>'
+
+
+def page(trace: Trace) -> str:
     """The whole page."""
     return _PAGE.substitute(
         style=_STYLE,
@@ -22,7 +84,7 @@ def page(trace: "Trace") -> str:
     )
 
 
-def _facts(trace: "Trace") -> str:
+def _facts(trace: Trace) -> str:
     how = trace.speculation
     if how.shape:
         size = f"{how.shape.nodes} nodes, depth {how.shape.depth}, branch {how.shape.branch}"
@@ -40,7 +102,7 @@ def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
-def _totals(trace: "Trace") -> str:
+def _totals(trace: Trace) -> str:
     steps, stats = trace.steps, trace.result.stats
     draft, verify = sum(s.draft_seconds for s in steps), sum(s.verify_seconds for s in steps)
     gained, seconds, count = sum(s.gained for s in steps), draft + verify, max(1, len(steps))
@@ -59,7 +121,7 @@ def _totals(trace: "Trace") -> str:
 reading the prompt {1000 * trace.result.prefill_seconds:.0f} ms</p>"""
 
 
-def _answer(trace: "Trace") -> str:
+def _answer(trace: Trace) -> str:
     """Every token as a span: its origin, and the step that made it."""
     ids, decode = trace.result.token_ids, trace.tokenizer.decode
     origins = [("first", 0, "from reading the prompt")]
@@ -80,7 +142,7 @@ def _answer(trace: "Trace") -> str:
     return "".join(spans)
 
 
-def _step(trace: "Trace", number: int) -> str:
+def _step(trace: Trace, number: int) -> str:
     step = trace.steps[number - 1]
     most = max(s.draft_seconds + s.verify_seconds for s in trace.steps)
     bar = _bar(100 * step.draft_seconds / most, 100 * step.verify_seconds / most)
@@ -99,7 +161,7 @@ def _bar(draft: float, verify: float) -> str:
     return f'<i class="draft" style="width:{draft:.1f}%"></i><i class="verify" style="width:{verify:.1f}%"></i>'
 
 
-def _children(trace: "Trace", step: "Step", index: int) -> str:
+def _children(trace: Trace, step: Step, index: int) -> str:
     """Branches after a window index: first the token that the answer took, then the others, likeliest first."""
     nodes = [(n, token) for n, token in enumerate(step.drafted) if token.parent == index]
     nodes.sort(key=lambda node: (not node[1].accepted, -node[1].drafter))
@@ -119,19 +181,19 @@ def _node(kind: str, label: str, tip: str, children: str) -> str:
     return f'<div class="node"><span class="c {kind}" data-tip="{escape(tip)}">{label}</span>{children}</div>'
 
 
-def _drafted_tip(trace: "Trace", step: "Step", n: int) -> str:
+def _drafted_tip(trace: Trace, step: Step, n: int) -> str:
     token = step.drafted[n]
     verdict = "accepted" if token.accepted else "rejected"
     chances = f"drafter {_percent(token.drafter)} · target {_percent(token.target)}"
     return f"drafted, {verdict}\n{chances}\ntoken {token.token}"
 
 
-def _own_tip(trace: "Trace", step: "Step") -> str:
+def _own_tip(trace: Trace, step: Step) -> str:
     likely = "\n".join(f"{_percent(p)}  {_visible(trace.tokenizer.decode([token]))}" for token, p in step.likely)
     return f"added by the target, {_percent(step.own_target)}\ntoken {step.own}\nmost probable here:\n{likely}"
 
 
-def _label(trace: "Trace", token: int) -> str:
+def _label(trace: Trace, token: int) -> str:
     return escape(_visible(trace.tokenizer.decode([token])))
 
 

@@ -1,6 +1,6 @@
 """Small random targets of every family, which numpy alone rebuilds; families.npz holds what transformers makes of them.
 
-`python -m experiments.parity --make_golden=tests/golden` writes the values.
+`python -m tests.golden.make` writes the values.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Small random models that numpy alone rebuilds, so that values made with torch can be checked without it.
 
-`python -m experiments.parity --make_golden=tests/golden` writes the values.
+`python -m tests.golden.make` writes the values.
 """
 
 import dataclasses

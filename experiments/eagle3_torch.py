@@ -1,4 +1,4 @@
-"""The EAGLE-3 drafter in torch, written from its description alone: what the golden values are made with.
+"""The EAGLE-3 drafter in torch, written from its description alone: the reference that drafting is compared with.
 
 Nothing is cached and nothing is batched: a drafter's answer is that of its layers over the whole list of pairs
 (feature, embedding of the next token), each pair seeing itself and the earlier ones.
@@ -71,6 +71,7 @@ class Eagle3:
         return torch.cat([z.real, z.imag], -1)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Root-mean-square norm."""
         return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
 
     def feed(self, out: torch.Tensor) -> torch.Tensor:
@@ -78,6 +79,7 @@ class Eagle3:
         return self.norm(out, self.w["norm"]) if self.config.norm_output else out
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:
+        """Logits [..., W] over the draft vocabulary."""
         return self.norm(out, self.w["norm"]) @ self.w["lm_head"].T
 
 
