@@ -42,7 +42,9 @@ class StudySettings(TrainSettings):
     )
     decode_temperatures: tuple[float, ...] = field((0.0, 1.0), "Temperatures for --decode_seeds.", low=0, group="Study")
 
-    select: str = field("last", "Checkpoint of each arm that is compared.", choices=("best", "last"), group="Study")
+    select: str = field(
+        "last", "Checkpoint of each arm that is compared.", choices=("tau_sim", "tau_decoded", "last"), group="Study"
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -69,7 +69,7 @@ def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[B
 def _report(workdir: Path, result: dict) -> None:
     plots = results, curves = workdir / "results.png", workdir / "curves.png"
     report.plot_results(results, result)
-    shown = ("loss", "held_out_tau_sim", "reward", "accepted_length", "kl", "flat_groups")
+    shown = ("loss", "held_out_tau_sim", "held_out_tau_decoded", "reward", "accepted_length", "kl", "flat_groups")
     report.plot_curves(curves, read_metrics(workdir / "metrics.jsonl"), shown)
     report.write_markdown(workdir / "report.md", result, plots)
     print(f"{result['headline']}\n" if result["headline"] else "")

@@ -33,14 +33,21 @@ class TrainSettings:
     seed: int = field(0, "Seed for data order, initialisation and rollouts.", low=0, group="Run")
     checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, group="Run")
     evaluate_every: int = field(
-        50, "Steps between two measurements of the simulated acceptance length.", low=1, group="Run"
+        50, "Steps between two measurements of the acceptance length on held-out answers.", low=1, group="Run"
     )
     select: str = field(
-        "best",
-        "Checkpoint that a stage returns: the best by simulated acceptance length on held-out answers, or the last.",
-        choices=("best", "last"),
+        "tau_sim",
+        "Checkpoint that a stage returns: the best by simulated or by decoded acceptance length, or the last.",
+        choices=("tau_sim", "tau_decoded", "last"),
         group="Run",
     )
+    decoded_mode: str = field(
+        "chain",
+        "Speculation mode in which held-out answers are decoded at every measurement; off: not at all.",
+        choices=("off", "chain", "tree", "adaptive"),
+        group="Run",
+    )
+    decoded_answers: int = field(16, "Held-out answers decoded at every measurement.", low=1, group="Run")
     skip_nonfinite: int = field(
         0, "Maximum number of skipped non-finite updates per stage; after that the run stops.", low=0, group="Run"
     )
@@ -303,11 +310,18 @@ class TrainSettings:
         only_fresh = "supervised" not in self.stages and self.fresh_answers > 0 and kept == self.num_answers
         rule = f"together must be less than --num_answers={self.num_answers}, or nothing is left to train on"
         require(kept < self.num_answers or only_fresh, f"{given}: {rule}")
+        rule = "needs --decoded_mode and answers at --answer_temperature=0"
+        require(self.select != "tau_decoded" or self.decodes, f"--select={self.select}: {rule}")
         order = [STAGES.index(stage) for stage in self.stages]
         require(
             order == sorted(set(order)),
             f"--stages={','.join(self.stages)}: must be some of {','.join(STAGES)}, in order",
         )
+
+    @property
+    def decodes(self) -> bool:
+        """True if held-out answers are decoded while training: they have to be the target's own greedy text."""
+        return self.decoded_mode != "off" and self.answer_temperature == 0
 
     def _check_estimator(self) -> None:
         """Raises UserError for settings that the chosen estimator does not support, or would ignore."""

@@ -18,6 +18,7 @@ from ppow_jax.objectives.expected import ExactSettings
 from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation.settings import chain
+from ppow_jax.training.acceptance import decoded_acceptance
 from ppow_jax.training.context import Context
 from ppow_jax.training.optimizers import make_optimizer
 from ppow_jax.training.results import export_arm
@@ -277,7 +278,7 @@ def _train(
         data=data.at,
         step=step,
         measure=_measure(context, drafter),
-        score="held_out_tau_sim",
+        score="held_out_tau_sim" if s.select == "last" else f"held_out_{s.select}",
         select=s.select,
         checkpoint_every=s.checkpoint_every,
         evaluate_every=s.evaluate_every,
@@ -298,13 +299,14 @@ def _train(
 
 
 def _measure(context: Context, drafter: Drafter):
-    """parameters -> simulated acceptance on held-out answers; the target reads them once if features are stored."""
+    """parameters -> acceptance on held-out answers, simulated (from stored features, if there are any) and decoded."""
     s, held_out = context.settings, context.corpus.held_out
     data = _data(context, drafter, held_out, "features_held_out", 0, s.cache_features)
     batches = [sharding.place(data.at(i)) for i in range(held_out.steps_of_epochs(1))]
+    decoded = decoded_acceptance(context, drafter) if s.decodes else lambda params: {}
 
     def measure(params: dict) -> dict:
-        return supervised.evaluate(
+        return decoded(params) | supervised.evaluate(
             drafter.replace(params=params),
             context.target.params,
             batches,

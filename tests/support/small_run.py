@@ -40,6 +40,7 @@ FLAGS = {  # tiny.flags, made smaller still
     "windows": 2,
     "checkpoint_every": 4,
     "evaluate_every": 6,
+    "decoded_mode": "off",
     "num_prompts": 1,
     "max_new_tokens": 8,
 }

@@ -40,7 +40,7 @@ class Loop:
     score: str
     checkpoint_every: int
     evaluate_every: int
-    select: str = "best"
+    select: str = ""
     skip_nonfinite: int = 0
     position: int = 0
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
