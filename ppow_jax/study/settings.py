@@ -46,6 +46,13 @@ class StudySettings(TrainSettings):
         "last", "Checkpoint of each arm that is compared.", choices=("tau_sim", "tau_decoded", "last"), group="Study"
     )
 
+    decoded_mode: str = field(
+        "off",
+        "Speculation mode in which held-out answers are decoded while an arm is trained; off: not at all.",
+        choices=("off", "chain", "tree", "adaptive"),
+        group="Study",
+    )
+
     def __post_init__(self):
         super().__post_init__()
         for arm in self.arms:
