@@ -29,6 +29,7 @@ from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.files import write_atomic
 from ppow_jax.flags import check_fields, field, require
 from ppow_jax.inference import decoding
+from ppow_jax.inference.batch import bucket
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.speculation.settings import chain
@@ -124,7 +125,7 @@ def our_answers(target: targets.Target, prompts: list[np.ndarray], max_new_token
 def our_logits(params: dict, config: ModelConfig, tokens_BxT: np.ndarray) -> np.ndarray:
     """Float32 logits [B, T, V] of whole sequences, padded to few lengths."""
     B, T = tokens_BxT.shape
-    padded = np.zeros((B, decoding.rung(T)), np.int32)
+    padded = np.zeros((B, bucket(T)), np.int32)
     padded[:, :T] = tokens_BxT
     return np.asarray(_logits(params, config, padded))[:, :T]
 

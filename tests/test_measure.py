@@ -16,6 +16,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.evaluation import measure, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.inference import decoding
+from ppow_jax.inference.batch import bucket
 from ppow_jax.inference.costs import measure_prices
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
@@ -142,7 +143,7 @@ def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
     before = generate.decode._cache_size(), generate.prefill._cache_size()
     rows = measure.evaluate(target, drafter, [SINGLE, TURNS], **settings)
     compiled = generate.decode._cache_size() - before[0], generate.prefill._cache_size() - before[1]
-    lengths = {decoding.rung(len(output.prompt_ids)) for output in outputs}
+    lengths = {bucket(len(output.prompt_ids)) for output in outputs}
     assert compiled == (3, 0) and len(lengths) == 2  # one for each new way, whatever the prompts' lengths
     assert [(row["benchmark"], row["mode"]) for row in rows] == [
         (name, mode) for name in ("sums", "turns") for mode in ("chain", "adaptive", "tree", "tree")
@@ -194,7 +195,7 @@ def test_sampled_trees_give_the_answers_of_plain_decoding(target, drafter):
     assert [(row["identical"], row["total"]) for row in rows] == [(4, 4)] * 2
 
 
-def test_programs_are_compiled_once_per_rung(target, drafter, greedy):
+def test_programs_are_compiled_once_per_length_bucket(target, drafter, greedy):
     before = generate.decode._cache_size(), generate.prefill._cache_size()
     for n in (1, 5, 40, 64):
         for arm in (None, drafter):
@@ -203,11 +204,11 @@ def test_programs_are_compiled_once_per_rung(target, drafter, greedy):
     assert (generate.decode._cache_size(), generate.prefill._cache_size()) == before
 
 
-def test_rungs_hold_their_length_and_are_few():
-    rungs = [decoding.rung(n) for n in range(1, 4097)]
-    assert all(0 <= r - n < max(64, n / 2) for n, r in enumerate(rungs, 1))
-    assert rungs == sorted(rungs) and set(np.array(rungs) % 64) == {0}
-    assert sorted(set(rungs)) == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
+def test_length_buckets_hold_their_length_and_are_few():
+    buckets = [bucket(n) for n in range(1, 4097)]
+    assert all(0 <= r - n < max(64, n / 2) for n, r in enumerate(buckets, 1))
+    assert buckets == sorted(buckets) and set(np.array(buckets) % 64) == {0}
+    assert sorted(set(buckets)) == [64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 
 
 def test_costs(target, drafter, greedy):

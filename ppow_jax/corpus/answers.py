@@ -24,6 +24,8 @@ from ppow_jax.corpus.answer_pack import Answers, prompt_key
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.data.encoding import Example, encode_prompt
 from ppow_jax.errors import UserError
+from ppow_jax.inference import batch
+from ppow_jax.inference.batch import Generation
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
@@ -32,7 +34,6 @@ from ppow_jax.speculation.state import map_leaves
 
 log = logging.getLogger(__name__)
 
-PROMPT_STEP = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 SORT_CHUNKS = 4  # jobs are sorted by length within this many chunks: shorter prompts get a shorter cache
 
 
@@ -64,9 +65,7 @@ class Job:
     source: str
 
 
-def collect_jobs(
-    tokenizer, conversations: Sequence[Conversation], settings: AnswerSettings, number: int
-) -> list[Job]:
+def collect_jobs(tokenizer, conversations: Sequence[Conversation], settings: AnswerSettings, number: int) -> list[Job]:
     """The first `number` prompts, in the order of settings.seed, that fit max_prompt_tokens.
 
     Conversations that the chat template refuses are left out and counted in the log; raises UserError if none remains.
@@ -166,9 +165,7 @@ def _check_settings(directory: Path, settings: AnswerSettings) -> None:
         raise UserError(f"{path}: cannot be read ({error}); name another directory") from None
     different = [f"{k}={theirs.get(k)!r} (now {v!r})" for k, v in mine.items() if theirs.get(k) != v]
     if different:
-        raise UserError(
-            f"{directory}: holds answers made with {', '.join(different)}; name another directory"
-        )
+        raise UserError(f"{directory}: holds answers made with {', '.join(different)}; name another directory")
 
 
 def _check_prompts(directory: Path, chunks: list[list[Job]]) -> None:
@@ -225,27 +222,25 @@ def _generate_chunk(
     None if stopped before all were finished: a partial chunk is discarded.
     """
     slots = min(settings.slots, len(jobs))
-    longest = _padded(max(len(job.prompt) for job in jobs))
-    L = generate.cache_length(longest, settings.max_new_tokens, 0)
-    sampling = Sampling.of(settings.temperature)
+    L = generate.cache_length(batch.padded(max(len(job.prompt) for job in jobs)), settings.max_new_tokens, 0)
     waiting = sorted(range(len(jobs)), key=lambda j: len(jobs[j].prompt))
     row_job = np.full(slots, -1)
     answers: list[np.ndarray | None] = [None] * len(jobs)
-    state = None
+    generation: Generation | None = None
     refill = max(1, slots // 8)
     while waiting or (row_job >= 0).any():
         if stop():
             return None
         free = np.flatnonzero(row_job < 0)
-        while waiting and (len(free) >= refill or state is None):
+        while waiting and (len(free) >= refill or generation is None):
             taken, waiting = waiting[:refill], waiting[refill:]
             rows, free = free[: len(taken)], free[len(taken) :]
             fresh = _prefill(params, config, [jobs[j] for j in taken], taken, refill, settings, L, key)
-            state = _insert(
-                state if state is not None else _blank(fresh, slots), fresh, _rows(rows, refill, slots)
-            )
+            state = generation.state if generation else _blank(fresh.state, slots)
+            generation = dataclasses.replace(fresh, state=_insert(state, fresh.state, _rows(rows, refill, slots)))
             row_job[rows] = taken
-        state = generate.decode(params, config, None, state, settings.segment, speculation=off(), sampling=sampling)
+        generation.decode(settings.segment)
+        state = generation.state
         done_B, prompt_B, length_B = sharding.fetch((state.done_B, state.prompt_B, state.length_B))
         finished = np.flatnonzero(done_B & (row_job >= 0))
         if len(finished):
@@ -256,33 +251,19 @@ def _generate_chunk(
     return answers  # type: ignore[return-value]
 
 
-def _padded(length: int) -> int:
-    return -(-length // PROMPT_STEP) * PROMPT_STEP
-
-
-def _prefill(params, config, jobs, ids, R, settings: AnswerSettings, L: int, key) -> generate.State:
-    """Prefills R rows: the jobs' prompts, and one-token dummies that are done from the start."""
-    prompt_RxP = np.zeros((R, _padded(max(len(job.prompt) for job in jobs))), np.int32)
-    prompt_R, limit_R = np.ones(R, np.int32), np.ones(R, np.int32)
-    for r, job in enumerate(jobs):
-        prompt_RxP[r, : len(job.prompt)] = job.prompt
-        prompt_R[r], limit_R[r] = len(job.prompt), len(job.prompt) + settings.max_new_tokens
-    id_R = jnp.asarray([*ids, *[0] * (R - len(ids))])
-    key_R = jax.vmap(lambda i: jax.random.fold_in(key, i))(id_R)
-    rows = generate.Prompts(jnp.asarray(prompt_RxP), jnp.asarray(prompt_R), jnp.asarray(limit_R), key_R)
-    return generate.prefill(
-        params,
-        config,
-        None,
-        *sharding.place(rows),
-        K=0,
-        sampling=Sampling.of(settings.temperature),
-        L=L,
-    )
+def _prefill(
+    params, config, jobs: list[Job], ids: list[int], R: int, settings: AnswerSettings, L: int, key
+) -> Generation:
+    """Prefills R rows: the jobs' prompts, each with the random key of its id."""
+    prompts = [job.prompt for job in jobs]
+    limits = [len(prompt) + settings.max_new_tokens for prompt in prompts]
+    rows = batch.pack(prompts, limits, batch.keys_of(key, ids, R), batch.padded(max(map(len, prompts))))
+    return Generation.begin(params, config, None, rows, off(), Sampling.of(settings.temperature), L)
 
 
 def _blank(fresh: generate.State, slots: int) -> generate.State:
     """A state of `slots` rows that are all done."""
+
     def rows(x):
         return jnp.zeros((slots, *x.shape[1:]), x.dtype)
 

@@ -22,8 +22,9 @@ from ppow_jax.evaluation import dialogues, intervals, report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.dialogues import Request
 from ppow_jax.flags import require
+from ppow_jax.inference.batch import TO_THE_END, bucket
 from ppow_jax.inference.costs import Costs, measure_costs, measure_prices
-from ppow_jax.inference.decoding import TO_THE_END, Decoded, Decoding, decode, rung, top2_margin
+from ppow_jax.inference.decoding import Decoded, Decoding, decode, top2_margin
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
 from ppow_jax.speculation.adaptive import Prices
@@ -256,7 +257,7 @@ def _warm_up(
     """Runs every program that the batch needs once, unless it is in `warm`, which holds those that ran before."""
     longest = max(len(request.tokens) for request in batch)
     arms = [(speaker, how, how.speculation if speaker else off()) for speaker, how in _arms(drafter, ways)]
-    programs = [(speculation, how.cache_length(longest), rung(longest)) for _, how, speculation in arms]
+    programs = [(speculation, how.cache_length(longest), bucket(longest)) for _, how, speculation in arms]
     if not warm.issuperset(programs) and make_room():
         warm.clear()
     for (speaker, how, _), program in zip(arms, programs, strict=True):
@@ -296,7 +297,7 @@ def _run(
 ) -> Decoded:
     prompts, ids = [request.tokens for request in batch], [request.id for request in batch]
     adapts = speaker is not None and how.speculation.adaptive
-    prices = prices_of(how.speculation, how.cache_length(rung(TYPICAL_PROMPT))) if adapts else None
+    prices = prices_of(how.speculation, how.cache_length(bucket(TYPICAL_PROMPT))) if adapts else None
     return decode(target, speaker, prompts, how, ids, rounds, prices)
 
 

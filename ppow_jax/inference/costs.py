@@ -1,7 +1,6 @@
 """Costs of the parts of a round of speculative decoding on this device."""
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -12,18 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
+from ppow_jax.inference.batch import draft_round, verify_round
 from ppow_jax.models import cache, stack
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
-from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import Pace, Prices
-from ppow_jax.speculation.propose import Draft
+from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, chain, off
-from ppow_jax.speculation.tree import Tree
+from ppow_jax.speculation.state import State
 from ppow_jax.weights.targets import Target
 
 GREEDY = Sampling()
@@ -74,17 +71,17 @@ def measure_costs(
     speculation = dataclasses.replace(speculation, adaptive=None)
     params, config = target.params, target.config
     state, drafter_kv, target_kv = _state(target, drafter, K, L, batch)
-    draft_how = {"speculation": speculation, "sampling": sampling}
-    drafter_kv, draft = _draft(params, drafter, drafter_kv, state, **draft_how)
+    settings = {"speculation": speculation, "sampling": sampling}
+    drafter_kv, _, draft = draft_round(params, drafter, drafter_kv, state, **settings)
 
     def draft_once(kv):
-        return _draft(params, drafter, kv, state, **draft_how)[0]
+        return draft_round(params, drafter, kv, state, **settings)[0]
 
     def verify_once(kv):
-        return _verify(params, config, drafter, kv, state, draft, speculation=speculation, sampling=sampling)[0]
+        return verify_round(params, config, drafter, kv, state, draft, **settings)[0]
 
     def plain_once(kv):
-        return _verify(params, config, None, kv, state, None, speculation=off(), sampling=sampling)[0]
+        return verify_round(params, config, None, kv, state, None, speculation=off(), sampling=sampling)[0]
 
     seconds: dict[str, list[float]] = {"draft": [], "verify": [], "plain": []}
     for _ in range(repetitions + 1):  # the first run compiles
@@ -135,59 +132,25 @@ def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:
     return kv
 
 
-@functools.partial(jax.jit, static_argnames=("speculation",), donate_argnames=("kv",))
-def _draft(
-    params: dict,
-    drafter: Drafter,
-    kv: tuple[KV, ...],
-    state: generate.State,
-    *,
-    speculation: Speculation,
-    sampling: Sampling,
-):
-    out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), speculation, sampling)
-    return sharding.constrain(out.drafter_kv), draft
-
-
-@functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("kv",))
-def _verify(
-    params: dict,
-    config: ModelConfig,
-    drafter: Drafter | None,
-    kv: tuple[KV | StackedKV, ...],
-    state: generate.State,
-    draft: Draft | Tree | None,
-    *,
-    speculation: Speculation,
-    sampling: Sampling,
-):
-    out, _ = generate.verify_window(params, config, drafter, state.replace(target_kv=kv), draft, speculation, sampling)
-    used = out.tokens_BxL, out.length_B, out.done_B, out.features_BxK1xF  # XLA drops the computation of unused outputs
-    return sharding.constrain(out.target_kv), used
-
-
 def _state(
     target: Target, drafter: Drafter, K: int, L: int, B: int
-) -> tuple[generate.State, tuple[KV, ...], tuple[KV | StackedKV, ...]]:
+) -> tuple[State, tuple[KV, ...], tuple[KV | StackedKV, ...]]:
     """A synthetic mid-generation state, and its drafter's and target's caches, kept apart."""
     config = target.config
     tokens_key, features_key, key = jax.random.split(jax.random.key(0), 3)
     row_B = jnp.ones(B, jnp.int32)
-    state = generate.State(
-        tokens_BxL=jax.random.randint(tokens_key, (B, L), 0, config.vocab_size),
+    state = State.begin(
+        jax.random.randint(tokens_key, (B, L), 0, config.vocab_size),
         prompt_B=row_B,
-        length_B=row_B * min(L // 2, L - K - 1),
         limit_B=row_B * (L - K - 1),
-        done_B=jnp.zeros(B, bool),
         key_B=jax.random.split(key, B),
         healthy_B=jnp.ones(B, bool),
         target_kv=(),
-        drafter_kv=None,
+        K=K,
+        experts=config.experts is not None,
+    ).replace(
+        length_B=row_B * min(L // 2, L - K - 1),
         features_BxK1xF=jax.random.normal(features_key, (B, K + 1, 3 * config.hidden_size)),
-        pending_B=row_B,
-        histogram_BxK1=jnp.zeros((B, K + 1), jnp.int32),
-        drafted_B=0 * row_B,
-        pace=Pace.start(B),
     )
     target_kv = stack.like(target.params["layers"], cache.empty(B, config.num_kv_heads, L, config.head_dim))
     return sharding.place((state, drafting.empty_cache(drafter.config, B, L), target_kv))

@@ -1,4 +1,4 @@
-"""Timed decoding of batches of prompts: the single place where outputs are produced and timed."""
+"""Timed decoding of a batch of prompts, all with the same settings."""
 
 import dataclasses
 import functools
@@ -12,16 +12,14 @@ import numpy as np
 from ppow_jax import sharding
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.flags import require
+from ppow_jax.inference import batch
+from ppow_jax.inference.batch import TO_THE_END
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, off
+from ppow_jax.speculation.settings import Speculation
 from ppow_jax.weights.targets import Target
-
-TO_THE_END = 1 << 30  # rounds: no limit
-SHORTEST = 256  # minimum prompt length, in slots, that caches are sized for: each length compiles a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Decoding:
 
     def cache_length(self, prompt_length: int) -> int:
         """L, the slots of both caches for prompts of this length. One per length bucket: each is compiled once."""
-        return generate.cache_length(max(rung(prompt_length), SHORTEST), self.max_new_tokens, self.window)
+        return batch.cache_length(prompt_length, self.max_new_tokens, self.window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +87,6 @@ class Decoded:
         return int(self.accepted_BxK1.sum())
 
 
-def rung(length: int) -> int:
-    """Length bucket: the least of 64, 128, 192, 256, 384, 512, 768, ... that holds `length`, to compile few shapes."""
-    step = max(64, 1 << max(0, (length - 1).bit_length() - 2))
-    return -(-length // step) * step
-
-
 def require_room(target: Target, length: int, how: Decoding, source: str) -> None:
     """Raises UserError unless a prompt of `length` tokens, its answer and a last window fit the positions."""
     limit, needed = target.config.max_position_embeddings, length + how.max_new_tokens + how.window
@@ -122,17 +114,24 @@ def decode(
     """
     for number, prompt in enumerate(prompts):
         require_known(prompt, target.config.vocab_size, f"prompt {number}", target.tokenizer)
-    batch = _batch(prompts, ids, how)
-    speculation, config = how.speculation if drafter else off(), target.config
-    L = how.cache_length(max(map(len, prompts)))
+    if not 0 < len(prompts) == len(ids) <= how.batch_size or not all(map(len, prompts)):
+        raise ValueError(f"needed: 1..{how.batch_size} prompts of one token or more, and as many ids")
+    longest = max(map(len, prompts))
+    rows = batch.pack(
+        prompts,
+        [len(prompt) + how.max_new_tokens for prompt in prompts],
+        batch.keys_of(jax.random.key(how.seed), ids, how.batch_size),
+        batch.bucket(longest),
+    )
+    L = how.cache_length(longest)
     begin = time.perf_counter()
-    K, sampling = speculation.window, how.sampling
-    state = generate.prefill(target.params, config, drafter, *batch, K=K, sampling=sampling, L=L)
-    jax.block_until_ready(state)
+    generation = batch.Generation.begin(
+        target.params, target.config, drafter, rows, how.speculation, how.sampling, L, prices
+    )
+    jax.block_until_ready(generation.state)
     middle = time.perf_counter()
-    how_to = {"speculation": speculation, "sampling": sampling, "prices": prices if speculation.adaptive else None}
-    state = generate.decode(target.params, config, drafter, state, rounds, **how_to)
-    jax.block_until_ready(state)
+    generation.decode(rounds)
+    state = jax.block_until_ready(generation.state)
     end = time.perf_counter()
     read = state.tokens_BxL, state.prompt_B, state.length_B, state.histogram_BxK1, state.drafted_B, state.experts_B
     tokens_BxL, prompt_B, length_B, histogram_BxK1, drafted_B, experts_B = sharding.fetch(read)
@@ -142,23 +141,9 @@ def decode(
     return Decoded(answers, histogram_BxK1[: len(prompts)], drafted, middle - begin, end - middle, experts)
 
 
-def _batch(prompts: Sequence[np.ndarray], ids: Sequence[int], how: Decoding) -> generate.Prompts:
-    B = how.batch_size
-    if not 0 < len(prompts) == len(ids) <= B or not all(map(len, prompts)):
-        raise ValueError(f"needed: 1..{B} prompts of one token or more, and as many ids")
-    prompt_BxP = np.zeros((B, rung(max(map(len, prompts)))), np.int32)
-    prompt_B, limit_B, id_B = np.ones(B, np.int32), np.ones(B, np.int32), np.zeros(B, np.int32)
-    for b, prompt in enumerate(prompts):
-        prompt_BxP[b, : len(prompt)] = prompt
-        prompt_B[b], limit_B[b], id_B[b] = len(prompt), len(prompt) + how.max_new_tokens, ids[b]
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(how.seed), id_B)
-    rows = jnp.asarray(prompt_BxP), jnp.asarray(prompt_B), jnp.asarray(limit_B), key_B
-    return sharding.place(generate.Prompts(*rows))
-
-
 def top2_margin(target: Target, tokens: np.ndarray) -> float:
     """Difference of the target's two largest logits after tokens [T]."""
-    padded_T = np.zeros(rung(len(tokens)), np.int32)
+    padded_T = np.zeros(batch.bucket(len(tokens)), np.int32)
     padded_T[: len(tokens)] = tokens
     return float(_top2_margin(target.params, padded_T, len(tokens), config=target.config))
 

@@ -19,16 +19,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax import sharding
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.flags import require
+from ppow_jax.inference import batch
+from ppow_jax.inference.batch import TO_THE_END
 from ppow_jax.inference.costs import measure_prices
-from ppow_jax.inference.decoding import TO_THE_END, rung
-from ppow_jax.inference.requests import Answer, Batch, Job, Result, Stats, Stop, Text, arrays
+from ppow_jax.inference.requests import Answer, Batch, Job, Result, Stats, Stop, Text, pack
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
 from ppow_jax.speculation import generate
@@ -196,48 +195,30 @@ class Model:
     def begin(self, job: Job, members: Sequence[int]) -> Batch:
         """Prefills some requests of a job, at most `job.rows`: a batch that is ready to be decoded."""
         make_room()
-        speculation, positions = job.speculation, self.target.config.max_position_embeddings
-        requests = [job.requests[i] for i in members]
-        sampling = job.sampling_of(members)
+        requests, sampling = [job.requests[i] for i in members], job.sampling_of(members)
+        config, speculation = self.target.config, job.speculation
+        positions = config.max_position_embeddings
         prices = self.prices_of(speculation, job.rows, sampling.greedy)
-        drafter = self.drafter if speculation.window else None
-        prompt_BxP, prompt_B, limit_B, seed_B = arrays(requests, job.rows, positions)
-        longest = max(prompt_BxP.shape[1], min(rung(int(limit_B.max())), positions + 1))
-        L = generate.cache_length(longest, 0, speculation.window)
+        rows = pack(requests, job.rows, positions)
+        limit, P = max(request.limit(positions) for request in requests), rows.prompt_BxP.shape[1]
+        L = batch.cache_length_within(limit, P, positions, speculation.window)
         begin = time.perf_counter()
-        keys = jax.vmap(jax.random.key)(seed_B)
-        rows = generate.Prompts(jnp.asarray(prompt_BxP), jnp.asarray(prompt_B), jnp.asarray(limit_B), keys)
-        state = generate.prefill(
-            self.target.params,
-            self.target.config,
-            drafter,
-            *sharding.place(rows),
-            K=speculation.window,
-            sampling=sampling,
-            L=L,
+        generation = batch.Generation.begin(
+            self.target.params, config, self.drafter, rows, speculation, sampling, L, prices
         )
-        jax.block_until_ready(state.length_B)  # for the clock: nothing is transferred to the host
+        jax.block_until_ready(generation.state.length_B)  # for the clock: nothing is transferred to the host
         seconds = time.perf_counter() - begin
         answers = [Answer(self.target, request, seconds) for request in requests]
-        return Batch(drafter, state, speculation, sampling, prices, answers)
+        return Batch(generation, answers)
 
     def run(self, job: Job, members: Sequence[int], rounds: int) -> Iterator[list[Answer]]:
         """Answers requests as one batch; yields the answers so far, every `rounds` rounds and at the end."""
-        batch = self.begin(job, members)
+        rows = self.begin(job, members)
         begin = time.perf_counter()
-        while not batch.finished:
-            batch.state = generate.decode(
-                self.target.params,
-                self.target.config,
-                batch.drafter,
-                batch.state,
-                rounds,
-                speculation=batch.speculation,
-                sampling=batch.sampling,
-                prices=batch.prices,
-            )
-            batch.look(begin)
-            yield batch.answers
+        while not rows.finished:
+            rows.generation.decode(rounds)
+            rows.look(begin)
+            yield rows.answers
 
 
 class Stream:

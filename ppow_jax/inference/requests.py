@@ -14,11 +14,9 @@ from ppow_jax import sharding
 from ppow_jax.data.encoding import encode_text
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.flags import require
+from ppow_jax.inference import batch
 from ppow_jax.inference.answer_text import AnswerText, split_stops
-from ppow_jax.inference.decoding import rung
-from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.weights.targets import Target
@@ -85,6 +83,10 @@ class Request:
     stop: tuple[str, ...]
     seed: int
     stop_ids: tuple[int, ...] = ()
+
+    def limit(self, positions: int) -> int:
+        """Total length at which the answer stops; its last token needs no position."""
+        return min(len(self.prompt_ids) + self.max_new_tokens, positions + 1)
 
     @property
     def stops(self) -> bool:
@@ -223,13 +225,9 @@ class Answer:
 
 @dataclasses.dataclass
 class Batch:
-    """Answers that are decoded together, with their state and settings; see `generate.decode`."""
+    """Requests that are decoded together, and their answers so far."""
 
-    drafter: Drafter | None
-    state: generate.State
-    speculation: Speculation
-    sampling: Sampling
-    prices: Prices | None
+    generation: batch.Generation
     answers: list[Answer]
 
     @property
@@ -239,27 +237,23 @@ class Batch:
 
     def look(self, begin: float) -> None:
         """Reads the answers from the state, decoded since the time `begin`, and ends those with a stop text."""
-        s = self.state
+        s = self.generation.state
         rows = sharding.fetch((s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B))
         seconds = time.perf_counter() - begin
         finished_B = np.array(rows[2])
         for b, answer in enumerate(self.answers):
             answer.read(*(row[b] for row in rows), seconds=seconds)
             finished_B[b] = answer.result is not None
-        self.state = s.replace(**sharding.place({"done_B": jnp.asarray(finished_B)}))
+        self.generation.state = s.replace(**sharding.place({"done_B": jnp.asarray(finished_B)}))
 
 
-def arrays(requests: Sequence[Request], B: int, positions: int) -> tuple[np.ndarray, ...]:
-    """(prompt_BxP, prompt_B, limit_B, seed_B); rows without a request are done from the start."""
-    P = rung(max(len(request.prompt_ids) for request in requests))
-    prompt_BxP = np.zeros((B, P), np.int32)
-    prompt_B, limit_B, seed_B = np.ones(B, np.int32), np.ones(B, np.int32), np.zeros(B, np.int32)
-    for b, request in enumerate(requests):
-        length = len(request.prompt_ids)
-        prompt_BxP[b, :length] = request.prompt_ids
-        prompt_B[b], seed_B[b] = length, request.seed
-        limit_B[b] = min(length + request.max_new_tokens, positions + 1)
-    return prompt_BxP, prompt_B, limit_B, seed_B
+def pack(requests: Sequence[Request], B: int, positions: int) -> generate.Prompts:
+    """The requests as B rows, for a target with that many positions."""
+    ids = [request.prompt_ids for request in requests]
+    limits = [request.limit(positions) for request in requests]
+    seed_B = np.zeros(B, np.int32)
+    seed_B[: len(requests)] = [request.seed for request in requests]
+    return batch.pack(ids, limits, jax.vmap(jax.random.key)(seed_B), batch.bucket(max(map(len, ids))))
 
 
 def _are_several(prompts: Text | Sequence[Text]) -> bool:

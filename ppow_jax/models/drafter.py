@@ -7,7 +7,7 @@ per earlier step, at the same index, in one joint softmax. Training-time test, r
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -198,6 +198,28 @@ def _finish(drafter: Drafter, layer: int, residual_BxMxE: Array, attended_BxMxF:
 def feed(drafter: Drafter, out_BxMxE: Array) -> Array:
     """The next step's feature: the raw output, or the normed one in EAGLE-3.1."""
     return drafter.norm(out_BxMxE, "norm") if drafter.config.norm_output else out_BxMxE
+
+
+class Anchors(NamedTuple):
+    """Starting points of M windows per row: fused target features and index of each, and the keys up to it."""
+
+    g_BxMxE: Array
+    position_BxM: Array
+    keys: list[Prefix]
+
+
+def unroll(drafter: Drafter, embed_VxD: Array, anchors: Anchors, token_BxM: Iterable[Array]) -> Iterator[Array]:
+    """Drafts along given tokens, one draft step for each of token_BxM -> the steps' outputs out_BxMxE.
+
+    The first token is the one after the anchor. From the second step on, features are the drafter's own outputs.
+    """
+    g_BxMxE, chain = anchors.g_BxMxE, ()
+    for s, token in enumerate(token_BxM):
+        embed_BxMxE = drafter.embed(embed_VxD, token)
+        position_BxM = anchors.position_BxM + s
+        out, chain = step(drafter, g_BxMxE, embed_BxMxE, position_BxM, anchors.keys, chain, first=s == 0)
+        g_BxMxE = feed(drafter, out)
+        yield out
 
 
 def logits(drafter: Drafter, out: Array) -> Array:

@@ -5,13 +5,14 @@ own output. Gradients flow through all steps. The loss of a step is the cross-en
 distribution restricted to the draft vocabulary; positions whose target argmax is outside it carry no loss.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.drafter import Anchors, Drafter, Prefix
 from ppow_jax.models.layers import KV
 from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, HeadLoss, Wanted, head_loss
 
@@ -116,21 +117,25 @@ def counts(windows: Windows, steps: int) -> Array:
     return jnp.stack([jnp.sum(valid & (label >= 0), dtype=jnp.float32) for label, valid in at_steps])
 
 
-def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> list[DraftStep]:
-    """Unrolls `steps` draft steps from every anchor: tokens from the text, own features from step 1 on."""
-    T = windows.tokens_BxT.shape[1]
-    g_BxTxE, kv = prefix(drafter, embed_VxD, windows)
-    keys = [Prefix(kv, anchor_mask(windows, windows.anchor_BxM))]
-    g_BxMxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxM[..., None], 1)
-    position_BxM = jnp.take_along_axis(windows.position_BxT, windows.anchor_BxM, 1)
+def anchors_at(windows: Windows, g_BxTxE: Array, kv: tuple[KV, ...], anchor_BxM: Array) -> Anchors:
+    """The starting points of windows at these indices of the rows; g_BxTxE, kv: see `prefix`."""
+    keys = [Prefix(kv, anchor_mask(windows, anchor_BxM))]
+    g_BxMxE = jnp.take_along_axis(g_BxTxE, anchor_BxM[..., None], 1)
+    return Anchors(g_BxMxE, jnp.take_along_axis(windows.position_BxT, anchor_BxM, 1), keys)
 
-    chain: tuple = ()
-    unrolled = []
+
+def text_tokens(windows: Windows, steps: int) -> Iterator[Array]:
+    """The text's own tokens after every anchor, token_BxM of one step after the other."""
+    last = windows.tokens_BxT.shape[1] - 1
     for s in range(steps):
-        token_BxM = jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 1 + s, T - 1), 1)
-        embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
-        out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, keys, chain, first=s == 0)
-        g_BxMxE = drafting.feed(drafter, out)
+        yield jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 1 + s, last), 1)
+
+
+def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> list[DraftStep]:
+    """Unrolls `steps` draft steps from every anchor along the text, each with the target's values for its loss."""
+    anchors = anchors_at(windows, *prefix(drafter, embed_VxD, windows), windows.anchor_BxM)
+    unrolled = []
+    for s, out in enumerate(drafting.unroll(drafter, embed_VxD, anchors, text_tokens(windows, steps))):
         label_BxM, valid_BxM = _at_step(windows, s)
         p_BxMxW, mass_BxM = ahead(windows.probability_BxMxW, s), ahead(windows.mass_BxM, s)
         entropy_BxM, hidden_BxMxE = ahead(windows.entropy_BxM, s), drafter.norm(out, "norm")

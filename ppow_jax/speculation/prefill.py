@@ -14,7 +14,6 @@ from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
-from ppow_jax.speculation.adaptive import Pace
 from ppow_jax.speculation.sampling import Sampling, draw
 from ppow_jax.speculation.state import State, commit_tokens, usable
 
@@ -56,22 +55,15 @@ def prefill(
     first_B = _draw_rows(key_B, prompt_B, logits_BxV, sampling)
     healthy_B = usable(logits_BxV)
 
-    state = State(
-        tokens_BxL=jnp.pad(prompt_BxP, ((0, 0), (0, L - P))),
+    state = State.begin(
+        jnp.pad(prompt_BxP, ((0, 0), (0, L - P))),
         prompt_B=prompt_B,
-        length_B=prompt_B,
         limit_B=limit_B,
-        done_B=(prompt_B >= limit_B) | ~healthy_B,
         key_B=key_B,
         healthy_B=healthy_B,
         target_kv=stack.each_layer(functools.partial(_fit, L=L), prompt.target_kv),
-        drafter_kv=None,
-        features_BxK1xF=None,
-        pending_B=jnp.ones(B, jnp.int32),
-        histogram_BxK1=jnp.zeros((B, K + 1), jnp.int32),
-        drafted_B=jnp.zeros(B, jnp.int32),
-        pace=Pace.start(B),
-        experts_B=jnp.zeros(B) if config.experts else None,
+        K=K,
+        experts=config.experts is not None,
     )
     state = commit_tokens(state, first_B[:, None], jnp.ones(B, jnp.int32), config)
     if drafter is not None:

@@ -59,6 +59,42 @@ class State(flax.struct.PyTreeNode):
     pace: Pace
     experts_B: Array | None = None
 
+    @classmethod
+    def begin(
+        cls,
+        tokens_BxL: Array,
+        *,
+        prompt_B: Array,
+        limit_B: Array,
+        key_B: Array,
+        healthy_B: Array,
+        target_kv: tuple[KV | StackedKV, ...],
+        K: int,
+        experts: bool,
+    ) -> "State":
+        """The state after prompts were read, before any new token: no drafter's cache, no features, zero counts.
+
+        K: the most drafted tokens that a round can accept. experts: count the experts that are touched.
+        """
+        B = len(prompt_B)
+        return cls(
+            tokens_BxL=tokens_BxL,
+            prompt_B=prompt_B,
+            length_B=prompt_B,
+            limit_B=limit_B,
+            done_B=(prompt_B >= limit_B) | ~healthy_B,
+            key_B=key_B,
+            healthy_B=healthy_B,
+            target_kv=target_kv,
+            drafter_kv=None,
+            features_BxK1xF=None,
+            pending_B=jnp.ones(B, jnp.int32),
+            histogram_BxK1=jnp.zeros((B, K + 1), jnp.int32),
+            drafted_B=jnp.zeros(B, jnp.int32),
+            pace=Pace.start(B),
+            experts_B=jnp.zeros(B) if experts else None,
+        )
+
 
 def map_leaves(function: Callable[..., Array], *states: State) -> State:
     """Maps function(leaf, ...) over leaves of states of equal structure, batch axis first, stacked caches by layer."""

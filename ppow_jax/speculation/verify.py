@@ -31,9 +31,23 @@ def leading(match_xK: Array) -> Array:
     return jnp.cumprod(match_xK.astype(jnp.int32), axis=-1).sum(-1)
 
 
+def accepted_greedy(draft_xK: Array, argmax_xK: Array) -> Array:
+    """Number of drafted tokens that greedy acceptance keeps: those until the first that is not the target's argmax."""
+    return leading(draft_xK == argmax_xK)
+
+
+def accepted_sampled(u_xK: Array, log_q_xK: Array, log_p_xK: Array) -> Array:
+    """Number of drafted tokens that token-wise rejection keeps: those until the first with u q >= p.
+
+    u_xK: uniform over [0, 1). log_q_xK, log_p_xK: log-probabilities that drafter and target give to the drafted tokens.
+    Counts follow the same distribution as those of `accept_sampled` with `token_wise`, which uses one number for all.
+    """
+    return leading(u_xK * jnp.exp(log_q_xK) < jnp.exp(log_p_xK))
+
+
 def accept_greedy(draft_xK: Array, argmax_xK1: Array) -> Verdict:
     """Keeps drafted tokens while each is the target's argmax; adds the argmax after them (temperature 0)."""
-    accepted = leading(draft_xK == argmax_xK1[..., :-1])
+    accepted = accepted_greedy(draft_xK, argmax_xK1[..., :-1])
     bonus = jnp.take_along_axis(argmax_xK1, accepted[..., None], -1)[..., 0]
     return Verdict(accepted, emitted(draft_xK, accepted, bonus))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import divergence
 from ppow_jax.objectives.policy import clipped_surrogate, decision_logp
@@ -150,15 +151,7 @@ def _loss(
 
 def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout) -> Array:
     """logits_BxXxKxW of the current drafter along previously drafted windows."""
-    g_BxTxE, kv = supervised.prefix(drafter, embed_VxD, text)
-    keys = [Prefix(kv, supervised.anchor_mask(text, windows.anchor_BxX))]
-    g_BxXxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxX[..., None], 1)
-    position_BxX = jnp.take_along_axis(text.position_BxT, windows.anchor_BxX, 1)
-    chain: tuple = ()
-    token_BxX, outs = windows.root_BxX, []
-    for s in range(windows.token_BxXxK.shape[-1]):
-        embed_BxXxE = drafter.embed(embed_VxD, token_BxX)
-        out, chain = drafting.step(drafter, g_BxXxE, embed_BxXxE, position_BxX + s, keys, chain, first=s == 0)
-        outs.append(out)
-        g_BxXxE, token_BxX = drafting.feed(drafter, out), windows.token_BxXxK[..., s]
+    anchors = supervised.anchors_at(text, *supervised.prefix(drafter, embed_VxD, text), windows.anchor_BxX)
+    drafted = (windows.token_BxXxK[..., s] for s in range(windows.token_BxXxK.shape[-1] - 1))
+    outs = list(drafting.unroll(drafter, embed_VxD, anchors, itertools.chain([windows.root_BxX], drafted)))
     return drafting.logits(drafter, jnp.stack(outs, 2))

@@ -10,8 +10,8 @@ from ppow_jax.corpus.target_pass import Scored
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter, Prefix
-from ppow_jax.models.layers import KV, rows_of
+from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
 from ppow_jax.models.vocabulary import survey
@@ -21,7 +21,8 @@ from ppow_jax.objectives.policy import centred, decisive_tokens, flat_groups, gr
 from ppow_jax.objectives.rewards import CostModel, proximity_reward, speedup_reward
 from ppow_jax.speculation.propose import propose
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.verify import leading
+from ppow_jax.speculation.token_scores import score_tokens, token_logits
+from ppow_jax.speculation.verify import accepted_greedy, accepted_sampled
 
 Array = jax.Array
 
@@ -108,32 +109,36 @@ def rollout(
 
     anchor_BxX, valid_BxX = beams(windows.anchor_BxM), jnp.repeat(valid_BxA, G, axis=1)
     root_BxX = jnp.take_along_axis(windows.tokens_BxT, anchor_BxX + 1, 1)
+    anchors = supervised.anchors_at(windows, g_BxTxE, kv, anchor_BxX)
+    sampling = Sampling(settings.rollout_temperature)
     draft = propose(
         drafter,
         target_params["embed"],
-        jnp.take_along_axis(g_BxTxE, anchor_BxX[..., None], 1),
+        anchors.g_BxMxE,
         root_BxX,
-        jnp.take_along_axis(windows.position_BxT, anchor_BxX, 1),
-        [Prefix(kv, supervised.anchor_mask(windows, anchor_BxX))],
+        anchors.position_BxM,
+        anchors.keys,
         K,
-        Sampling(settings.rollout_temperature),
+        sampling,
         draft_B,
     )
     logp_BxXxK = jnp.take_along_axis(draft.log_q_BxMxKxW, draft.id_BxMxK[..., None], -1)[..., 0]
 
     hidden_BxAxD = jnp.take_along_axis(scored.hidden_BxMxD, chosen_BxA[..., None], 1)
     hidden_BxXxKxD = _verify(target_params, config, scored, anchor_BxX, draft.token_BxMxK, hidden_BxAxD, G)
-    judged = _judge(target_params, hidden_BxXxKxD, draft.token_BxMxK, settings.verify_temperature)
+    scored_drafts = score_tokens(
+        hidden_BxXxKxD, transformer.head(target_params), draft.token_BxMxK, settings.verify_temperature
+    )
     if settings.verify_temperature == 0:
-        accepted_BxX = leading(judged.argmax == draft.token_BxMxK)
+        accepted_BxX = accepted_greedy(draft.token_BxMxK, scored_drafts.argmax)
     else:
         u_BxXxK = jax.vmap(lambda key: jax.random.uniform(key, logp_BxXxK.shape[1:]))(accept_B)
-        accepted_BxX = leading(u_BxXxK * jnp.exp(logp_BxXxK) < jnp.exp(judged.logp_at_temperature))
+        accepted_BxX = accepted_sampled(u_BxXxK, logp_BxXxK, scored_drafts.logp_at_temperature)
 
     r_speedup = speedup_reward(accepted_BxX, K, settings.costs)
     reference_BxA = _reference_logp(target_params, config, scored, chosen_BxA, hidden_BxAxD, settings)
     reference_BxX = jnp.repeat(reference_BxA, G, axis=1)
-    r_dist = proximity_reward(accepted_BxX, reference_BxX, judged.logp.sum(-1), settings.eta, settings.eps)
+    r_dist = proximity_reward(accepted_BxX, reference_BxX, scored_drafts.logp.sum(-1), settings.eta, settings.eps)
     reward_BxX = r_speedup + r_dist
     B, A = chosen_BxA.shape
     reward_BxAxG, grouped = reward_BxX.reshape(B, A, G), (B, A, G)
@@ -146,7 +151,7 @@ def rollout(
         draft.token_BxMxK,
         draft.id_BxMxK,
         logp_BxXxK,
-        judged.logp_at_temperature,
+        scored_drafts.logp_at_temperature,
         decisive.reshape(B, A * G, K),
         accepted_BxX,
         reward_BxX,
@@ -191,12 +196,8 @@ def criticality_of(
     the part that the drafter can reduce is used, mass(P) KL(P restricted || Q); 0 if the label is not a draft token.
     """
     windows = scored.windows
-    token_BxM = jnp.take_along_axis(windows.tokens_BxT, windows.anchor_BxM + 1, 1)
-    embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
-    g_BxMxE = jnp.take_along_axis(g_BxTxE, windows.anchor_BxM[..., None], 1)
-    position_BxM = jnp.take_along_axis(windows.position_BxT, windows.anchor_BxM, 1)
-    keys = [Prefix(kv, supervised.anchor_mask(windows, windows.anchor_BxM))]
-    out, _ = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM, keys)
+    anchors = supervised.anchors_at(windows, g_BxTxE, kv, windows.anchor_BxM)
+    (out,) = drafting.unroll(drafter, embed_VxD, anchors, supervised.text_tokens(windows, 1))
     kl_BxM = windows.mass_BxM * divergence(windows.probability_BxMxW, drafting.logits(drafter, out))
     reachable_BxM = windows.anchor_mask_BxM & (windows.label_BxM >= 0)
     return jnp.where(reachable_BxM, criticality(windows.entropy_BxM, kl_BxM, config.vocab_size), 0.0)
@@ -251,24 +252,6 @@ def _verify(target_params, config, scored: Scored, anchor_BxX, token_BxXxK, hidd
     return jnp.concatenate([first, out.hidden_BxSxD.reshape(B, X, K - 1, -1)], axis=2)
 
 
-class _Judged(NamedTuple):
-    argmax: Array
-    logp: Array  # of each drafted token at temperature 1
-    logp_at_temperature: Array
-
-
-def _judge(target_params, hidden_BxXxKxD, token_BxXxK, temperature: float) -> _Judged:
-    head_VxD = transformer.head(target_params)
-    shape, flat = token_BxXxK.shape, hidden_BxXxKxD.reshape(-1, hidden_BxXxKxD.shape[-1])
-    surveyed = survey(flat, head_VxD)
-    z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * rows_of(head_VxD, token_BxXxK.reshape(-1)), -1)
-    logp = (z - surveyed.logsumexp_N).reshape(shape)
-    tempered = logp
-    if temperature not in (0.0, 1.0):
-        tempered = (z / temperature - survey(flat, head_VxD, temperature).logsumexp_N).reshape(shape)
-    return _Judged(surveyed.argmax_N.reshape(shape), logp, tempered)
-
-
 def _reference_logp(target_params, config, scored: Scored, chosen_BxA, hidden_BxAxD, settings) -> Array:
     """log P of the target's own greedy window after each root, [B, A], nats."""
     if settings.eta == 0:
@@ -276,12 +259,8 @@ def _reference_logp(target_params, config, scored: Scored, chosen_BxA, hidden_Bx
     windows, K = scored.windows, settings.window
     B, M = windows.anchor_BxM.shape
     if not settings.greedy_reference:
-        head_VxD = transformer.head(target_params)
-        token_BxM = jnp.take_along_axis(
-            windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 2, _last(windows)), 1
-        )
-        hidden = scored.hidden_BxMxD.astype(head_VxD.dtype).astype(jnp.float32)
-        z_BxM = jnp.sum(hidden * rows_of(head_VxD, token_BxM), -1)
+        token_BxM = jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 2, _last(windows)), 1)
+        z_BxM = token_logits(scored.hidden_BxMxD, transformer.head(target_params), token_BxM)
         logp_BxM = z_BxM - scored.survey.logsumexp_N.reshape(B, M)
         return jnp.take_along_axis(K * window_means(logp_BxM, K), chosen_BxA, 1)
     return _decode_reference(target_params, config, scored, chosen_BxA, hidden_BxAxD, K)
@@ -304,7 +283,7 @@ def _decode_reference(target_params, config, scored: Scored, chosen_BxA, hidden_
         flat = hidden.reshape(B * A, -1)
         surveyed = survey(flat, head_VxD)
         token_BxA = surveyed.argmax_N.reshape(B, A)
-        z = jnp.sum(flat.astype(head_VxD.dtype).astype(jnp.float32) * rows_of(head_VxD, surveyed.argmax_N), -1)
+        z = token_logits(flat, head_VxD, surveyed.argmax_N)
         total_BxA += (z - surveyed.logsumexp_N).reshape(B, A)
         if s < K - 1:
             contexts = [prefix, *(Context(kv, own_AxA, position_BxA + r) for r, kv in enumerate(past))]
