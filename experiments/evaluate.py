@@ -120,7 +120,7 @@ def main(settings: Settings) -> None:
     if settings.output:
         report.write_json(settings.output, results)
     if settings.plot:
-        report.plot_results(settings.plot, results | {"arms": report.arms_by_way(results["results"])})
+        report.plot_results(settings.plot, results | {"arms": report.arms_by_mode(results["results"])})
     written = {"results": settings.output, "tokens": settings.dump_outputs, "plot": settings.plot}
     for what, path in written.items():
         if path:

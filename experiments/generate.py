@@ -131,29 +131,29 @@ def _answer(settings: Settings, text: str | None) -> None:
     for flag, needed in (*wanted, (f"speculation={mode}", mode != "off")):
         missing = f"--{flag}: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
         require(not needed or directory is not None, missing)
-    how = settings.decoding | {"speculation": speculation(settings, SPECULATIONS[mode])}
+    decoding = settings.decoding | {"speculation": speculation(settings, SPECULATIONS[mode])}
     model = load(settings.target, str(directory) if directory else None, settings.dtype)
     if settings.chat:
-        return chat(model, how)
+        return chat(model, decoding)
 
     prompt = text if settings.raw else model.chat_prompt(text)
     if settings.trace is not None:
         from ppow_jax.inference import trace
 
         log.info("compiling")
-        traced = trace.record(model, prompt, **how)
+        traced = trace.record(model, prompt, **decoding)
         traced.write(settings.trace)
         print(f"{traced.result.text}\n\n{settings.trace}: open it in a browser")
         return None
-    plain_how = how | {"speculation": "off"}
+    plain = decoding | {"speculation": "off"}
     log.info("compiling")
-    model.warm_up(prompt, **how)
+    model.warm_up(prompt, **decoding)
     if settings.compare:
-        model.warm_up(prompt, **plain_how)
-    result = answer(model, prompt, how, settings.stream)
+        model.warm_up(prompt, **plain)
+    result = answer(model, prompt, decoding, settings.stream)
     print(f"\n{summary(result, 'without a drafter' if mode == 'off' else 'with the drafter')}")
     if settings.compare:
-        print(comparison(model.generate(prompt, **plain_how)[0], result, settings.temperature))
+        print(comparison(model.generate(prompt, **plain)[0], result, settings.temperature))
     return None
 
 
@@ -184,20 +184,20 @@ def speculation(settings: Settings, default: "Speculation") -> "Speculation":
     return dataclasses.replace(default, window=settings.window) if settings.window and default.window else default
 
 
-def answer(model: "Model", prompt: Any, how: dict[str, Any], stream: bool) -> "Result":
+def answer(model: "Model", prompt: Any, decoding: dict[str, Any], stream: bool) -> "Result":
     """Prints the answer, at once or as it is written."""
     if not stream:
-        result = model.generate(prompt, **how)[0]
+        result = model.generate(prompt, **decoding)[0]
         print(result.text)
         return result
-    pieces = model.stream(prompt, **how)
+    pieces = model.stream(prompt, **decoding)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return pieces.result
 
 
-def chat(model: "Model", how: dict[str, Any]) -> None:
+def chat(model: "Model", decoding: dict[str, Any]) -> None:
     """Answers line after line of standard input, each with all that was said before, until `/quit` or its end."""
     messages: list[dict[str, str]] = []
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -214,7 +214,7 @@ def chat(model: "Model", how: dict[str, Any]) -> None:
             log.warning("the line is not UTF-8 text: what cannot be read is replaced by U+FFFD")
         if line.strip():
             messages.append({"role": "user", "content": line.strip()})
-            result = answer(model, model.chat_prompt(messages), how, stream=True)
+            result = answer(model, model.chat_prompt(messages), decoding, stream=True)
             messages.append({"role": "assistant", "content": result.text.strip()})
 
 

@@ -115,10 +115,10 @@ def row(check: str, value: float, limit: float | None = None, passed: bool = Tru
 def our_answers(target: targets.Target, prompts: list[np.ndarray], max_new_tokens: int) -> list[np.ndarray]:
     """Greedy new tokens per prompt, decoded plainly in batches."""
     answers: list[np.ndarray] = []
-    how = decoding.Decoding(chain(1), max_new_tokens=max_new_tokens, batch_size=min(len(prompts), 10))
-    for i in range(0, len(prompts), how.batch_size):
-        batch = prompts[i : i + how.batch_size]
-        answers += decoding.decode(target, None, batch, how, ids=range(len(batch))).answers
+    settings = decoding.Decoding(chain(1), max_new_tokens=max_new_tokens, batch_size=min(len(prompts), 10))
+    for i in range(0, len(prompts), settings.batch_size):
+        batch = prompts[i : i + settings.batch_size]
+        answers += decoding.decode(target, None, batch, settings, ids=range(len(batch))).answers
     return answers
 
 
@@ -294,11 +294,11 @@ def speed(settings: Settings) -> list[dict[str, Any]]:
     n, arms = settings.max_new_tokens, {}
     target = targets.load(settings.target, "float32")
     prompt = encode_prompt(target.tokenizer, [Message("user", questions(1)[0])])
-    how = decoding.Decoding(chain(1), max_new_tokens=n)
+    settings = decoding.Decoding(chain(1), max_new_tokens=n)
     for dtype in targets.DTYPES:
         ours = target if dtype == "float32" else targets.load(settings.target, dtype)
         ours = dataclasses.replace(ours, config=dataclasses.replace(ours.config, eos_token_ids=()))
-        arms["ppow_jax", dtype] = lambda ours=ours: decoding.decode(ours, None, [prompt], how).decode_seconds
+        arms["ppow_jax", dtype] = lambda ours=ours: decoding.decode(ours, None, [prompt], settings).decode_seconds
         with torch_model(target.config, target.params, dtype) as model:
             arms["transformers", dtype] = lambda model=model: torch_seconds(model, prompt, n)
     rates: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}

@@ -121,14 +121,14 @@ def build(settings: Settings, config, mesh):
     models = programs.models(settings, config, mesh, settings.scan_layers)
     if settings.program in ("supervised", "ppow"):
         return programs.training(settings.program, settings, models, mesh)
-    how = chain(settings.window)
+    speculation = chain(settings.window)
     if settings.tree_depth:
-        how = tree(settings.tree_branch, settings.tree_depth, settings.tree_nodes)
+        speculation = tree(settings.tree_branch, settings.tree_depth, settings.tree_nodes)
     return programs.decoding(
         settings,
         models,
         mesh,
-        how,
+        speculation,
         settings.prompt_tokens,
         settings.new_tokens,
         settings.cache_dtype,

@@ -68,7 +68,7 @@ def held_out(workdir, target) -> list[Example]:
     from ppow_jax.training import texts
 
     s = small_run.settings(workdir, stages="data,supervised")
-    jobs = texts.collect_jobs(s, target)
+    jobs = texts.collect_questions(s, target)
     corpus = texts.load_corpus(s, workdir, target, jobs, [], type("Never", (), {"requested": False})())
     return corpus.held_out.examples
 

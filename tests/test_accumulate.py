@@ -41,10 +41,10 @@ def test_four_microbatches_are_the_whole_batch():
     for number in (1, 4):
         step = functools.partial(
             supervised.train_step, config=world.CONFIG, optimizer=world.OPTIMIZER, steps=2, decay=0.8,
-            greedy_text=False, accumulate=number,
+            answers_are_greedy=False, accumulate=number,
         )  # fmt: skip
         state = TrainState.create(start.params, world.OPTIMIZER)
-        state, metrics = step(state, start.replace(params={}), world.target_params(), batch)
+        state, metrics = step(state, start.spec, world.target_params(), batch)
         results.append(jax.device_get((metrics, state.params)))
     whole, parts = results
     assert whole[0]["answer_tokens"] == batch.anchor_mask_BxM.sum()

@@ -46,7 +46,7 @@ def tokenizer():
 def jobs():
     """13 prompts of different lengths: three chunks of 5, 5, 3."""
     conversations = load_conversations("builtin[0:60]")
-    return tuple(answers.collect_jobs(tokenizer(), conversations, SETTINGS, 13))
+    return tuple(answers.select_questions(tokenizer(), conversations, SETTINGS, 13))
 
 
 def make(directory, settings=SETTINGS, jobs_=None, stop=lambda: False):
@@ -179,7 +179,7 @@ def test_the_number_of_slots_changes_no_answer(whole, tmp_path, temperature):
 
 def test_jobs_are_shuffled_by_the_seed_and_fit():
     conversations = load_conversations("builtin[0:60]")
-    collect = functools.partial(answers.collect_jobs, tokenizer(), conversations)
+    collect = functools.partial(answers.select_questions, tokenizer(), conversations)
     one, again = collect(SETTINGS, 20), collect(SETTINGS, 20)
     assert [j.source for j in one] == [j.source for j in again]
     assert [j.source for j in collect(SETTINGS, 7)] == [j.source for j in one[:7]]  # asking for more keeps the first
@@ -207,7 +207,7 @@ def test_turns():
         (9, {"a:1 turn 0", "a:1 turn 2", "a:1 turn 4", "b:1 turn 1", "b:1 turn 3", "c:1 turn 0"}),
     ):
         settings = dataclasses.replace(SETTINGS, turns=turns, max_prompt_tokens=500)
-        jobs_ = answers.collect_jobs(tokenizer(), conversations, settings, 100)
+        jobs_ = answers.select_questions(tokenizer(), conversations, settings, 100)
         assert {job.source for job in jobs_} == expected
     prompt = next(j.prompt for j in jobs_ if j.source == "a:1 turn 2")
     np.testing.assert_array_equal(prompt, encode_prompt(tokenizer(), conversations[0].messages[:3]))
@@ -220,7 +220,7 @@ def test_a_turn_too_long_ends_its_conversation():
         (Message("user", "a"), Message("assistant", "b"), long, Message("assistant", "b"), Message("user", "c")), "d:1"
     )
     settings = dataclasses.replace(SETTINGS, turns=5, max_prompt_tokens=80)
-    found = answers.collect_jobs(tokenizer(), [conversation], settings, 9)
+    found = answers.select_questions(tokenizer(), [conversation], settings, 9)
     assert [job.source for job in found] == ["d:1 turn 0"]
 
 
@@ -250,4 +250,4 @@ def test_known_answers_are_not_made_again(whole, tmp_path, monkeypatch):
 
 def test_a_prompt_that_recurs_is_answered_once():
     twice = [Conversation((Message("user", "Hello there"),), f"here:{i}") for i in range(3)]
-    assert len(answers.collect_jobs(tokenizer(), twice, SETTINGS, 9)) == 1
+    assert len(answers.select_questions(tokenizer(), twice, SETTINGS, 9)) == 1

@@ -14,7 +14,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.training.run import space
 from ppow_jax.training.run.checkpoint import KEEP
 from ppow_jax.training.start import new_config
-from ppow_jax.training.texts import collect_jobs
+from ppow_jax.training.texts import collect_questions
 from ppow_jax.weights import targets
 
 
@@ -23,7 +23,7 @@ def asked(tmp_path):
     """(settings, target, configuration of the drafter, prompts) of the small run."""
     settings = small_run.settings(tmp_path)
     target = targets.load("tiny", "float32")
-    return settings, target, new_config(settings, target), collect_jobs(settings, target)
+    return settings, target, new_config(settings, target), collect_questions(settings, target)
 
 
 def test_the_estimate_holds_what_a_run_writes(asked):

@@ -116,12 +116,12 @@ def test_a_window_depends_on_its_past_and_its_own_steps_alone():
 def test_mixed_precision_comes_close_in_values_and_gradients():
     drafter, (features, embed) = make("00"), inputs()
 
-    def loss(params, mixed):
-        changed = drafter.replace(params=params, mixed=mixed)
+    def loss(params, compute_dtype):
+        changed = drafter.replace(params=params, compute_dtype=compute_dtype)
         return jnp.mean(jax.nn.logsumexp(drafting.logits(changed, windows(changed, features, embed)), -1))
 
-    value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(drafter.params, True)
-    value32, gradient32 = jax.jit(jax.value_and_grad(loss), static_argnums=1)(drafter.params, False)
+    value, gradient = jax.jit(jax.value_and_grad(loss), static_argnums=1)(drafter.params, "bfloat16")
+    value32, gradient32 = jax.jit(jax.value_and_grad(loss), static_argnums=1)(drafter.params, None)
     np.testing.assert_allclose(value, value32, rtol=0.02)
     norm, error = (np.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(t))) for t in (
         gradient32, jax.tree.map(jnp.subtract, gradient, gradient32)))  # fmt: skip

@@ -94,7 +94,7 @@ def test_the_evaluation_reports_unique_experts(monkeypatch):
     experts = Experts(6, 2, 16, True, (1,))
     config = dataclasses.replace(tiny.CONFIG, architecture="Qwen3MoeForCausalLM", num_layers=2, experts=experts)
     target = Target("experts", config, transformer.init(jax.random.key(0), config, scale=0.2), tiny.tokenizer())
-    drafter = initialise.new_drafter(
+    drafter = initialise.from_target(
         jax.random.key(1), initialise.drafter_config(config, 64, (0, 1, 2), False), target.params, np.arange(64)
     )
     prompts = Benchmark("mine", (Prompt(("Hi",), "a:1"), Prompt(("Why?",), "a:2")))

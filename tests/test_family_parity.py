@@ -97,7 +97,7 @@ def examples(name: str) -> list[Example]:
 def drafter(name: str):
     config = initialise.drafter_config(families.TARGETS[name], 40, (0, 1, 2), fc_norm=False)
     ids_W = initialise.choose_vocabulary(examples(name), families.SIZES["vocab_size"], 40)
-    return initialise.new_drafter(jax.random.key(0), config, params(name), ids_W)
+    return initialise.from_target(jax.random.key(0), config, params(name), ids_W)
 
 
 def decode(name: str, speculation, prompt_BxP, length_B, new: int):
@@ -168,7 +168,7 @@ def test_a_ppow_step(name):
     optimizer, start = optax.adamw(1e-3), drafter(name)
     state, metrics = ppow_sampled.train_step(
         TrainState.create(jax.tree.map(jnp.copy, start.params), optimizer),
-        start.replace(params={}),
+        start.spec,
         params(name),
         batch(name),
         jax.random.key(1),
@@ -176,7 +176,7 @@ def test_a_ppow_step(name):
         optimizer=optimizer,
         rollouts=ROLLOUTS,
         policy=ppow_sampled.PolicySettings(clip=0.2, kl_weight=0.1, passes=1),
-        greedy_text=True,
+        answers_are_greedy=True,
     )
     assert all(np.isfinite(value).all() for value in jax.tree.leaves(metrics))
     assert metrics["windows"] == 6 and metrics["gradient_norm"] > 0 and metrics["accepted_histogram"].sum() == 6
@@ -190,7 +190,7 @@ def test_rollouts_are_verified_as_a_pass_over_the_whole_text_would(name):
 
     @jax.jit
     def roll(key_B):
-        scored = score(params(name), config, (0, 1, 2), speaker.target_ids_W, packed, greedy_text=True)
+        scored = score(params(name), config, (0, 1, 2), speaker.target_ids_W, packed, answers_are_greedy=True)
         return rollout(key_B, 0, speaker, params(name), config, scored, ROLLOUTS)[0]
 
     windows, checked = jax.device_get(roll(jax.random.split(jax.random.key(3), len(packed.tokens_BxT)))), 0

@@ -40,7 +40,7 @@ def test_features_are_those_of_the_target(whole):
 
 def test_training_is_the_same_with_and_without(whole):
     drafter = world.drafter()
-    shell = drafter.replace(params={})
+    shell = drafter.spec
 
     def train(with_cache):
         state, losses = TrainState.create(drafter.params, world.OPTIMIZER), []

@@ -44,7 +44,7 @@ def test_it_is_trained_with_ppow_and_written_again(tmp_path):
     optimizer = optax.adamw(1e-3)
     state, metrics = ppow_sampled.train_step(
         TrainState.create(start.params, optimizer),
-        start.replace(params={}),
+        start.spec,
         world.target_params(),
         world.batch(),
         jax.random.key(0),
@@ -52,7 +52,7 @@ def test_it_is_trained_with_ppow_and_written_again(tmp_path):
         optimizer=optimizer,
         rollouts=ROLLOUTS,
         policy=ppow_sampled.PolicySettings(0.2, 0.5, 1),
-        greedy_text=True,
+        answers_are_greedy=True,
     )
     assert metrics["windows"] > 0 and metrics["gradient_norm"] > 0
     np.testing.assert_allclose(metrics["ratio"], 1.0, atol=1e-5)  # redrafting is what drafting was, in every layer

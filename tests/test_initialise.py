@@ -74,7 +74,7 @@ def test_it_starts_better_than_chance():
 
     def tau(drafter):
         measured = supervised.evaluate(
-            drafter, world.target_params(), [(world.batch(), None)], config=world.CONFIG, K=2, greedy_text=True
+            drafter, world.target_params(), [(world.batch(), None)], config=world.CONFIG, K=2, answers_are_greedy=True
         )
         return measured["held_out_tau_sim"]
 

@@ -243,8 +243,13 @@ def test_bad_input(target, drafter, bench, changes, message):
 
 
 def test_a_stop_ends_between_two_batches(target, drafter, monkeypatch):
-    decoded, all_arms = [], measure._all_arms
-    monkeypatch.setattr(measure, "_all_arms", lambda *args: decoded.append(len(args[2])) or all_arms(*args))
+    decoded, decode = [], measure._Comparison.decode
+
+    def watch(comparison, batch, *args, **settings):
+        decoded.append(len(batch))
+        return decode(comparison, batch, *args, **settings)
+
+    monkeypatch.setattr(measure._Comparison, "decode", watch)
     monkeypatch.setattr(measure, "measure_costs", lambda *args, **_: pytest.fail("it went on"))
     assert measure.evaluate(target, drafter, [SINGLE, TURNS], **SETTINGS, stop=lambda: len(decoded) == 2) == []
     assert decoded == [3, 3]

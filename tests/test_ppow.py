@@ -249,13 +249,13 @@ SGD = optax.adamw(2e-3, b2=0.95)
 def train(rollouts, policy, steps, batch_of, start=None, optimizer=SGD):
     """Runs train_step; (final parameters, metrics of each step, compilations)."""
     begin = start or world.trained()
-    state, shell = TrainState.create(begin.params, optimizer), begin.replace(params={})
+    state, shell = TrainState.create(begin.params, optimizer), begin.spec
     history, before = [], ppow_sampled.train_step._cache_size()
     for index in range(steps):
         key = jax.random.fold_in(jax.random.key(7), index)
         state, metrics = ppow_sampled.train_step(
             state, shell, world.target_params(), batch_of(index), key, config=world.CONFIG, optimizer=optimizer,
-            rollouts=rollouts, policy=policy, greedy_text=not rollouts.greedy_reference,
+            rollouts=rollouts, policy=policy, answers_are_greedy=not rollouts.greedy_reference,
         )  # fmt: skip
         history.append(jax.device_get(metrics))
     assert int(state.step) == steps

@@ -53,7 +53,7 @@ def collect(tmp_path, data=None, recorded=None, template=CHATML_TEMPLATE, **chan
     if recorded:
         changes["recorded"] = lines(tmp_path / "recorded.jsonl", *recorded)
     s = settings(tmp_path / "run", **changes)
-    jobs = texts.collect_jobs(s, target(template))
+    jobs = texts.collect_questions(s, target(template))
     found = texts.collect_recorded(s, target(template), jobs)
     return [source.source.rpartition("/")[2] for source in jobs], [e.source.rpartition("/")[2] for e in found]
 

@@ -77,7 +77,7 @@ def test_ways_to_speculate_are_told_apart(tmp_path, results):
         for benchmark in ("gsm8k", "mt_bench")
         for mode, tree, tau in (("chain", None, 2.0), ("tree", small, 2.5), ("tree", large, 3.0))
     ]
-    arms = report.arms_by_way(rows)
+    arms = report.arms_by_mode(rows)
     assert [(a["name"], a["mean_tau"]) for a in arms] == [
         ("chain 3", 2.0),
         ("tree 3 (8 nodes)", 2.5),

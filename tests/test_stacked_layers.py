@@ -118,9 +118,9 @@ def test_decoding_writes_the_same_tokens(speculation):
 def test_a_ppow_step_has_the_same_metrics():
     """With the target's own greedy reference, which reads caches that earlier passes gave."""
     settings = dataclasses.replace(TrainSettings(), window=3, group=3, windows=2, adaw_start=0)
-    rollouts = stages.rollout_settings(settings, CostModel(0.1), greedy_text=False)
+    rollouts = stages.rollout_settings(settings, CostModel(0.1), answers_are_greedy=False)
     optimizer, start = optax.sgd(1e-2), small_world.drafter()
-    shell = start.replace(params={})
+    shell = start.spec
 
     def run(params):
         state = TrainState.create(start.params, optimizer)
@@ -134,7 +134,7 @@ def test_a_ppow_step_has_the_same_metrics():
             optimizer=optimizer,
             rollouts=rollouts,
             policy=ppow_sampled.PolicySettings(0.2, 0.5, 1),
-            greedy_text=False,
+            answers_are_greedy=False,
         )
 
     (_, apart), (_, together) = run(small_world.target_params()), run(stacked_params())

@@ -22,22 +22,22 @@ STEPS, DECAY = world.STEPS, 0.7
 # The training-time test.
 
 
-@functools.partial(jax.jit, static_argnames="mixed")
-def judged(params, batch, shell, mixed=False):
+@functools.partial(jax.jit, static_argnames="compute_dtype")
+def judged(params, batch, shell, compute_dtype=None):
     """(total, scores), gradient of the drafter's parameters."""
     windows = world.score_in(batch, shell.target_ids_W).windows
 
     def loss(params):
-        drafter = shell.replace(params=params, mixed=mixed)
+        drafter = shell.replace(compute_dtype=compute_dtype).with_params(params)
         scores = objective.training_time_test(drafter, world.target_params()["embed"], windows, STEPS, DECAY)
         return scores.total.sum(), scores
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-def run(drafter, batch, params=None, mixed=False):
-    shell = drafter.replace(params={})
-    return jax.device_get(judged(drafter.params if params is None else params, batch, shell, mixed))
+def run(drafter, batch, params=None, compute_dtype=None):
+    shell = drafter.spec
+    return jax.device_get(judged(drafter.params if params is None else params, batch, shell, compute_dtype))
 
 
 def rms(x, scale):
@@ -180,7 +180,7 @@ def test_the_training_time_test_is_the_dense_reference(fc_norm):
 def test_bfloat16_products_stay_near():
     drafter, batch = noisy(False), world.batch()
     (total, _), gradient = run(drafter, batch)
-    (mixed_total, _), mixed_gradient = run(drafter, batch, mixed=True)
+    (mixed_total, _), mixed_gradient = run(drafter, batch, compute_dtype="bfloat16")
     np.testing.assert_allclose(mixed_total, total, rtol=0.02)
     for name, g in gradient.items():
         assert mixed_gradient[name].dtype == np.float32
@@ -291,7 +291,8 @@ def test_simulated_length_is_what_greedy_decoding_counts():
     assert whole.sum() > 40 and accepted[whole].max() == K and accepted[whole].min() == 0  # a fair sample
 
     batches = [(batch, None)]
-    measured = supervised.evaluate(drafter, world.target_params(), batches, config=world.CONFIG, K=K, greedy_text=True)
+    evaluate = functools.partial(supervised.evaluate, config=world.CONFIG, K=K, answers_are_greedy=True)
+    measured = evaluate(drafter, world.target_params(), batches)
     assert measured["held_out_tau_sim"] == pytest.approx(float(tau), rel=1e-6)
 
 
@@ -335,7 +336,7 @@ def test_the_loss_falls_and_acceptance_rises_in_one_compilation():
 
 def test_an_update_that_is_not_finite_is_skipped_and_counted():
     start = world.drafter()
-    state, shell = TrainState.create(start.params, world.OPTIMIZER), start.replace(params={})
+    state, shell = TrainState.create(start.params, world.OPTIMIZER), start.spec
     poisoned = world.target_params() | {"embed": jnp.full_like(world.target_params()["embed"], jnp.nan)}
     state, _ = world.train_step(state, shell, world.target_params(), world.batches().at(0))
     before, compilations = jax.tree.map(np.array, state), supervised.train_step._cache_size()
@@ -353,7 +354,12 @@ def test_evaluation_does_not_depend_on_how_examples_are_batched():
     many = [world.batches().at(i) for i in range(world.batches().steps_of_epochs(1))]
     empty = empty_batch(world.ROWS, world.ROW, world.ANCHORS)
     evaluate = functools.partial(
-        supervised.evaluate, world.trained(), world.target_params(), config=world.CONFIG, K=STEPS, greedy_text=True
+        supervised.evaluate,
+        world.trained(),
+        world.target_params(),
+        config=world.CONFIG,
+        K=STEPS,
+        answers_are_greedy=True,
     )
     whole, with_empty = (evaluate([(batch, None) for batch in found]) for found in (many, [empty, *many[::-1]]))
     for name, value in whole.items():

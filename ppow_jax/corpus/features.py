@@ -116,8 +116,8 @@ class FeatureStore:
         values_BxTxX = np.zeros((B, T, self.width), self._values.dtype)
         for b, t, i, n in self._places(step):
             values_BxTxX[b, t : t + n] = self._values[self.start[i] : self.start[i] + n]
-        judge_BxM = np.minimum(batch.anchor_BxM + 1, T - 1)
-        hidden_BxMxD = np.take_along_axis(values_BxTxX[..., self.feature_width :], judge_BxM[..., None], 1)
+        verifier_BxM = np.minimum(batch.anchor_BxM + 1, T - 1)
+        hidden_BxMxD = np.take_along_axis(values_BxTxX[..., self.feature_width :], verifier_BxM[..., None], 1)
         return Cached(values_BxTxX[..., : self.feature_width], hidden_BxMxD)
 
 

@@ -11,17 +11,17 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.layers import KV, linear
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.vocabulary import Survey, survey
-from ppow_jax.objectives.supervised import Windows
+from ppow_jax.objectives.supervised import AnchorRows
 
 Array = jax.Array
 
 
 class Scored(NamedTuple):
-    """windows: see `Windows`. survey: per anchor (flattened to B*M), over the whole vocabulary. kv: the target's keys
-    of the rows, per run of layers. hidden_BxMxD: the final hidden state that verifies the anchor's first step.
+    """windows: see `AnchorRows`. survey: per anchor (flattened to B*M), over the whole vocabulary. kv: the target's
+    keys of the rows, per run of layers. hidden_BxMxD: the final hidden state that verifies the anchor's first step.
     """
 
-    windows: Windows
+    windows: AnchorRows
     survey: Survey
     kv: tuple[KV | StackedKV, ...]
     hidden_BxMxD: Array
@@ -50,19 +50,19 @@ def score(
     feature_layers: tuple[int, ...],
     target_ids_W: Array,
     batch: PackedBatch,
-    greedy_text: bool,
+    answers_are_greedy: bool,
     cached: tuple[Array, Array] | None = None,
 ) -> Scored:
     """Runs the target over the rows once; everything here is constant for the drafter's gradient.
 
-    greedy_text: the target wrote the answers at temperature 0, so that the text itself is its argmax, and no pass
-    over the whole vocabulary is needed. cached: (features_BxTxF, hidden_BxMxD) from an earlier pass; the result then
-    has no keys.
+    answers_are_greedy: the target wrote the answers at temperature 0, so that the text itself is its argmax, and no
+    pass over the whole vocabulary is needed. cached: (features_BxTxF, hidden_BxMxD) from an earlier pass; the result
+    then has no keys.
     """
     params = jax.lax.stop_gradient(params)
     batch = PackedBatch(*map(jnp.asarray, batch))
     last = batch.tokens_BxT.shape[1] - 1
-    judge_BxM = jnp.minimum(batch.anchor_BxM + 1, last)
+    verifier_BxM = jnp.minimum(batch.anchor_BxM + 1, last)
     kv: tuple[KV | StackedKV, ...] = ()
     if cached is not None:
         features_BxTxF, hidden_BxMxD = cached
@@ -72,15 +72,15 @@ def score(
             params, config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=feature_layers
         )
         features_BxTxF, kv = out.features_BxSxF, out.kv
-        hidden_BxMxD = jnp.take_along_axis(out.hidden_BxSxD, judge_BxM[..., None], 1)
+        hidden_BxMxD = jnp.take_along_axis(out.hidden_BxSxD, verifier_BxM[..., None], 1)
     B, M = batch.anchor_BxM.shape
     head_VxD = transformer.head(params)
     z_BxMxW = linear(hidden_BxMxD, head_VxD[target_ids_W])
     surveyed = survey(hidden_BxMxD.reshape(B * M, -1), head_VxD)
     target_BxM = surveyed.argmax_N.reshape(B, M)
-    if greedy_text:
-        target_BxM = jnp.take_along_axis(batch.tokens_BxT, jnp.minimum(judge_BxM + 1, last), 1)
-    windows = Windows(
+    if answers_are_greedy:
+        target_BxM = jnp.take_along_axis(batch.tokens_BxT, jnp.minimum(verifier_BxM + 1, last), 1)
+    windows = AnchorRows(
         features_BxTxF=features_BxTxF,
         tokens_BxT=batch.tokens_BxT,
         segment_BxT=batch.segment_BxT,

@@ -1,4 +1,4 @@
-"""Prompts of a benchmark as requests to the target: turn by turn, in batches."""
+"""Prompts of a benchmark as dialogues with the target: turn by turn, in batches."""
 
 import dataclasses
 import logging
@@ -29,17 +29,17 @@ class Dialogue:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """A turn (0, 1, ...) that waits for its answer: token ids int32 [T]."""
+class Turn:
+    """A turn of a dialogue (0, 1, ...) that waits for its answer: token ids int32 [T]."""
 
     dialogue: Dialogue
-    turn: int
+    index: int
     tokens: np.ndarray
 
     @property
     def id(self) -> int:
-        """A number that no other request of the benchmark has."""
-        return self.dialogue.number * 1000 + self.turn
+        """A number that no other turn of the benchmark has."""
+        return self.dialogue.number * 1000 + self.index
 
     def answer(self, target: Target, ids: np.ndarray) -> None:
         """Continues the dialogue: the next turn's prompt will hold this answer."""
@@ -86,7 +86,7 @@ def _length(target: Target, prompt: Prompt) -> int:
     raise AssertionError
 
 
-def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> list[Prompt]:
+def fitting(target: Target, benchmark: Benchmark, settings: Decoding, skip: bool) -> list[Prompt]:
     """The prompts whose longest possible dialogue fits the target's positions.
 
     Raises UserError at the first that does not, unless `skip`, and when none is left.
@@ -94,9 +94,9 @@ def fitting(target: Target, benchmark: Benchmark, how: Decoding, skip: bool) -> 
     kept = []
     taken = askable(target, benchmark)
     for prompt, length in taken:
-        answered = (len(prompt.turns) - 1) * how.max_new_tokens
+        answered = (len(prompt.turns) - 1) * settings.max_new_tokens
         try:
-            require_room(target, length + answered, how, prompt.source)
+            require_room(target, length + answered, settings, prompt.source)
         except UserError as error:
             if not skip:
                 raise UserError(f"{error} (--skip_long_prompts leaves such prompts out)") from None
@@ -133,29 +133,29 @@ def _prompt_ids(target: Target, messages: Sequence[Message], source: str) -> np.
 def batches(
     target: Target,
     prompts: Sequence[Prompt],
-    how: Decoding,
+    settings: Decoding,
     skipped: Callable[[int], Any] = lambda turns: None,
-) -> Iterator[list[Request]]:
+) -> Iterator[list[Turn]]:
     """Batches of all first turns, then of all second ones, ...; within a turn, prompts of similar length together.
 
-    Every request of a batch must be answered before the next batch is requested. skipped: called with the
+    Every turn of a batch must be answered before the next batch is requested. skipped: called with the
     number of turns of a dialogue that are left out, because it has become too long.
     """
     dialogues = [Dialogue(prompt, i) for i, prompt in enumerate(prompts)]
     for turn in range(max(len(prompt.turns) for prompt in prompts)):
-        requests = []
+        waiting = []
         dialogues = [dialogue for dialogue in dialogues if len(dialogue.prompt.turns) > turn]
         for dialogue in dialogues[:]:
             dialogue.messages.append(Message("user", dialogue.prompt.turns[turn]))
             try:  # `fitting` counted answers as generated; retokenised, a text can take more tokens
                 tokens = _prompt_ids(target, dialogue.messages, dialogue.prompt.source)
-                require_room(target, len(tokens), how, dialogue.prompt.source)
+                require_room(target, len(tokens), settings, dialogue.prompt.source)
             except UserError as error:
                 log.warning("left out: %s", error)
                 dialogues.remove(dialogue)
                 skipped(len(dialogue.prompt.turns) - turn)
             else:
-                requests.append(Request(dialogue, turn, tokens))
-        requests.sort(key=lambda request: len(request.tokens))
-        for i in range(0, len(requests), how.batch_size):
-            yield requests[i : i + how.batch_size]
+                waiting.append(Turn(dialogue, turn, tokens))
+        waiting.sort(key=lambda turn: len(turn.tokens))
+        for i in range(0, len(waiting), settings.batch_size):
+            yield waiting[i : i + settings.batch_size]

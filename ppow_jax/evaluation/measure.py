@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-import functools
+import itertools
 import logging
 import math
 import os
@@ -19,8 +19,8 @@ import numpy as np
 
 from ppow_jax import progress
 from ppow_jax.evaluation import dialogues, intervals, report
-from ppow_jax.evaluation.benchmarks import Benchmark
-from ppow_jax.evaluation.dialogues import Request
+from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
+from ppow_jax.evaluation.dialogues import Turn
 from ppow_jax.flags import require
 from ppow_jax.inference.batch import TO_THE_END, bucket
 from ppow_jax.inference.costs import Costs, measure_costs, measure_prices
@@ -109,8 +109,8 @@ class _Arm:
     def __init__(self) -> None:
         self.by_prompts: dict[tuple[int, ...], _Tally] = {}
 
-    def add(self, batch: Sequence[Request], decoded: Decoded) -> None:
-        together = tuple(sorted({request.dialogue.number for request in batch}))
+    def add(self, batch: Sequence[Turn], decoded: Decoded) -> None:
+        together = tuple(sorted({turn.dialogue.number for turn in batch}))
         self.by_prompts.setdefault(together, _Tally()).add(_Tally.of(decoded))
 
     @property
@@ -157,57 +157,86 @@ def evaluate(
     """
     rule = "must be at least 2, since the prefill makes the first"
     require(max_new_tokens >= 2, f"--max_new_tokens={max_new_tokens}: {rule}")
-    ways = [Decoding(way, float(temperature), max_new_tokens, batch_size) for way in speculations]
-    require(bool(ways), "--modes: name one at least")
-    widest = max(ways, key=lambda how: how.window)
+    modes = [Decoding(speculation, float(temperature), max_new_tokens, batch_size) for speculation in speculations]
+    require(bool(modes), "--modes: name one at least")
+    comparison = _Comparison(target, drafter, modes)
     seeds = seeds if temperature else seeds[:1]
-    chosen = [(b.name, dialogues.fitting(target, b, widest, skip_long_prompts)) for b in benchmarks]
-    prices_of = functools.cache(
-        lambda way, L: measure_prices(target, drafter, way, L, batch_size, sampling=widest.sampling)
-    )
+    chosen = [(b.name, dialogues.fitting(target, b, comparison.widest, skip_long_prompts)) for b in benchmarks]
     rows: list[dict[str, Any]] = []
     lengths: list[int] = []
-    warm: set[tuple[Speculation, int, int]] = set()
     total = len(seeds) * sum(len(prompt.turns) for _, prompts in chosen for prompt in prompts)
     with progress.bar(total, f"evaluation, T={temperature:g}, batch {batch_size}", "answer") as bar:
         for name, prompts in chosen:
-            plain, fast = _Arm(), [_Arm() for _ in ways]
-            answered: list[list[tuple[int, Output]]] = [[] for _ in ways]
-            for seed in seeds:
-                for i, batch in enumerate(dialogues.batches(target, prompts, widest, bar.update)):
-                    if stop():
-                        return []
-                    arms = [dataclasses.replace(how, seed=seed) for how in ways]
-                    with progress.off_the_clock(bar):
-                        _warm_up(target, drafter, batch, arms, warm, prices_of)
-                    decoded = _all_arms(target, drafter, batch, arms, i, prices_of)
-                    plain.add(batch, decoded[0])
-                    for arm, numbered, how, found in zip(fast, answered, arms, decoded[1:], strict=True):
-                        arm.add(batch, found)
-                        for request, *pair in zip(batch, decoded[0].answers, found.answers, strict=True):
-                            numbered.append((request.id, _output(name, request, how, *pair)))
-                    for request, ids in zip(batch, decoded[0].answers, strict=True):
-                        request.answer(target, ids)
-                    bar.set_postfix(tau=round(fast[0].total.tau, 2), refresh=False)
-                    bar.update(len(batch))
-            for how, arm, numbered in zip(ways, fast, answered, strict=True):
-                outputs = [output for _, output in sorted(numbered, key=lambda pair: pair[0])]
-                rows.append(_row(name, len(prompts), outputs, how, plain, arm) | _differences(target, outputs, how))
-                for output in outputs if on_output else ():
-                    on_output(output)
-            lengths += [len(output.prompt_ids) for output in outputs]
-    L = widest.cache_length(statistics.median_low(lengths))
-    columns = [
-        _cost_columns(measure_costs(target, drafter, how.speculation, L, batch_size, sampling=how.sampling))
-        for how in ways
-    ]
-    return [row | columns[i % len(ways)] for i, row in enumerate(rows)]
+            measured = _measure(comparison, name, prompts, seeds, bar, stop)
+            if measured is None:
+                return []
+            rows += measured.rows(target, len(prompts))
+            for output in itertools.chain(*measured.outputs) if on_output else ():
+                on_output(output)
+            lengths += [len(output.prompt_ids) for output in measured.outputs[-1]]
+    columns = comparison.costs(statistics.median_low(lengths))
+    return [row | columns[i % len(modes)] for i, row in enumerate(rows)]
 
 
-def _output(benchmark: str, request: Request, how: Decoding, plain: np.ndarray, fast: np.ndarray) -> Output:
-    source, mode = request.dialogue.prompt.source, how.speculation.mode
-    about = benchmark, source, request.turn, mode, how.window, how.temperature, how.seed
-    return Output(*about, request.tokens, plain, fast)
+def _measure(
+    comparison: "_Comparison",
+    name: str,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    bar: Any,
+    stop: Callable[[], bool],
+) -> "_Measured | None":
+    """Decodes the prompts of one benchmark with every seed, batch by batch; None if stopped."""
+    measured = _Measured(name, comparison.modes)
+    for seed in seeds:
+        for i, batch in enumerate(dialogues.batches(comparison.target, prompts, comparison.widest, bar.update)):
+            if stop():
+                return None
+            with progress.off_the_clock(bar):
+                comparison.warm_up(batch, seed)
+            decoded = comparison.decode(batch, seed, first=i)
+            measured.add(batch, seed, decoded)
+            for turn, ids in zip(batch, decoded[0].answers, strict=True):
+                turn.answer(comparison.target, ids)
+            bar.set_postfix(tau=round(measured.fast[0].total.tau, 2), refresh=False)
+            bar.update(len(batch))
+    return measured
+
+
+class _Measured:
+    """Results of one benchmark: of plain decoding, and of each mode."""
+
+    def __init__(self, name: str, modes: Sequence[Decoding]):
+        self.name, self.modes = name, modes
+        self.plain, self.fast = _Arm(), [_Arm() for _ in modes]
+        self.numbered: list[list[tuple[int, Output]]] = [[] for _ in modes]
+
+    def add(self, batch: Sequence[Turn], seed: int, decoded: Sequence[Decoded]) -> None:
+        """Adds a batch, decoded plainly and in every mode."""
+        plain, *others = decoded
+        self.plain.add(batch, plain)
+        for arm, numbered, mode, found in zip(self.fast, self.numbered, self.modes, others, strict=True):
+            arm.add(batch, found)
+            for turn, *pair in zip(batch, plain.answers, found.answers, strict=True):
+                numbered.append((turn.id, _output(self.name, turn, mode, seed, *pair)))
+
+    @property
+    def outputs(self) -> list[list[Output]]:
+        """Outputs of each mode, in the order of the prompts."""
+        return [[output for _, output in sorted(n, key=lambda pair: pair[0])] for n in self.numbered]
+
+    def rows(self, target: Target, num_prompts: int) -> list[dict[str, Any]]:
+        """One row per mode, without costs."""
+        return [
+            _row(self.name, num_prompts, outputs, mode, self.plain, arm) | _differences(target, outputs, mode)
+            for mode, arm, outputs in zip(self.modes, self.fast, self.outputs, strict=True)
+        ]
+
+
+def _output(benchmark: str, turn: Turn, mode: Decoding, seed: int, plain: np.ndarray, fast: np.ndarray) -> Output:
+    source = turn.dialogue.prompt.source
+    about = benchmark, source, turn.index, mode.speculation.mode, mode.window, mode.temperature, seed
+    return Output(*about, turn.tokens, plain, fast)
 
 
 def acceptance(accepted_K1: Sequence[int]) -> tuple[list[float | None], list[float | None]]:
@@ -243,81 +272,91 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-PricesOf = Callable[[Speculation, int], Prices]
+class _Comparison:
+    """Decodes batches plainly and in all modes. Holds which programs have run, and the measured cost tables."""
 
+    def __init__(self, target: Target, drafter: Drafter, modes: Sequence[Decoding]):
+        self.target, self.drafter, self.modes = target, drafter, modes
+        self.widest = max(modes, key=lambda mode: mode.window)
+        self.warm: set[tuple[Speculation, int, int]] = set()
+        self.prices: dict[tuple[Speculation, int], Prices] = {}
 
-def _warm_up(
-    target: Target,
-    drafter: Drafter,
-    batch: Sequence[Request],
-    ways: Sequence[Decoding],
-    warm: set[tuple[Speculation, int, int]],
-    prices_of: PricesOf,
-) -> None:
-    """Runs every program that the batch needs once, unless it is in `warm`, which holds those that ran before."""
-    longest = max(len(request.tokens) for request in batch)
-    arms = [(speaker, how, how.speculation if speaker else off()) for speaker, how in _arms(drafter, ways)]
-    programs = [(speculation, how.cache_length(longest), bucket(longest)) for _, how, speculation in arms]
-    if not warm.issuperset(programs) and make_room():
-        warm.clear()
-    for (speaker, how, _), program in zip(arms, programs, strict=True):
-        if program not in warm:
-            log.info("compiling %s for prompts of %d and caches of %d tokens", program[0].mode, program[2], program[1])
-            _run(target, speaker, batch, how, prices_of, rounds=1)
-            warm.add(program)
+    def warm_up(self, batch: Sequence[Turn], seed: int) -> None:
+        """Runs every program that the batch needs once, unless it ran before."""
+        longest = max(len(turn.tokens) for turn in batch)
+        arms = self._arms(seed)
+        programs = [
+            (mode.speculation if drafter else off(), mode.cache_length(longest), bucket(longest))
+            for drafter, mode in arms
+        ]
+        if not self.warm.issuperset(programs) and make_room():
+            self.warm.clear()
+        for arm, program in zip(arms, programs, strict=True):
+            if program not in self.warm:
+                speculation, L, P = program
+                log.info("compiling %s for prompts of %d and caches of %d tokens", speculation.mode, P, L)
+                self._run(*arm, batch, rounds=1)
+                self.warm.add(program)
 
+    def decode(self, batch: Sequence[Turn], seed: int, first: int) -> list[Decoded]:
+        """The batch decoded plainly and in all modes, in rotated order beginning with arm `first`."""
+        arms = self._arms(seed)
+        order = [(first + i) % len(arms) for i in range(len(arms))]
+        decoded = {arm: self._run(*arms[arm], batch) for arm in order}
+        return [decoded[arm] for arm in range(len(arms))]
 
-def _all_arms(
-    target: Target,
-    drafter: Drafter,
-    batch: Sequence[Request],
-    ways: Sequence[Decoding],
-    first: int,
-    prices_of: PricesOf,
-) -> list[Decoded]:
-    """The batch decoded plainly and in all modes, in rotated order beginning with arm `first`."""
-    arms = _arms(drafter, ways)
-    order = [(first + i) % len(arms) for i in range(len(arms))]
-    decoded = {arm: _run(target, arms[arm][0], batch, arms[arm][1], prices_of) for arm in order}
-    return [decoded[arm] for arm in range(len(arms))]
+    def costs(self, prompt_length: int) -> list[dict[str, float]]:
+        """Costs of each mode, measured at the cache length of such a prompt, as columns of its rows."""
+        L = self.widest.cache_length(prompt_length)
+        return [
+            _cost_columns(
+                measure_costs(
+                    self.target, self.drafter, mode.speculation, L, mode.batch_size, sampling=mode.sampling
+                )
+            )
+            for mode in self.modes
+        ]
 
+    def _arms(self, seed: int) -> list[tuple[Drafter | None, Decoding]]:
+        """Plain decoding, then all speculation modes."""
+        seeded = [dataclasses.replace(mode, seed=seed) for mode in self.modes]
+        return [(None, seeded[0]), *((self.drafter, mode) for mode in seeded)]
 
-def _arms(drafter: Drafter, ways: Sequence[Decoding]) -> list[tuple[Drafter | None, Decoding]]:
-    """Plain decoding, then all speculation modes."""
-    return [(None, ways[0]), *((drafter, how) for how in ways)]
+    def _run(
+        self, drafter: Drafter | None, mode: Decoding, batch: Sequence[Turn], rounds: int = TO_THE_END
+    ) -> Decoded:
+        prompts, ids = [turn.tokens for turn in batch], [turn.id for turn in batch]
+        adapts = drafter is not None and mode.speculation.adaptive
+        prices = self._prices_of(mode) if adapts else None
+        return decode(self.target, drafter, prompts, mode, ids, rounds, prices)
 
-
-def _run(
-    target: Target,
-    speaker: Drafter | None,
-    batch: Sequence[Request],
-    how: Decoding,
-    prices_of: PricesOf,
-    rounds: int = TO_THE_END,
-) -> Decoded:
-    prompts, ids = [request.tokens for request in batch], [request.id for request in batch]
-    adapts = speaker is not None and how.speculation.adaptive
-    prices = prices_of(how.speculation, how.cache_length(bucket(TYPICAL_PROMPT))) if adapts else None
-    return decode(target, speaker, prompts, how, ids, rounds, prices)
+    def _prices_of(self, mode: Decoding) -> Prices:
+        """Cost table of an adaptive mode, measured once."""
+        key = mode.speculation, mode.cache_length(bucket(TYPICAL_PROMPT))
+        if key not in self.prices:
+            self.prices[key] = measure_prices(
+                self.target, self.drafter, *key, mode.batch_size, sampling=self.widest.sampling
+            )
+        return self.prices[key]
 
 
 def _row(
-    benchmark: str, num_prompts: int, outputs: Sequence[Output], how: Decoding, plain_arm: _Arm, fast_arm: _Arm
+    benchmark: str, num_prompts: int, outputs: Sequence[Output], mode: Decoding, plain_arm: _Arm, fast_arm: _Arm
 ) -> dict[str, Any]:
     plain, fast = plain_arm.total, fast_arm.total
-    shape, stopping = how.speculation.shape, how.speculation.adaptive
+    shape, stopping = mode.speculation.shape, mode.speculation.adaptive
     conditional, marginal = acceptance(fast.accepted_K1)
-    accepted = int(np.dot(fast.accepted_K1, np.arange(how.window + 1)))
+    accepted = int(np.dot(fast.accepted_K1, np.arange(mode.window + 1)))
     return {
         "benchmark": benchmark,
-        "mode": how.speculation.mode,
-        "temperature": how.temperature,
-        "batch_size": how.batch_size,
-        "window": how.window,
+        "mode": mode.speculation.mode,
+        "temperature": mode.temperature,
+        "batch_size": mode.batch_size,
+        "window": mode.window,
         "tree": dataclasses.asdict(shape) if shape else None,
         "stopping": dataclasses.asdict(stopping) if stopping else None,
-        "block_verification": how.speculation.block,
-        "max_new_tokens": how.max_new_tokens,
+        "block_verification": mode.speculation.block,
+        "max_new_tokens": mode.max_new_tokens,
         "num_prompts": num_prompts,
         "num_seeds": len({output.seed for output in outputs}),
         "tau": fast.tau,
@@ -325,7 +364,7 @@ def _row(
         **_intervals(plain_arm, fast_arm),
         "tokens_per_second": fast.tokens_per_second,
         "baseline_tokens_per_second": plain.tokens_per_second,
-        "identical": sum(o.identical for o in outputs) if how.sampling.greedy or shape else None,
+        "identical": sum(o.identical for o in outputs) if mode.sampling.greedy or shape else None,
         "total": len(outputs),
         "new_tokens": fast.new_tokens,
         "num_verifications": fast.verifications,
@@ -361,9 +400,9 @@ def _intervals(plain_arm: _Arm, fast_arm: _Arm, resamples: int = 1000) -> dict[s
     return {name: list(intervals.percentiles(x)) for name, x in found.items()}
 
 
-def _differences(target: Target, outputs: Sequence[Output], how: Decoding) -> dict[str, Any]:
+def _differences(target: Target, outputs: Sequence[Output], mode: Decoding) -> dict[str, Any]:
     """The target's top-2 margins, in logits, at which greedy answers first differ from plain decoding's."""
-    if not how.sampling.greedy:
+    if not mode.sampling.greedy:
         return {"first_difference_margins": None}
     margins = []
     for o in outputs:

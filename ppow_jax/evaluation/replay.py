@@ -109,10 +109,10 @@ def replay_all(
       UserError: for a mode without drafts, prices that are missing or too few, features of other batches, or an example
         with more than one answer.
     """
-    for way in speculations:
-        _check_prices(way, prices)
+    for speculation in speculations:
+        _check_prices(speculation, prices)
     tables = read_tables(drafter, target_params, config, batches, speculations, features)
-    return [simulate(tables, way, prices) for way in speculations]
+    return [simulate(tables, speculation, prices) for speculation in speculations]
 
 
 def read_tables(
@@ -124,8 +124,8 @@ def read_tables(
     features: FeatureStore | None = None,
 ) -> Tables:
     """Drafts that the speculation modes are replayed from, whatever the cost table; see `replay_all`."""
-    for way in speculations:
-        if way.window < 1:
+    for speculation in speculations:
+        if speculation.window < 1:
             raise UserError("a replay without drafts has nothing to count: its window must be at least 1")
     if features is not None and features.batches is not batches:
         raise UserError("the features were made of other batches than those to replay")

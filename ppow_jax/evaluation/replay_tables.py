@@ -21,7 +21,7 @@ from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.objectives import supervised
-from ppow_jax.objectives.supervised import Windows
+from ppow_jax.objectives.supervised import AnchorRows
 from ppow_jax.speculation.propose import NONE, propose
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
@@ -54,13 +54,13 @@ class Plan:
 def plans_of(speculations: Sequence[Speculation]) -> tuple[Plan, ...]:
     """The fewest plans that cover the speculation modes: one for all chains, one for all trees of a branch."""
     found: dict[int, Plan] = {}
-    for way in speculations:
-        key = way.shape.branch if way.shape else 0
-        depth, nodes = way.window, way.shape.nodes if way.shape else 0
+    for speculation in speculations:
+        key = speculation.shape.branch if speculation.shape else 0
+        depth, nodes = speculation.window, speculation.shape.nodes if speculation.shape else 0
         if key in found:
             depth, old = max(depth, found[key].depth), found[key].shape
             nodes = max(nodes, old.nodes if old else 0)
-        found[key] = Plan(depth, TreeShape(way.shape.branch, depth, nodes) if way.shape else None)
+        found[key] = Plan(depth, TreeShape(speculation.shape.branch, depth, nodes) if speculation.shape else None)
     return tuple(found.values())
 
 
@@ -90,7 +90,7 @@ class TreeTable(NamedTuple):
 Table = ChainTable | TreeTable
 
 
-def text_ahead(windows: Windows, K: int) -> Array:
+def text_ahead(windows: AnchorRows, K: int) -> Array:
     """[B, M, K]: the tokens that an anchor's window should draft; NONE after the end of the answer."""
     T = windows.tokens_BxT.shape[1]
     wanted = []
@@ -165,7 +165,7 @@ def read_batch(
     return tuple(_read_plan(drafter, embed_VxD, windows, g_BxTxE, kv, plan) for plan in plans)
 
 
-def _read_plan(drafter: Drafter, embed_VxD: Array, windows: Windows, g_BxTxE: Array, kv, plan: Plan) -> Table:
+def _read_plan(drafter: Drafter, embed_VxD: Array, windows: AnchorRows, g_BxTxE: Array, kv, plan: Plan) -> Table:
     B, M = windows.anchor_BxM.shape
     blocks = -(-B * M * (plan.shape.branch if plan.shape else 1) // WINDOWS)
     size = -(-M // min(blocks, M))

@@ -81,8 +81,8 @@ def arm(name: str, results: Sequence[Row]) -> dict[str, Any]:
 
     Rows without a verification have neither, and are left out; if no row is left, the means are nan.
     """
-    judged = [row for row in results if np.isfinite(_number(row["tau"]))]
-    means = {f"mean_{key}": _mean([_number(row[key]) for row in judged]) for key in ("tau", "speedup")}
+    finite = [row for row in results if np.isfinite(_number(row["tau"]))]
+    means = {f"mean_{key}": _mean([_number(row[key]) for row in finite]) for key in ("tau", "speedup")}
     return {"name": name, "results": list(results), **means}
 
 
@@ -90,24 +90,24 @@ def winners(results: Sequence[Row]) -> list[dict[str, Any]]:
     """Best sizes where several speculation modes were measured: of each mode the one with the highest mean speedup over
     the benchmarks, for each temperature and batch size, best first.
     """
-    ways: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in results:
-        ways.setdefault((row["temperature"], row["batch_size"], row["mode"], _size(row)), []).append(row)
+        groups.setdefault((row["temperature"], row["batch_size"], row["mode"], _size(row)), []).append(row)
     keys = ("temperature", "batch_size", "mode", "window")
-    found = [dict(zip(keys, way, strict=True)) | arm("", rows) for way, rows in ways.items()]
-    found.sort(key=lambda way: (way["temperature"], way["batch_size"], -_rank(way["mean_speedup"])))
+    found = [dict(zip(keys, group, strict=True)) | arm("", rows) for group, rows in groups.items()]
+    found.sort(key=lambda group: (group["temperature"], group["batch_size"], -_rank(group["mean_speedup"])))
     best: dict[tuple, dict[str, Any]] = {}
-    for way in found:
-        best.setdefault((way["temperature"], way["batch_size"], way["mode"]), way)
+    for group in found:
+        best.setdefault((group["temperature"], group["batch_size"], group["mode"]), group)
     return list(best.values()) if len(found) > 1 else []
 
 
-def arms_by_way(results: Sequence[Row]) -> list[dict[str, Any]]:
+def arms_by_mode(results: Sequence[Row]) -> list[dict[str, Any]]:
     """One arm for each speculation mode and size: `chain 5`, `tree 5 (15 nodes)`, ..."""
-    ways: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in results:
-        ways.setdefault(f"{row['mode']} {_size(row)}", []).append(row)
-    return [arm(name, rows) for name, rows in ways.items()]
+        groups.setdefault(f"{row['mode']} {_size(row)}", []).append(row)
+    return [arm(name, rows) for name, rows in groups.items()]
 
 
 def _size(row: Row) -> str:

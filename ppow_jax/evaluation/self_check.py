@@ -87,11 +87,11 @@ class SelfCheck:
 def self_check(target: Target, drafter: Drafter, window: int = 4, max_new_tokens: int = 48) -> SelfCheck:
     """Decodes PROMPTS greedily: plainly, with the drafter, and with some changes to it, see `SelfCheck.otherwise`."""
     prompts = [encode_prompt(target.tokenizer, [Message("user", text)]) for text in PROMPTS]
-    how = decoding.Decoding(chain(window), max_new_tokens=max_new_tokens, batch_size=len(prompts))
-    decoding.require_room(target, max(map(len, prompts)), how, "the self-check")
+    settings = decoding.Decoding(chain(window), max_new_tokens=max_new_tokens, batch_size=len(prompts))
+    decoding.require_room(target, max(map(len, prompts)), settings, "the self-check")
 
     def decode(drafter_: Drafter | None) -> decoding.Decoded:
-        return decoding.decode(target, drafter_, prompts, how, range(len(prompts)))
+        return decoding.decode(target, drafter_, prompts, settings, range(len(prompts)))
 
     log.info("decoding %d prompts plainly and with the drafter (compiling comes first)", len(prompts))
     plain, speculative = decode(None), decode(drafter)

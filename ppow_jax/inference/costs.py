@@ -113,10 +113,10 @@ def measure_prices(
     near = {int(widths[np.argmin(np.abs(widths[1:] - N / part)) + 1]) for part in (1, 2, 4)}
 
     def measured(nodes: int) -> Costs:
-        way = chain(nodes)
+        sized = chain(nodes)
         if shape:
-            way = dataclasses.replace(speculation, shape=dataclasses.replace(shape, nodes=nodes))
-        return measure_costs(target, drafter, way, L, batch, sampling=sampling, repetitions=repetitions)
+            sized = dataclasses.replace(speculation, shape=dataclasses.replace(shape, nodes=nodes))
+        return measure_costs(target, drafter, sized, L, batch, sampling=sampling, repetitions=repetitions)
 
     found = {nodes: measured(nodes) for nodes in sorted(near)}
     verify_X = np.interp(widths, [0, *found], [1.0, *(costs.verify_ratio for costs in found.values())])

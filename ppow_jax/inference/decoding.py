@@ -87,13 +87,13 @@ class Decoded:
         return int(self.accepted_BxK1.sum())
 
 
-def require_room(target: Target, length: int, how: Decoding, source: str) -> None:
+def require_room(target: Target, length: int, settings: Decoding, source: str) -> None:
     """Raises UserError unless a prompt of `length` tokens, its answer and a last window fit the positions."""
-    limit, needed = target.config.max_position_embeddings, length + how.max_new_tokens + how.window
+    limit, needed = target.config.max_position_embeddings, length + settings.max_new_tokens + settings.window
     require(
         needed <= limit,
-        f"{source}: a prompt of {length} tokens with --max_new_tokens={how.max_new_tokens} and "
-        f"--window={how.window} needs {needed} positions, but {target.name} has {limit}",
+        f"{source}: a prompt of {length} tokens with --max_new_tokens={settings.max_new_tokens} and "
+        f"--window={settings.window} needs {needed} positions, but {target.name} has {limit}",
     )
 
 
@@ -101,7 +101,7 @@ def decode(
     target: Target,
     drafter: Drafter | None,
     prompts: Sequence[np.ndarray],
-    how: Decoding,
+    settings: Decoding,
     ids: Sequence[int] = (0,),
     rounds: int = TO_THE_END,
     prices: Prices | None = None,
@@ -114,19 +114,19 @@ def decode(
     """
     for number, prompt in enumerate(prompts):
         require_known(prompt, target.config.vocab_size, f"prompt {number}", target.tokenizer)
-    if not 0 < len(prompts) == len(ids) <= how.batch_size or not all(map(len, prompts)):
-        raise ValueError(f"needed: 1..{how.batch_size} prompts of one token or more, and as many ids")
+    if not 0 < len(prompts) == len(ids) <= settings.batch_size or not all(map(len, prompts)):
+        raise ValueError(f"needed: 1..{settings.batch_size} prompts of one token or more, and as many ids")
     longest = max(map(len, prompts))
     rows = batch.pack(
         prompts,
-        [len(prompt) + how.max_new_tokens for prompt in prompts],
-        batch.keys_of(jax.random.key(how.seed), ids, how.batch_size),
+        [len(prompt) + settings.max_new_tokens for prompt in prompts],
+        batch.keys_of(jax.random.key(settings.seed), ids, settings.batch_size),
         batch.bucket(longest),
     )
-    L = how.cache_length(longest)
+    L = settings.cache_length(longest)
     begin = time.perf_counter()
     generation = batch.Generation.begin(
-        target.params, target.config, drafter, rows, how.speculation, how.sampling, L, prices
+        target.params, target.config, drafter, rows, settings.speculation, settings.sampling, L, prices
     )
     jax.block_until_ready(generation.state)
     middle = time.perf_counter()

@@ -85,13 +85,13 @@ def page(trace: Trace) -> str:
 
 
 def _facts(trace: Trace) -> str:
-    how = trace.speculation
-    if how.shape:
-        size = f"{how.shape.nodes} nodes, depth {how.shape.depth}, branch {how.shape.branch}"
-        size = f"adaptive tree of up to {size}" if how.adaptive else f"tree of {size}"
+    speculation = trace.speculation
+    if speculation.shape:
+        size = f"{speculation.shape.nodes} nodes, depth {speculation.shape.depth}, branch {speculation.shape.branch}"
+        size = f"adaptive tree of up to {size}" if speculation.adaptive else f"tree of {size}"
     else:
-        chain = f"adaptive chain of up to {how.window}" if how.adaptive else f"chain of {how.window}"
-        size = chain if how.window else "no speculation"
+        size = f"{'adaptive chain of up to' if speculation.adaptive else 'chain of'} {speculation.window}"
+        size = size if speculation.window else "no speculation"
     usual = {"temperature": None, "top_k": 0, "top_p": 1.0, "seed": None if trace.settings.get("temperature") else 0}
     given = {"temperature": 0} | {name: value for name, value in trace.settings.items() if name != "speculation"}
     told = {name: value for name, value in given.items() if value != usual.get(name) and value not in ((), None)}

@@ -50,20 +50,39 @@ REMAT = {
 }
 
 
+class DrafterSpec(flax.struct.PyTreeNode):
+    """A drafter without its parameters, which a training step takes from its state; fields: see `Drafter`."""
+
+    config: DrafterConfig = flax.struct.field(pytree_node=False)
+    target_ids_W: Array
+    compute_dtype: str | None = flax.struct.field(pytree_node=False, default=None)
+    embed_VxE: Array | None = None
+    remat: str = flax.struct.field(pytree_node=False, default="none")
+
+    def with_params(self, params: dict) -> "Drafter":
+        """The drafter with these parameters."""
+        return Drafter(self.config, params, self.target_ids_W, self.compute_dtype, self.embed_VxE, self.remat)
+
+
 class Drafter(flax.struct.PyTreeNode):
     """A drafter with its vocabulary.
 
     params: see `drafter_config.parameter_shapes`. target_ids_W: int32, the target id of each draft id, ascending.
-    embed_VxE: the drafter's own embedding, frozen; None if it uses the target's. mixed: compute dtype bfloat16 for
-    products with float32 parameters, in both passes (for training). remat: backward recomputation, see REMAT.
+    embed_VxE: the drafter's own embedding, frozen; None if it uses the target's. compute_dtype: that of products with
+    float32 parameters, in both passes (for training); None: the parameters' own. remat: backward recomputation, see REMAT.
     """
 
     config: DrafterConfig = flax.struct.field(pytree_node=False)
     params: dict
     target_ids_W: Array
-    mixed: bool = flax.struct.field(pytree_node=False, default=False)
+    compute_dtype: str | None = flax.struct.field(pytree_node=False, default=None)
     embed_VxE: Array | None = None
     remat: str = flax.struct.field(pytree_node=False, default="none")
+
+    @property
+    def spec(self) -> DrafterSpec:
+        """Everything but the parameters."""
+        return DrafterSpec(self.config, self.target_ids_W, self.compute_dtype, self.embed_VxE, self.remat)
 
     def product(self, x: Array, name: str, layer: int = 0) -> Array:
         """x times a matrix of the drafter, plus its bias where it has one."""
@@ -74,7 +93,7 @@ class Drafter(flax.struct.PyTreeNode):
     @property
     def linear(self):
         """Matrix product in the drafter's compute dtype."""
-        return linear_bf16 if self.mixed else linear
+        return linear_bf16 if self.compute_dtype == "bfloat16" else linear
 
     def rotation(self, position_BxM: Array) -> tuple[Array, Array]:
         """The rotary embedding of positions; see `layers.rotation`."""
@@ -230,7 +249,7 @@ def logits(drafter: Drafter, out: Array) -> Array:
 def cast(drafter: Drafter, dtype: str) -> Drafter:
     """Casts a drafter for decoding: matrices in `dtype`, norms and biases in float32."""
     params = {k: v if is_vector(k) else jnp.asarray(v, jnp.dtype(dtype)) for k, v in drafter.params.items()}
-    return drafter.replace(params=params, mixed=False)
+    return drafter.replace(params=params, compute_dtype=None)
 
 
 def init(key: Array, config: DrafterConfig, scale: float = 0.02) -> dict:

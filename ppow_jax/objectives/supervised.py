@@ -19,7 +19,7 @@ from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, HeadLoss, Wanted, 
 Array = jax.Array
 
 
-class Windows(NamedTuple):
+class AnchorRows(NamedTuple):
     """Inputs of the drafter from a batch of packed rows, M anchors each.
 
     features_BxTxF: target features. tokens_BxT, segment_BxT (0 = padding), position_BxT; anchor_BxM,
@@ -56,7 +56,7 @@ class StepScores(NamedTuple):
     overlap: Array
 
 
-def prefix(drafter: Drafter, embed_VxD: Array, windows: Windows) -> tuple[Array, tuple[KV, ...]]:
+def prefix(drafter: Drafter, embed_VxD: Array, windows: AnchorRows) -> tuple[Array, tuple[KV, ...]]:
     """Fused features g_BxTxE and the drafter's keys of every index (the embedding is that of the next token)."""
     g_BxTxE = drafting.fuse(drafter, windows.features_BxTxF)
     following_BxT = jnp.concatenate([windows.tokens_BxT[:, 1:], windows.tokens_BxT[:, :1]], 1)
@@ -66,7 +66,7 @@ def prefix(drafter: Drafter, embed_VxD: Array, windows: Windows) -> tuple[Array,
     return g_BxTxE, drafting.prefix_keys(drafter, g_BxTxE, embed_BxTxE, windows.position_BxT, mask_BxTxT)
 
 
-def anchor_mask(windows: Windows, anchor_BxM: Array) -> Array:
+def anchor_mask(windows: AnchorRows, anchor_BxM: Array) -> Array:
     """mask_BxMxT: the indices of the anchor's own segment up to the anchor."""
     T = windows.tokens_BxT.shape[1]
     segment_BxM = jnp.take_along_axis(windows.segment_BxT, anchor_BxM, 1)
@@ -78,7 +78,7 @@ class DraftStep(NamedTuple):
     """Draft step s of every anchor's window, over the text's own tokens.
 
     hidden_BxMxE: the drafter's normed output. label_BxM, probability_BxMxW, mass_BxM, entropy_BxM: those of the target
-    at this step, see `Windows`. valid_BxM: the step's token belongs to the anchor's answer.
+    at this step, see `AnchorRows`. valid_BxM: the step's token belongs to the anchor's answer.
     """
 
     hidden_BxMxE: Array
@@ -95,43 +95,43 @@ def ahead(x_BxM: Array, s: int) -> Array:
     return jnp.pad(x_BxM, ((0, 0), (0, s)) + ((0, 0),) * (x_BxM.ndim - 2))[:, s : s + M]
 
 
-def in_answer(windows: Windows, s: int) -> Array:
+def in_answer(windows: AnchorRows, s: int) -> Array:
     """[B, M]: True where the token of the anchors' step s belongs to the anchor's answer."""
     valid_BxM = windows.anchor_mask_BxM & ahead(windows.anchor_mask_BxM, s)
     return valid_BxM & (ahead(windows.anchor_BxM, s) == windows.anchor_BxM + s)
 
 
-def last_anchors(windows: Windows) -> Array:
+def last_anchors(windows: AnchorRows) -> Array:
     """[B, M]: True at the last anchor of each answer."""
     return windows.anchor_mask_BxM & ~in_answer(windows, 1)
 
 
-def _at_step(windows: Windows, s: int) -> tuple[Array, Array]:
+def _at_step(windows: AnchorRows, s: int) -> tuple[Array, Array]:
     """(label_BxM of the anchors' step s, valid_BxM: see `in_answer`)."""
     return ahead(windows.label_BxM, s), in_answer(windows, s)
 
 
-def counts(windows: Windows, steps: int) -> Array:
+def counts(windows: AnchorRows, steps: int) -> Array:
     """Number of anchors that carry a loss at each step, float32 [S]."""
     at_steps = (_at_step(windows, s) for s in range(steps))
     return jnp.stack([jnp.sum(valid & (label >= 0), dtype=jnp.float32) for label, valid in at_steps])
 
 
-def anchors_at(windows: Windows, g_BxTxE: Array, kv: tuple[KV, ...], anchor_BxM: Array) -> Anchors:
+def anchors_at(windows: AnchorRows, g_BxTxE: Array, kv: tuple[KV, ...], anchor_BxM: Array) -> Anchors:
     """The starting points of windows at these indices of the rows; g_BxTxE, kv: see `prefix`."""
     keys = [Prefix(kv, anchor_mask(windows, anchor_BxM))]
     g_BxMxE = jnp.take_along_axis(g_BxTxE, anchor_BxM[..., None], 1)
     return Anchors(g_BxMxE, jnp.take_along_axis(windows.position_BxT, anchor_BxM, 1), keys)
 
 
-def text_tokens(windows: Windows, steps: int) -> Iterator[Array]:
+def text_tokens(windows: AnchorRows, steps: int) -> Iterator[Array]:
     """The text's own tokens after every anchor, token_BxM of one step after the other."""
     last = windows.tokens_BxT.shape[1] - 1
     for s in range(steps):
         yield jnp.take_along_axis(windows.tokens_BxT, jnp.minimum(windows.anchor_BxM + 1 + s, last), 1)
 
 
-def unroll(drafter: Drafter, embed_VxD: Array, windows: Windows, steps: int) -> list[DraftStep]:
+def unroll(drafter: Drafter, embed_VxD: Array, windows: AnchorRows, steps: int) -> list[DraftStep]:
     """Unrolls `steps` draft steps from every anchor along the text, each with the target's values for its loss."""
     anchors = anchors_at(windows, *prefix(drafter, embed_VxD, windows), windows.anchor_BxM)
     unrolled = []
@@ -148,7 +148,7 @@ def score_step(
 ) -> HeadLoss:
     """The losses of one draft step, weighted, and their parts; see `head_loss`."""
     head_WxE = drafter.params["lm_head"]
-    dtype = jnp.bfloat16 if drafter.mixed else head_WxE.dtype
+    dtype = jnp.dtype(drafter.compute_dtype or head_WxE.dtype)
     wanted = Wanted(step.probability_BxMxW, step.mass_BxM, step.label_BxM)
     return head_loss(step.hidden_BxMxE, head_WxE, wanted, soft_BxM, hard_BxM, rule, dtype)
 
@@ -156,7 +156,7 @@ def score_step(
 def training_time_test(
     drafter: Drafter,
     embed_VxD: Array,
-    windows: Windows,
+    windows: AnchorRows,
     steps: int,
     decay: float,
     counts_S: Array | None = None,

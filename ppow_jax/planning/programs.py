@@ -18,7 +18,7 @@ from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import stack, transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, DrafterSpec
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.experts import block_rows
 from ppow_jax.objectives.rewards import CostModel
@@ -69,7 +69,7 @@ class Models:
     drafter_params: dict
     target_ids_W: Any
 
-    def speaker(self, dtype: Any) -> Drafter:
+    def decoding_drafter(self, dtype: Any) -> Drafter:
         """The drafter as used for decoding."""
         params = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype if x.ndim > 1 else x.dtype, sharding=x.sharding),
@@ -97,8 +97,8 @@ def models(settings: TrainSettings, target: ModelConfig, mesh: jax.sharding.Mesh
 
 def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.sharding.Mesh) -> Program:
     """One step of stage `supervised` or `ppow`."""
-    mixed = settings.dtype == "bfloat16"
-    shell = Drafter(found.drafter, {}, found.target_ids_W, mixed=mixed, remat=settings.remat)
+    compute_dtype = "bfloat16" if settings.dtype == "bfloat16" else None
+    spec = DrafterSpec(found.drafter, found.target_ids_W, compute_dtype, remat=settings.remat)
     scale_F = None if settings.fc_norm else np.ones(3 * found.target.hidden_size)
     update = optimizer(
         settings, list(found.drafter_params), settings.learning_rate, settings.supervised_steps, 0, scale_F
@@ -106,9 +106,9 @@ def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.shard
     create = functools.partial(TrainState.create, optimizer=update)
     state = sharding.abstract(jax.eval_shape(create, found.drafter_params), mesh, found.drafter)
     batch = _batch(settings, mesh)
-    greedy_text = settings.answer_temperature == 0
-    arguments: tuple = (state, shell, found.params, batch)
-    options: dict[str, Any] = {"config": found.target, "optimizer": update, "greedy_text": greedy_text}
+    answers_are_greedy = settings.answer_temperature == 0
+    arguments: tuple = (state, spec, found.params, batch)
+    options: dict[str, Any] = {"config": found.target, "optimizer": update, "answers_are_greedy": answers_are_greedy}
     options["accumulate"] = settings.accumulate
     function: Callable = supervised.train_step
     if stage == "supervised":
@@ -118,7 +118,7 @@ def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.shard
         arguments += (_whole(jax.eval_shape(lambda: jax.random.key(0)), mesh),)
         costs = CostModel(0.0)  # costs do not affect shapes
         options |= {
-            "rollouts": stages.rollout_settings(settings, costs, greedy_text),
+            "rollouts": stages.rollout_settings(settings, costs, answers_are_greedy),
             "policy": ppow_sampled.PolicySettings(settings.clip, settings.kl_weight, settings.passes),
         }
     kinds = {"target": found.params, "drafter": state.params, "optimizer": state.opt_state, "batch": batch}
@@ -139,7 +139,7 @@ def decoding(
 ) -> Program:
     """One round of greedy decoding of a batch, or with `prefill` the reading of its prompts."""
     B, K = settings.batch_size, speculation.window
-    drafter = found.speaker(DTYPES[settings.dtype])
+    drafter = found.decoding_drafter(DTYPES[settings.dtype])
     L = generate.cache_length(prompt_tokens, new_tokens, K)
     rows = _rows(
         {

@@ -20,7 +20,7 @@ from ppow_jax.speculation.settings import of_mode
 from ppow_jax.study import results
 from ppow_jax.study.arms import Arm, find_arm, settings_of
 from ppow_jax.study.settings import FREE, StudySettings
-from ppow_jax.training.context import Context
+from ppow_jax.training.context import RunContext
 from ppow_jax.training.replays import feature_store, measured_prices, replay_modes
 from ppow_jax.training.run.checkpoint import Best
 from ppow_jax.training.run.clock import Clock
@@ -28,7 +28,7 @@ from ppow_jax.training.run.metrics import MetricsWriter, NoMetrics
 from ppow_jax.training.run.preemption import Stopped, StopSignal
 from ppow_jax.training.stages import train_stage_2
 from ppow_jax.training.start import find_start, keep_start
-from ppow_jax.training.texts import collect_jobs, collect_recorded, load_corpus
+from ppow_jax.training.texts import collect_questions, collect_recorded, load_corpus
 from ppow_jax.training.workdir import fix_date, open_workdir
 from ppow_jax.weights import targets
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class _Study:
     settings: StudySettings
     workdir: Path
-    context: Context
+    context: RunContext
     start: Drafter
     held_out: FeatureStore
     test: FeatureStore
@@ -74,13 +74,13 @@ def _open(settings: StudySettings, stop: StopSignal) -> _Study:
     target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
     start = find_start(settings, workdir, target)
     flags.require(start is not None, "--drafter: a study needs a drafter to start from")
-    jobs = collect_jobs(settings, target)
-    recorded = collect_recorded(settings, target, jobs)
+    questions = collect_questions(settings, target)
+    recorded = collect_recorded(settings, target, questions)
     flags.write_flagfile(workdir / "flags.txt", settings)
     files.clear_left_over(workdir)
     keep_start(start, workdir)
-    corpus = load_corpus(settings, workdir, target, jobs, recorded, stop)
-    context = Context(settings, workdir, target, corpus, NoMetrics(workdir), stop, Clock(), workdir)
+    corpus = load_corpus(settings, workdir, target, questions, recorded, stop)
+    context = RunContext(settings, workdir, target, corpus, NoMetrics(workdir), stop, Clock(), workdir)
 
     layers = start.config.feature_layers
     held_out = feature_store(context, "features_held_out", corpus.held_out, layers)

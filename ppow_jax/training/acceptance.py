@@ -11,11 +11,11 @@ from ppow_jax.evaluation.intervals import Counts, micro_average
 from ppow_jax.evaluation.replay import replay
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.settings import of_mode
-from ppow_jax.training.context import Context
+from ppow_jax.training.context import RunContext
 from ppow_jax.training.replays import measured_prices
 
 
-def decoded_acceptance(context: Context, drafter: Drafter) -> Callable[[dict], dict[str, float]]:
+def decoded_acceptance(context: RunContext, drafter: Drafter) -> Callable[[dict], dict[str, float]]:
     """A function: parameters -> tokens per round in --decoded_mode on the first --decoded_answers held-out answers.
 
     Its result holds held_out_tau_decoded and the ends of its 95 % interval over answers, ..._low and ..._high. The
@@ -30,7 +30,7 @@ def decoded_acceptance(context: Context, drafter: Drafter) -> Callable[[dict], d
     prices = measured_prices(context, cast(drafter, s.dtype), speculation) if speculation.adaptive else None
 
     def measure(params: dict) -> dict[str, float]:
-        mine = cast(drafter.replace(params=params, mixed=False, remat="none"), s.dtype)
+        mine = cast(drafter.replace(params=params, compute_dtype=None, remat="none"), s.dtype)
         found = replay(mine, target.params, target.config, batches, speculation, prices)
         tau = micro_average(Counts(found.tokens_N, found.rounds_N))
         name = "held_out_tau_decoded"

@@ -12,7 +12,7 @@ from ppow_jax.weights.targets import Target
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
+class RunContext:
     """Settings, directory, models and data of a run, its metrics writer, and the signal that stops it.
 
     shared: directory of files shared by runs on the same answers: the target's features, and measured costs.
@@ -28,11 +28,11 @@ class Context:
     shared: Path
 
     @property
-    def greedy_text(self) -> bool:
+    def answers_are_greedy(self) -> bool:
         """True if every answer is the target's own at temperature 0."""
         return self.settings.answer_temperature == 0 and not self.settings.recorded
 
     @property
-    def mixed(self) -> bool:
-        """True if the compute dtype of the drafter's products is bfloat16."""
-        return self.settings.dtype == "bfloat16"
+    def compute_dtype(self) -> str | None:
+        """Dtype of the products with the drafter's float32 parameters; None: float32."""
+        return "bfloat16" if self.settings.dtype == "bfloat16" else None

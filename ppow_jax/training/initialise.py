@@ -59,7 +59,7 @@ def drafter_config(
     )
 
 
-def new_drafter(
+def from_target(
     key: jax.Array,
     config: DrafterConfig,
     target_params: dict,

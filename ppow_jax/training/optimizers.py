@@ -9,7 +9,7 @@ import optax.contrib
 
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.training import initialise
-from ppow_jax.training.context import Context
+from ppow_jax.training.context import RunContext
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.start import features_seen
 
@@ -17,7 +17,7 @@ from ppow_jax.training.start import features_seen
 _MUON = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def make_optimizer(context: Context, drafter: Drafter, peak: float, steps: int, warmup: int):
+def make_optimizer(context: RunContext, drafter: Drafter, peak: float, steps: int, warmup: int):
     """The optimizer of a run's drafter, see `optimizer`; feature scales are measured on the run's data."""
     scale_F = None
     if not (drafter.config.fc_norm or drafter.config.norm_before_fc):

@@ -10,7 +10,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, draw, load_benchmark
 from ppow_jax.evaluation.dialogues import require_known_texts, short_enough
 from ppow_jax.mesh_shape import MeshShape
-from ppow_jax.training.context import Context
+from ppow_jax.training.context import RunContext
 from ppow_jax.training.results import evaluate_arms, export_arm
 from ppow_jax.training.run.clock import Clock
 from ppow_jax.training.run.metrics import MetricsWriter, NoMetrics, NonFiniteError
@@ -20,7 +20,7 @@ from ppow_jax.training.run.tensorboard import TensorBoard
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.stages import train_arms
 from ppow_jax.training.start import find_start, keep_start, new_config
-from ppow_jax.training.texts import collect_jobs, collect_recorded, load_corpus
+from ppow_jax.training.texts import collect_questions, collect_recorded, load_corpus
 from ppow_jax.training.workdir import fix_date, open_workdir
 from ppow_jax.weights import targets
 
@@ -73,11 +73,11 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
         target = targets.stacked(target)
     require_known_texts(target, benchmarks)
     start = find_start(settings, workdir, target)
-    jobs = collect_jobs(settings, target)
-    recorded = collect_recorded(settings, target, jobs)
+    questions = collect_questions(settings, target)
+    recorded = collect_recorded(settings, target, questions)
     benchmarks = [short_enough(target, benchmark, settings.max_prompt_tokens) for benchmark in benchmarks]
     benchmarks = [draw(benchmark, settings.num_prompts, settings.seed) for benchmark in benchmarks]
-    check_space(settings, workdir, start.config if start else new_config(settings, target), target, jobs)
+    check_space(settings, workdir, start.config if start else new_config(settings, target), target, questions)
     if stop.requested:
         raise Stopped
     # only now: settings that fail do not claim a workdir
@@ -86,8 +86,8 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     keep_start(start, workdir)
     with MetricsWriter(workdir, tensorboard=tensorboard) if leader else NoMetrics(workdir) as metrics:
         with clock.stage("answers"):
-            corpus = load_corpus(settings, workdir, target, jobs, recorded, stop)
-        context = Context(settings, workdir, target, corpus, metrics, stop, clock, workdir)
+            corpus = load_corpus(settings, workdir, target, questions, recorded, stop)
+        context = RunContext(settings, workdir, target, corpus, metrics, stop, clock, workdir)
         if set(settings.stages) <= {"data"}:
             return
         arms = train_arms(context, start)

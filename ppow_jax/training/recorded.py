@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ppow_jax.corpus.answers import Job
+from ppow_jax.corpus.answers import Question
 from ppow_jax.data.batches import find_anchors
 from ppow_jax.data.conversations import load_conversations
 from ppow_jax.data.encoding import Example, encode_conversation
@@ -36,7 +36,7 @@ def read_recorded(settings: TrainSettings, tokenizer: Any) -> list[Example]:
     return examples
 
 
-def check_parts(settings: TrainSettings, parts: Mapping[str, Sequence[Job | Example]], found: str) -> None:
+def check_parts(settings: TrainSettings, parts: Mapping[str, Sequence[Question | Example]], found: str) -> None:
     """Raises UserError where a part of the texts, by name, is empty, or has no room for two tokens of an answer.
 
     found: number of texts, in words.
@@ -46,14 +46,14 @@ def check_parts(settings: TrainSettings, parts: Mapping[str, Sequence[Job | Exam
         raise UserError(f"--data={settings.data}: leaves nothing for {' and '.join(missing)}; {rule}")
     for name, texts in parts.items():
         if not any(_room(text, settings.row_length) for text in texts):
-            shortest = min(len(text.prompt if isinstance(text, Job) else text.tokens) for text in texts)
+            shortest = min(len(text.prompt if isinstance(text, Question) else text.tokens) for text in texts)
             raise UserError(
                 f"--row_length={settings.row_length}: none of the {len(texts)} texts of {name} leaves room for an"
                 f" answer; the shortest has {shortest} tokens"
             )
 
 
-def _room(text: Job | Example, row_length: int) -> bool:
-    if isinstance(text, Job):
+def _room(text: Question | Example, row_length: int) -> bool:
+    if isinstance(text, Question):
         return len(text.prompt) + 2 <= row_length
     return len(find_anchors(text.answer_mask[:row_length])) > 0

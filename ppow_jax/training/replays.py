@@ -16,13 +16,13 @@ from ppow_jax.inference.costs import measure_prices
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.settings import Speculation, of_mode
-from ppow_jax.training.context import Context
+from ppow_jax.training.context import RunContext
 from ppow_jax.training.run.preemption import Stopped
 
 TYPICAL_CACHE = 256  # tokens: the cache length at which costs are measured
 
 
-def feature_store(context: Context, name: str, batches: Batches, layers: tuple[int, ...]) -> FeatureStore:
+def feature_store(context: RunContext, name: str, batches: Batches, layers: tuple[int, ...]) -> FeatureStore:
     """The target's features of some answers, stored in the shared directory; raises Stopped on a signal."""
     target, stop = context.target, context.stop
     store = FeatureStore(context.shared / name, batches, target.params, target.config, layers, lambda: stop.requested)
@@ -31,7 +31,7 @@ def feature_store(context: Context, name: str, batches: Batches, layers: tuple[i
     return store
 
 
-def measured_prices(context: Context, drafter: Drafter, speculation: Speculation) -> Prices:
+def measured_prices(context: RunContext, drafter: Drafter, speculation: Speculation) -> Prices:
     """Cost table of drafting and verifying, measured once per shared directory, so resumed runs repeat decisions."""
     path: Path = context.shared / "prices.json"
     known = path.exists()
@@ -45,12 +45,12 @@ def measured_prices(context: Context, drafter: Drafter, speculation: Speculation
 
 
 def replay_modes(
-    context: Context, drafter: Drafter, modes: Sequence[str], prices: Prices, answers: FeatureStore
+    context: RunContext, drafter: Drafter, modes: Sequence[str], prices: Prices, answers: FeatureStore
 ) -> dict[str, Replayed]:
     """Replayed decoding of the answers with a drafter, in each mode."""
-    ways = [of_mode(mode, context.settings.window) for mode in modes]
+    speculations = [of_mode(mode, context.settings.window) for mode in modes]
     mine, target = cast(drafter, context.settings.dtype), context.target
-    found = replay_all(mine, target.params, target.config, answers.batches, ways, prices, answers)
+    found = replay_all(mine, target.params, target.config, answers.batches, speculations, prices, answers)
     return dict(zip(modes, found, strict=True))
 
 

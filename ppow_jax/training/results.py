@@ -14,7 +14,7 @@ from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.settings import of_mode
-from ppow_jax.training.context import Context
+from ppow_jax.training.context import RunContext
 from ppow_jax.training.replays import compare, feature_store, measured_prices, replay_modes
 from ppow_jax.training.run.metrics import read_metrics
 from ppow_jax.training.run.preemption import Stopped
@@ -25,7 +25,7 @@ from ppow_jax.weights.drafters import best_format, export_drafter
 log = logging.getLogger(__name__)
 
 
-def evaluate_arms(context: Context, arms: dict[str, Drafter], benchmarks: list[Benchmark]) -> None:
+def evaluate_arms(context: RunContext, arms: dict[str, Drafter], benchmarks: list[Benchmark]) -> None:
     """Measures every arm, prints the table, writes report.json, report.md and plots.
 
     An arm that is already in report.json, with the same drafter under the same conditions, is not measured again.
@@ -77,7 +77,7 @@ def _report(workdir: Path, result: dict) -> None:
     print(f"\nreport and plots: {workdir}")
 
 
-def _replayed(context: Context, arms: dict[str, Drafter]) -> dict[str, dict[str, Any]]:
+def _replayed(context: RunContext, arms: dict[str, Drafter]) -> dict[str, dict[str, Any]]:
     """Replays each arm in all --modes on --test_answers, and compares it with the first arm."""
     s, test = context.settings, context.corpus.test
     if test is None:
@@ -98,7 +98,7 @@ def _parts(workdir: Path) -> dict[str, dict]:
     return {"step_parts": {path.parent.name: json.loads(path.read_text())["seconds"] for path in found}}
 
 
-def export_arm(context: Context, arm: str, drafter: Drafter, name: str) -> None:
+def export_arm(context: RunContext, arm: str, drafter: Drafter, name: str) -> None:
     """Writes workdir/name, with a model card that has the arm's figures if exactly this drafter was measured."""
     s, workdir = context.settings, context.workdir
     measured = former_arms(workdir).get(arm, {})

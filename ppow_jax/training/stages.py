@@ -19,7 +19,7 @@ from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.speculation.settings import chain
 from ppow_jax.training.acceptance import decoded_acceptance
-from ppow_jax.training.context import Context
+from ppow_jax.training.context import RunContext
 from ppow_jax.training.optimizers import make_optimizer
 from ppow_jax.training.results import export_arm
 from ppow_jax.training.run import loop
@@ -36,7 +36,7 @@ from ppow_jax.training.workdir import has_best
 log = logging.getLogger(__name__)
 
 
-def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
+def train_arms(context: RunContext, start: Drafter | None) -> dict[str, Drafter]:
     """The drafters of this run by the name of their stage: trained if the stage was chosen, else read back.
 
     Stage 2 and the baselines start from the result of stage 1. In a run without stage 1 they start from the first
@@ -58,12 +58,12 @@ def train_arms(context: Context, start: Drafter | None) -> dict[str, Drafter]:
     return {name: drafter for name, drafter in arms.items() if drafter is not None}
 
 
-def train_stage_2(context: Context, start: Drafter, stage: str) -> Drafter:
+def train_stage_2(context: RunContext, start: Drafter, stage: str) -> Drafter:
     """Trains a drafter with stage `ppow`, or with the baseline `cst`."""
     return {"cst": _cst, "ppow": _ppow}[stage](context, start)
 
 
-def _arm(context: Context, stage: str, begin: Drafter, chosen: set[str]) -> Drafter | None:
+def _arm(context: RunContext, stage: str, begin: Drafter, chosen: set[str]) -> Drafter | None:
     """Result of a stage that starts from `begin`; for a stage that was not chosen, its best checkpoint, or None."""
     if stage in chosen:
         return _supervised(context, begin) if stage == "supervised" else train_stage_2(context, begin, stage)
@@ -75,7 +75,7 @@ def _arm(context: Context, stage: str, begin: Drafter, chosen: set[str]) -> Draf
     return begin.replace(params=params)
 
 
-def _supervised(context: Context, drafter: Drafter) -> Drafter:
+def _supervised(context: RunContext, drafter: Drafter) -> Drafter:
     """Stage 1."""
     s = context.settings
     plan = _Plan("supervised", s.supervised_steps, s.learning_rate, s.warmup_steps, 0.0)
@@ -84,7 +84,7 @@ def _supervised(context: Context, drafter: Drafter) -> Drafter:
     )
 
 
-def _cst(context: Context, drafter: Drafter) -> Drafter:
+def _cst(context: RunContext, drafter: Drafter) -> Drafter:
     """Continued supervised training: as many steps as stage 2, of as many draft steps, on the same batches."""
     s = context.settings
     rate = s.ppow_learning_rate if s.cst_learning_rate is None else s.cst_learning_rate
@@ -94,7 +94,7 @@ def _cst(context: Context, drafter: Drafter) -> Drafter:
     )
 
 
-def _ppow(context: Context, drafter: Drafter) -> Drafter:
+def _ppow(context: RunContext, drafter: Drafter) -> Drafter:
     """Stage 2, with the chosen estimator."""
     s = context.settings
     plan = _Plan("ppow", s.ppow_steps, s.ppow_learning_rate, s.ppow_warmup_steps, s.average_decay, s.passes)
@@ -114,7 +114,7 @@ class _Plan:
     average_decay: float
     passes: int = 1
 
-    def optimizer(self, context: Context, drafter: Drafter) -> optax.GradientTransformation:
+    def optimizer(self, context: RunContext, drafter: Drafter) -> optax.GradientTransformation:
         return make_optimizer(context, drafter, self.rate, self.steps * self.passes, self.warmup)
 
 
@@ -126,11 +126,11 @@ class _Data:
     offset: int
 
 
-def _stage_1_data(context: Context, drafter: Drafter) -> _Data:
+def _stage_1_data(context: RunContext, drafter: Drafter) -> _Data:
     return _data(context, drafter, context.corpus.train, "features", 0, context.settings.cache_features)
 
 
-def _stage_2_data(context: Context, drafter: Drafter, cached: bool = True) -> _Data:
+def _stage_2_data(context: RunContext, drafter: Drafter, cached: bool = True) -> _Data:
     """Fresh answers from their beginning; those of stage 1 from where it stopped."""
     s, corpus = context.settings, context.corpus
     cached &= s.cache_features
@@ -140,7 +140,7 @@ def _stage_2_data(context: Context, drafter: Drafter, cached: bool = True) -> _D
     return _data(context, drafter, corpus.train, "features", offset, cached)
 
 
-def _data(context: Context, drafter: Drafter, batches: Batches, name: str, offset: int, cached: bool) -> _Data:
+def _data(context: RunContext, drafter: Drafter, batches: Batches, name: str, offset: int, cached: bool) -> _Data:
     store = _features(context, drafter, batches, name) if cached else None
 
     def at(index: int):
@@ -150,7 +150,7 @@ def _data(context: Context, drafter: Drafter, batches: Batches, name: str, offse
     return _Data(at, offset)
 
 
-def _features(context: Context, drafter: Drafter, batches: Batches, name: str) -> FeatureStore:
+def _features(context: RunContext, drafter: Drafter, batches: Batches, name: str) -> FeatureStore:
     target, stop = context.target, context.stop
     with context.clock.stage("features"):
         store = FeatureStore(
@@ -169,34 +169,34 @@ def _features(context: Context, drafter: Drafter, batches: Batches, name: str) -
 Step = Callable[[TrainState, int, tuple[PackedBatch, Cached | None]], tuple[TrainState, dict[str, Any]]]
 
 
-def _supervised_step(context: Context, drafter: Drafter, plan: _Plan, draft_steps: int) -> tuple[Any, Step]:
+def _supervised_step(context: RunContext, drafter: Drafter, plan: _Plan, draft_steps: int) -> tuple[Any, Step]:
     s = context.settings
     static = {
         "steps": draft_steps,
         "decay": s.ttt_decay,
-        "greedy_text": context.greedy_text,
+        "answers_are_greedy": context.answers_are_greedy,
         "accumulate": s.accumulate,
     }
     optimizer, step = _program(context, drafter, plan, supervised.train_step, **static)
     return optimizer, lambda state, _, data: step(state, *data)
 
 
-def _exact_step(context: Context, drafter: Drafter, plan: _Plan) -> tuple[Any, Step]:
+def _exact_step(context: RunContext, drafter: Drafter, plan: _Plan) -> tuple[Any, Step]:
     s = context.settings
     static = {
-        "rollouts": rollout_settings(s, _costs(context, drafter), context.greedy_text),
+        "rollouts": rollout_settings(s, _costs(context, drafter), context.answers_are_greedy),
         "exact": exact_settings(s),
     }
     optimizer, step = _program(context, drafter, plan, ppow_exact.train_step, **static)
     return optimizer, lambda state, _, data: step(state, *data)
 
 
-def _sampled_step(context: Context, drafter: Drafter, plan: _Plan) -> tuple[Any, Step]:
+def _sampled_step(context: RunContext, drafter: Drafter, plan: _Plan) -> tuple[Any, Step]:
     s = context.settings
     static = {
-        "rollouts": rollout_settings(s, _costs(context, drafter), context.greedy_text),
+        "rollouts": rollout_settings(s, _costs(context, drafter), context.answers_are_greedy),
         "policy": ppow_sampled.PolicySettings(s.clip, s.kl_weight, s.passes),
-        "greedy_text": context.greedy_text,
+        "answers_are_greedy": context.answers_are_greedy,
         "accumulate": s.accumulate,
     }
     optimizer, step = _program(context, drafter, plan, ppow_sampled.train_step, **static)
@@ -204,15 +204,17 @@ def _sampled_step(context: Context, drafter: Drafter, plan: _Plan) -> tuple[Any,
     return optimizer, lambda state, index, data: step(state, data[0], jax.random.fold_in(key, index))
 
 
-def _program(context: Context, drafter: Drafter, plan: _Plan, train_step: Callable, **static: Any) -> tuple[Any, Any]:
+def _program(
+    context: RunContext, drafter: Drafter, plan: _Plan, train_step: Callable, **static: Any
+) -> tuple[Any, Any]:
     """(the optimizer, a step: the training state and the rows of a batch -> the next state and metrics).
 
     The step is given the drafter's configuration and vocabulary; its parameters are the training state's.
     """
     optimizer, target = plan.optimizer(context, drafter), context.target
-    shell = drafter.replace(params={}, mixed=context.mixed, remat=context.settings.remat)
+    spec = drafter.replace(compute_dtype=context.compute_dtype, remat=context.settings.remat).spec
     static |= {"config": target.config, "optimizer": optimizer, "average_decay": plan.average_decay}
-    return optimizer, lambda state, *rows: train_step(state, shell, target.params, *sharding.place(rows), **static)
+    return optimizer, lambda state, *rows: train_step(state, spec, target.params, *sharding.place(rows), **static)
 
 
 def exact_settings(s: TrainSettings) -> ExactSettings:
@@ -221,8 +223,8 @@ def exact_settings(s: TrainSettings) -> ExactSettings:
     return ExactSettings(rule, s.horizon, s.divide_by_std, s.kl_weight, s.supervised_weight, s.ttt_decay)
 
 
-def rollout_settings(s: TrainSettings, costs: CostModel, greedy_text: bool) -> RolloutSettings:
-    """Settings of stage 2's rollouts. greedy_text: the target wrote the answers at temperature 0."""
+def rollout_settings(s: TrainSettings, costs: CostModel, answers_are_greedy: bool) -> RolloutSettings:
+    """Settings of stage 2's rollouts. answers_are_greedy: the target wrote the answers at temperature 0."""
     return RolloutSettings(
         window=s.window,
         group=s.group,
@@ -233,13 +235,13 @@ def rollout_settings(s: TrainSettings, costs: CostModel, greedy_text: bool) -> R
         eps=s.eps,
         adaw=s.adaw,
         adaw_start=s.adaw_start,
-        greedy_reference=not greedy_text,
+        greedy_reference=not answers_are_greedy,
         costs=costs,
         divide_by_std=s.divide_by_std,
     )
 
 
-def _costs(context: Context, drafter: Drafter) -> CostModel:
+def _costs(context: RunContext, drafter: Drafter) -> CostModel:
     """Costs from the flags; missing ones are measured once per workdir, so that a resumed run has the same rewards."""
     s = context.settings
     gamma, verify = s.gamma, s.verify_cost if s.general_cost else 1.0  # the paper's reward uses no other
@@ -251,7 +253,7 @@ def _costs(context: Context, drafter: Drafter) -> CostModel:
     return CostModel(gamma, s.general_cost, verify, s.rollback_cost, s.bonus)
 
 
-def _measured_costs(context: Context, drafter: Drafter) -> dict[str, float]:
+def _measured_costs(context: RunContext, drafter: Drafter) -> dict[str, float]:
     s, path = context.settings, context.shared / "costs.json"
     known = path.exists()
     distributed.wait("costs")  # no process writes before all have looked
@@ -263,13 +265,13 @@ def _measured_costs(context: Context, drafter: Drafter) -> dict[str, float]:
 
 
 def _train(
-    context: Context, drafter: Drafter, plan: _Plan, updates: tuple[optax.GradientTransformation, Step], data: _Data
+    context: RunContext, drafter: Drafter, plan: _Plan, updates: tuple[optax.GradientTransformation, Step], data: _Data
 ) -> Drafter:
     """Runs a stage to its end -> its best drafter."""
     if context.stop.requested:
         raise Stopped
     s = context.settings
-    drafter = drafter.replace(mixed=context.mixed, remat=s.remat)
+    drafter = drafter.replace(compute_dtype=context.compute_dtype, remat=s.remat)
     about = {"seed": s.seed, "settings": {spec.name: getattr(s, spec.name) for spec in flags.specs(type(s))}}
     stage, (optimizer, step) = plan.stage, updates
     stage_loop = loop.Loop(
@@ -295,10 +297,10 @@ def _train(
         )
     if not complete:
         raise Stopped
-    return drafter.replace(params=params, mixed=False, remat="none")
+    return drafter.replace(params=params, compute_dtype=None, remat="none")
 
 
-def _measure(context: Context, drafter: Drafter):
+def _measure(context: RunContext, drafter: Drafter):
     """parameters -> acceptance on held-out answers, simulated (from stored features, if there are any) and decoded."""
     s, held_out = context.settings, context.corpus.held_out
     data = _data(context, drafter, held_out, "features_held_out", 0, s.cache_features)
@@ -312,7 +314,7 @@ def _measure(context: Context, drafter: Drafter):
             batches,
             config=context.target.config,
             K=s.window,
-            greedy_text=s.answer_temperature == 0,
+            answers_are_greedy=s.answer_temperature == 0,
         )
 
     return measure

@@ -14,7 +14,7 @@ from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.transformer import forward
 from ppow_jax.training import initialise
-from ppow_jax.training.context import Context
+from ppow_jax.training.context import RunContext
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.drafters import export_drafter
 from ppow_jax.weights.loading import find_drafter, load_drafter
@@ -67,16 +67,16 @@ def new_config(settings: TrainSettings, target: Target) -> DrafterConfig:
     return initialise.drafter_config(target.config, s.draft_vocab_size, s.feature_layers, s.fc_norm)
 
 
-def new_drafter(context: Context) -> Drafter:
-    """A drafter for this target and these answers (see `initialise.new_drafter`)."""
+def new_drafter(context: RunContext) -> Drafter:
+    """A drafter for this target and these answers (see `initialise.from_target`)."""
     s, target = context.settings, context.target
     config = new_config(s, target)
     ids_W = initialise.choose_vocabulary(context.corpus.train.examples, target.config.vocab_size, s.draft_vocab_size)
     scale = initialise.feature_scale(features_seen(context, config.feature_layers))
-    return initialise.new_drafter(jax.random.key(s.seed), config, target.params, ids_W, scale)
+    return initialise.from_target(jax.random.key(s.seed), config, target.params, ids_W, scale)
 
 
-def features_seen(context: Context, layers: tuple[int, ...]) -> np.ndarray:
+def features_seen(context: RunContext, layers: tuple[int, ...]) -> np.ndarray:
     """The target's features [N, F] of the first batch's tokens, on which feature scales are measured."""
     target, batch = context.target, context.corpus.train.at(0)
     features_BxTxF = _look(target.params, sharding.place(batch), config=target.config, layers=layers)

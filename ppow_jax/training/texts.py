@@ -21,24 +21,25 @@ from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
-T = TypeVar("T", Example, answers.Job)
+T = TypeVar("T", Example, answers.Question)
 
 
-def collect_jobs(settings: TrainSettings, target: Target) -> list[answers.Job]:
+def collect_questions(settings: TrainSettings, target: Target) -> list[answers.Question]:
     """The prompts to answer; raises UserError where lengths, texts or numbers do not fit."""
     longest = settings.max_prompt_tokens + settings.answer_tokens
     limit = target.config.max_position_embeddings
     flags.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
     conversations = load_conversations(settings.data)
-    jobs = answers.collect_jobs(target.tokenizer, conversations, _answer_settings(settings), settings.num_answers)
-    for job in jobs:
-        require_known(job.prompt, target.config.vocab_size, job.source, target.tokenizer)
-    if len(jobs) <= settings.held_out:
+    about = _answer_settings(settings)
+    questions = answers.select_questions(target.tokenizer, conversations, about, settings.num_answers)
+    for question in questions:
+        require_known(question.prompt, target.config.vocab_size, question.source, target.tokenizer)
+    if len(questions) <= settings.held_out:
         raise UserError(
-            f"--data={settings.data}: {len(jobs)} prompts of at most {settings.max_prompt_tokens} tokens, "
+            f"--data={settings.data}: {len(questions)} prompts of at most {settings.max_prompt_tokens} tokens, "
             f"but --held_out={settings.held_out} are kept aside"
         )
-    return jobs
+    return questions
 
 
 def _answer_settings(settings: TrainSettings) -> answers.AnswerSettings:
@@ -72,26 +73,27 @@ class Corpus(NamedTuple):
     test: Batches | None
 
 
-def collect_recorded(settings: TrainSettings, target: Target, jobs: list[answers.Job]) -> list[Example]:
+def collect_recorded(settings: TrainSettings, target: Target, questions: list[answers.Question]) -> list[Example]:
     """The recorded conversations to mix in unchanged.
 
-    Raises UserError where none is usable, or where these and `jobs` leave nothing for a part that is requested.
+    Raises UserError where none is usable, or where these and `questions` leave nothing for a part that is requested.
     """
     recorded = read_recorded(settings, target.tokenizer) if settings.recorded else []
     for example in recorded:
         require_known(example.tokens, target.config.vocab_size, example.source, target.tokenizer)
-    *kept, train = split(jobs, _kept(settings), settings.seed)
+    *kept, train = split(questions, _kept(settings), settings.seed)
     named = zip(("held_out", "test_answers", "fresh_answers"), _kept(settings), kept, strict=True)
     asked = {f"--{name}={number}": part for name, number, part in named if number}
-    parts: dict[str, Sequence[answers.Job | Example]] = dict(asked)
+    parts: dict[str, Sequence[answers.Question | Example]] = dict(asked)
     if "supervised" in settings.stages or not settings.fresh_answers:
         parts["training"] = [*train, *recorded]
-    check_parts(settings, parts, f"{len(jobs)} answers of {len({_conversation(job) for job in jobs})} conversations")
+    conversations = {_conversation(question) for question in questions}
+    check_parts(settings, parts, f"{len(questions)} answers of {len(conversations)} conversations")
     return recorded
 
 
 def load_corpus(
-    settings, workdir: Path, target: Target, jobs, recorded: list[Example], stop: StopSignal
+    settings, workdir: Path, target: Target, questions, recorded: list[Example], stop: StopSignal
 ) -> Corpus:
     """All texts of the run as batches; missing answers are generated."""
     s = settings
@@ -99,7 +101,7 @@ def load_corpus(
         workdir / "answers",
         target.params,
         target.config,
-        jobs,
+        questions,
         _answer_settings(s),
         lambda: stop.requested,
         read_packs(s.answers_from, _pack_about(s)),
@@ -149,5 +151,5 @@ def split(examples: Sequence[T], numbers: Sequence[int], seed: int) -> list[list
     return parts
 
 
-def _conversation(example: Example | answers.Job) -> str:
+def _conversation(example: Example | answers.Question) -> str:
     return example.source.rsplit(" turn ", 1)[0]

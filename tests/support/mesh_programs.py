@@ -76,23 +76,23 @@ def models() -> tuple[dict, Drafter]:
 def step_1(state, params, drafter, index, accumulate=1):
     batch = sharding.place(BATCHES.at(index))
     return supervised.train_step(
-        state, drafter.replace(params={}), params, batch, config=CONFIG, optimizer=OPTIMIZER, steps=2, decay=0.8,
-        greedy_text=False, accumulate=accumulate,
+        state, drafter.spec, params, batch, config=CONFIG, optimizer=OPTIMIZER, steps=2, decay=0.8,
+        answers_are_greedy=False, accumulate=accumulate,
     )  # fmt: skip
 
 
 def step_2(state, params, drafter, index, accumulate=1):
     batch, key = sharding.place(BATCHES.at(index)), jax.random.fold_in(jax.random.key(7), index)
     return ppow_sampled.train_step(
-        state, drafter.replace(params={}), params, batch, key, config=CONFIG, optimizer=OPTIMIZER, rollouts=ROLLOUTS,
-        policy=ppow_sampled.PolicySettings(0.2, 0.5, 1), greedy_text=False, accumulate=accumulate,
+        state, drafter.spec, params, batch, key, config=CONFIG, optimizer=OPTIMIZER, rollouts=ROLLOUTS,
+        policy=ppow_sampled.PolicySettings(0.2, 0.5, 1), answers_are_greedy=False, accumulate=accumulate,
     )  # fmt: skip
 
 
 def train(step, steps=STEPS, accumulate=1, dtype=jnp.float32):
     """(history of metrics, final parameters)."""
     params, drafter = models()
-    drafter = drafter.replace(mixed=dtype == jnp.bfloat16)
+    drafter = drafter.replace(compute_dtype="bfloat16" if dtype == jnp.bfloat16 else None)
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     state, history = TrainState.create(drafter.params, OPTIMIZER, drafter.config), []
     for index in range(steps):

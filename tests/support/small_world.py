@@ -82,16 +82,16 @@ def drafter(fc_norm: bool = False) -> Drafter:
     scored = scored_batch(ids_W, batch())
     features_NxF = np.asarray(scored.windows.features_BxTxF)[batch().segment_BxT > 0]
     scale = initialise.feature_scale(features_NxF)
-    start = initialise.new_drafter(jax.random.key(5), config, target_params(), ids_W, scale)
+    start = initialise.from_target(jax.random.key(5), config, target_params(), ids_W, scale)
     if fc_norm:
         return start
     small = {name: start.params[name] / np.float32(scale[2]) for name in ("fc", "o_proj", "down_proj")}
     return start.replace(params=start.params | small)
 
 
-def score_in(batch, ids_W, greedy_text: bool = True):
+def score_in(batch, ids_W, answers_are_greedy: bool = True):
     """The target's pass, inside a jitted function."""
-    return score(target_params(), CONFIG, FEATURE_LAYERS, ids_W, batch, greedy_text)
+    return score(target_params(), CONFIG, FEATURE_LAYERS, ids_W, batch, answers_are_greedy)
 
 
 def scored_batch(ids_W, batch_: PackedBatch):
@@ -106,7 +106,7 @@ _score = jax.jit(score_in)
 
 STEPS, OPTIMIZER = 3, optax.adamw(3e-3)
 train_step = functools.partial(
-    supervised.train_step, config=CONFIG, optimizer=OPTIMIZER, steps=STEPS, decay=0.8, greedy_text=True
+    supervised.train_step, config=CONFIG, optimizer=OPTIMIZER, steps=STEPS, decay=0.8, answers_are_greedy=True
 )
 
 
@@ -114,7 +114,7 @@ train_step = functools.partial(
 def training() -> tuple[Drafter, list[dict], int]:
     """90 steps from the start: (drafter, metrics of each step, compilations)."""
     start = drafter()
-    shell, state, history = start.replace(params={}), TrainState.create(start.params, OPTIMIZER), []
+    shell, state, history = start.spec, TrainState.create(start.params, OPTIMIZER), []
     before = supervised.train_step._cache_size()
     for index in range(90):
         state, metrics = train_step(state, shell, target_params(), batches().at(index))

@@ -167,12 +167,12 @@ class _Recorder:
         clocked = {"seconds": seconds, "compile_seconds": compiled, "memory_bytes": memory_bytes()}
         self.metrics.write(step, self.loop.stage, values | clocked)
         self.clock.step(self.loop.stage, seconds, compiled, values["data_seconds"])
-        self._judge(step, values)
+        self._check_finite(step, values)
         shown = {k: f"{float(values[k]):.3f}" for k in _SHOWN if k in values}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
 
-    def _judge(self, step: int, values: dict[str, Any]) -> None:
+    def _check_finite(self, step: int, values: dict[str, Any]) -> None:
         """Accepts a skipped update as long as --skip_nonfinite allows it."""
         before, self.skipped = self.skipped, int(values.get("skipped", self.skipped))
         try:

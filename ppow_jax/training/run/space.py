@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.corpus.answers import Job
+from ppow_jax.corpus.answers import Question
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter_config import DrafterConfig
@@ -27,7 +27,7 @@ _SLACK = 16 << 20  # reports, plots, metrics
 
 
 def needed_bytes(
-    settings: TrainSettings, config: DrafterConfig, target: Target, jobs: Sequence[Job]
+    settings: TrainSettings, config: DrafterConfig, target: Target, questions: Sequence[Question]
 ) -> tuple[int, int]:
     """(at least, at most) bytes that all chosen stages write; only the lengths of the answers are unknown."""
     params = jax.eval_shape(lambda key: drafting.init(key, config), jax.random.key(0))
@@ -35,14 +35,14 @@ def needed_bytes(
     baselines = settings.baselines if "ppow" in settings.stages else ()
     trained = [stage for stage in TRAINED if stage in settings.stages] + list(baselines)
     surely = sum(_checkpoints(settings, stage) for stage in trained) * drafter + 2 * drafter + _SLACK
-    answers = len(jobs) * settings.answer_tokens if "data" in settings.stages else 0
+    answers = len(questions) * settings.answer_tokens if "data" in settings.stages else 0
     at_most = surely + answers * _TOKEN
     exact = "ppow" in settings.stages and settings.estimator == "exact"
     if settings.cache_features and ("supervised" in settings.stages or "cst" in baselines or exact):
-        tokens = sum(len(job.prompt) for job in jobs)
+        tokens = sum(len(question.prompt) for question in questions)
         width = 4 * target.config.hidden_size * jnp.dtype(DTYPES[settings.dtype]).itemsize
         surely += tokens * width
-        at_most += (tokens + len(jobs) * settings.answer_tokens) * width
+        at_most += (tokens + len(questions) * settings.answer_tokens) * width
     return surely, at_most
 
 
@@ -55,13 +55,15 @@ def _checkpoints(settings: TrainSettings, stage: str) -> int:
     return (KEEP + 1) * (1 + _MOMENTS + averages) + (KEEP_BEST + 1)
 
 
-def check_space(settings: TrainSettings, workdir: Path, config: DrafterConfig, target: Target, jobs: Sequence[Job]):
+def check_space(
+    settings: TrainSettings, workdir: Path, config: DrafterConfig, target: Target, questions: Sequence[Question]
+):
     """Raises UserError if the disk cannot hold what the run certainly writes; warns if space may become scarce.
 
     Existing contents of the workdir count as written.
     """
     held = sum(entry.stat().st_size for entry in _files(workdir))
-    surely, at_most = (max(0, number - held) for number in needed_bytes(settings, config, target, jobs))
+    surely, at_most = (max(0, number - held) for number in needed_bytes(settings, config, target, questions))
     free = shutil.disk_usage(workdir).free
     sizes = f"{_shown(free)} are free, but the run writes"
     if free < surely:

@@ -14,7 +14,7 @@ from ppow_jax import sharding
 from ppow_jax.corpus.target_pass import score
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import DrafterSpec
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.expected import ExactSettings, window_loss
 from ppow_jax.objectives.rewards import speedup_reward
@@ -31,7 +31,7 @@ Array = jax.Array
 )
 def train_step(
     state: TrainState,
-    drafter: Drafter,
+    spec: DrafterSpec,
     target_params: dict,
     batch: PackedBatch,
     cached: tuple[Array, Array] | None = None,
@@ -42,29 +42,29 @@ def train_step(
     exact: ExactSettings,
     average_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's.
+    """One step -> (state, metrics). spec: of the drafter, whose parameters are the state's.
 
     cached: the target's pass over the batch, if computed before (`corpus.features`). rollouts: only window, costs
     and ADAW's start are used.
     """
-    layers, ids_W, embed_VxD = drafter.config.feature_layers, drafter.target_ids_W, target_params["embed"]
+    layers, ids_W, embed_VxD = spec.config.feature_layers, spec.target_ids_W, target_params["embed"]
     with jax.named_scope("target"):
         windows = score(target_params, config, layers, ids_W, batch, True, cached).windows
     K, adaw = rollouts.window, rollouts.adaw & (state.step >= rollouts.adaw_start)
     reward_K1, last_BxM = speedup_reward(jnp.arange(K + 1), K, rollouts.costs), supervised.last_anchors(windows)
 
     def objective(params):
-        mine = drafter.replace(params=params)
+        mine = spec.with_params(params)
         steps = supervised.unroll(mine, embed_VxD, windows, K)
         return window_loss(mine, steps, last_BxM, reward_K1, exact, adaw, config.vocab_size)
 
     with jax.named_scope("gradient"):
         gradient, metrics = jax.grad(objective, has_aux=True)(state.params)
-        gradient = sharding.constrain(gradient, drafter.config)
+        gradient = sharding.constrain(gradient, spec.config)
     with jax.named_scope("update"):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(gradient)
         state = state.advance(params, opt_state, metrics["loss"], norm, decay=average_decay)
     metrics |= {"gradient_norm": norm, "skipped": state.skipped}
-    return sharding.constrain(state, drafter.config), jax.tree.map(sharding.pin, metrics)
+    return sharding.constrain(state, spec.config), jax.tree.map(sharding.pin, metrics)

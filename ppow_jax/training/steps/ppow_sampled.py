@@ -14,11 +14,11 @@ from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, DrafterSpec
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import divergence
 from ppow_jax.objectives.policy import clipped_surrogate, decision_logp
-from ppow_jax.objectives.supervised import Windows
+from ppow_jax.objectives.supervised import AnchorRows
 from ppow_jax.training.steps.accumulate import each, summed
 from ppow_jax.training.steps.rollout import Rollout, RolloutSettings, rollout, summary
 from ppow_jax.training.steps.state import TrainState
@@ -39,12 +39,12 @@ class PolicySettings:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "rollouts", "policy", "greedy_text", "accumulate", "average_decay"),
+    static_argnames=("config", "optimizer", "rollouts", "policy", "answers_are_greedy", "accumulate", "average_decay"),
     donate_argnames=("state",),
 )
 def train_step(
     state: TrainState,
-    drafter: Drafter,
+    spec: DrafterSpec,
     target_params: dict,
     batch: PackedBatch,
     key: Array,
@@ -53,22 +53,22 @@ def train_step(
     optimizer: optax.GradientTransformation,
     rollouts: RolloutSettings,
     policy: PolicySettings,
-    greedy_text: bool,
+    answers_are_greedy: bool,
     accumulate: int = 1,
     average_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step -> (state, metrics). drafter: configuration, vocabulary and precision; parameters are the state's.
+    """One step -> (state, metrics). spec: of the drafter, whose parameters are the state's.
 
     accumulate: number of microbatches per step; the results are those of the whole batch. average_decay: decay of the
     state's parameter average, if it has one.
     """
-    layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
-    behaviour = drafter.replace(params=jax.lax.stop_gradient(state.params))
+    layers, ids_W = spec.config.feature_layers, spec.target_ids_W
+    behaviour = spec.with_params(jax.lax.stop_gradient(state.params))
 
     def roll_out(rows):
         batch, key_B = rows
         with jax.named_scope("target"):
-            scored = score(target_params, config, layers, ids_W, batch, greedy_text)
+            scored = score(target_params, config, layers, ids_W, batch, answers_are_greedy)
         with jax.named_scope("rollouts"):
             windows, measured = rollout(key_B, state.step, behaviour, target_params, config, scored, rollouts)
         return scored.windows._replace(probability_BxMxW=None), windows, measured
@@ -77,21 +77,21 @@ def train_step(
     text, windows, measured = each(roll_out, (batch, key_B), accumulate)
     metrics = summary(windows, measured, text.anchor_mask_BxM)
     counts = windows.valid_BxX.sum(), _counted(windows).sum()
-    objective = functools.partial(_loss, drafter, target_params, counts, rollouts, policy)
+    objective = functools.partial(_loss, spec, target_params, counts, rollouts, policy)
     rows = text, windows
     params, opt_state, signs = state.params, state.opt_state, []
     for _ in range(policy.passes):
         differentiate = functools.partial(jax.grad(objective, has_aux=True), params)
         with jax.named_scope("gradient"):
             gradient, details = summed(differentiate, rows, accumulate)
-            gradient = sharding.constrain(gradient, drafter.config)
+            gradient = sharding.constrain(gradient, spec.config)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, opt_state, params)
             params = optax.apply_updates(params, updates)
             signs += [details["loss"], optax.tree.norm(gradient)]
     state = state.advance(params, opt_state, *signs, decay=average_decay)  # all passes of a step, or none
     metrics |= details | {"gradient_norm": signs[-1], "skipped": state.skipped}
-    return sharding.constrain(state, drafter.config), jax.tree.map(sharding.pin, metrics)
+    return sharding.constrain(state, spec.config), jax.tree.map(sharding.pin, metrics)
 
 
 def _counted(windows: Rollout) -> Array:
@@ -99,20 +99,20 @@ def _counted(windows: Rollout) -> Array:
 
 
 def _loss(
-    drafter,
+    spec: DrafterSpec,
     target_params,
     counts: tuple[Array, Array],
     rollouts: RolloutSettings,
     policy: PolicySettings,
     params,
-    rows: tuple[Windows, Rollout],
+    rows: tuple[AnchorRows, Rollout],
 ):
     """-(clipped surrogate) + beta KL(target || drafter) on the tokens that count.
 
     counts: numbers of valid windows, and of tokens that count, in the whole batch, of which these rows may be a part.
     """
     text, windows = rows
-    drafter = drafter.replace(params=params)
+    drafter = spec.with_params(params)
     B, X, K = windows.token_BxXxK.shape
     z_BxXxKxW = redraft(drafter, target_params["embed"], text, windows)
     log_q = jax.nn.log_softmax(z_BxXxKxW / rollouts.rollout_temperature, axis=-1)
@@ -149,7 +149,7 @@ def _loss(
     }
 
 
-def redraft(drafter: Drafter, embed_VxD: Array, text: Windows, windows: Rollout) -> Array:
+def redraft(drafter: Drafter, embed_VxD: Array, text: AnchorRows, windows: Rollout) -> Array:
     """logits_BxXxKxW of the current drafter along previously drafted windows."""
     anchors = supervised.anchors_at(text, *supervised.prefix(drafter, embed_VxD, text), windows.anchor_BxX)
     drafted = (windows.token_BxXxK[..., s] for s in range(windows.token_BxXxK.shape[-1] - 1))

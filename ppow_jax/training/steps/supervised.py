@@ -14,7 +14,7 @@ from ppow_jax.corpus.target_pass import restricted, score
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Drafter, DrafterSpec
 from ppow_jax.objectives import supervised
 from ppow_jax.training.steps.accumulate import each, summed
 from ppow_jax.training.steps.state import TrainState
@@ -24,12 +24,12 @@ Array = jax.Array
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "steps", "decay", "greedy_text", "accumulate", "average_decay"),
+    static_argnames=("config", "optimizer", "steps", "decay", "answers_are_greedy", "accumulate", "average_decay"),
     donate_argnames=("state",),
 )
 def train_step(
     state: TrainState,
-    drafter: Drafter,
+    spec: DrafterSpec,
     target_params: dict,
     batch: PackedBatch,
     cached: tuple[Array, Array] | None = None,
@@ -38,23 +38,23 @@ def train_step(
     optimizer: optax.GradientTransformation,
     steps: int,
     decay: float,
-    greedy_text: bool,
+    answers_are_greedy: bool,
     accumulate: int = 1,
     average_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
 
-    drafter: provides configuration, vocabulary and precision; its parameters are replaced by the state's. cached: the
+    spec: of the drafter, whose parameters are the state's. cached: the
     target's pass over the batch, if computed before (`corpus.features`). accumulate: number of microbatches per step;
     the results are those of the whole batch. average_decay: decay of the state's parameter average, if it has one.
     """
-    layers, ids_W = drafter.config.feature_layers, drafter.target_ids_W
+    layers, ids_W = spec.config.feature_layers, spec.target_ids_W
 
     def read(rows):
         """The target's pass; its distributions, the largest part, are recomputed for each microbatch."""
         batch, cached = rows
         with jax.named_scope("target"):
-            scored = score(target_params, config, layers, ids_W, batch, greedy_text, cached)
+            scored = score(target_params, config, layers, ids_W, batch, answers_are_greedy, cached)
         return scored.windows._replace(probability_BxMxW=None), scored.hidden_BxMxD
 
     def objective(params, rows):
@@ -62,14 +62,14 @@ def train_step(
         head_WxD = transformer.head(target_params)[ids_W]
         windows = windows._replace(probability_BxMxW=restricted(hidden_BxMxD, head_WxD))
         scores = supervised.training_time_test(
-            drafter.replace(params=params), target_params["embed"], windows, steps, decay, counts_S
+            spec.with_params(params), target_params["embed"], windows, steps, decay, counts_S
         )
         return scores.total.sum(), supervised.Totals.of(scores)
 
     def differentiate(rows):
         with jax.named_scope("gradient"):
             value, gradient = jax.value_and_grad(objective, has_aux=True)(state.params, rows)
-            return value, sharding.constrain(gradient, drafter.config)
+            return value, sharding.constrain(gradient, spec.config)
 
     rows = each(read, (batch, cached), accumulate)
     windows = rows[0]
@@ -80,7 +80,7 @@ def train_step(
         params = optax.apply_updates(state.params, updates)
         gradient_norm = optax.tree.norm(gradient)
         state = state.advance(params, opt_state, value, gradient_norm, decay=average_decay)
-        state = sharding.constrain(state, drafter.config)
+        state = sharding.constrain(state, spec.config)
     metrics = {
         "loss": value,
         "loss_by_step": totals.loss_S / jnp.maximum(totals.known_S, 1),
@@ -97,7 +97,7 @@ def train_step(
     return state, jax.tree.map(sharding.pin, metrics)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "K", "greedy_text"))
+@functools.partial(jax.jit, static_argnames=("config", "K", "answers_are_greedy"))
 def _evaluate_batch(
     drafter: Drafter,
     target_params: dict,
@@ -106,10 +106,10 @@ def _evaluate_batch(
     *,
     config: ModelConfig,
     K: int,
-    greedy_text: bool,
+    answers_are_greedy: bool,
 ):
     layers = drafter.config.feature_layers
-    windows = score(target_params, config, layers, drafter.target_ids_W, batch, greedy_text, cached).windows
+    windows = score(target_params, config, layers, drafter.target_ids_W, batch, answers_are_greedy, cached).windows
     scores = supervised.training_time_test(drafter, target_params["embed"], windows, K, decay=1.0)
     return jax.tree.map(sharding.pin, supervised.Totals.of(scores))
 
@@ -121,14 +121,14 @@ def evaluate(
     *,
     config: ModelConfig,
     K: int,
-    greedy_text: bool,
+    answers_are_greedy: bool,
 ) -> dict[str, Any]:
     """Simulated greedy-chain tau of windows of K tokens on held-out batches, with its parts by step.
 
     batches: each with the target's features of it if they are stored (`corpus.features`), or None.
     """
     sums = [
-        _evaluate_batch(drafter, target_params, *batch, config=config, K=K, greedy_text=greedy_text)
+        _evaluate_batch(drafter, target_params, *batch, config=config, K=K, answers_are_greedy=answers_are_greedy)
         for batch in batches
     ]
     totals = jax.tree.map(lambda *parts: np.sum(parts, axis=0, dtype=np.float64), *jax.device_get(sums))
