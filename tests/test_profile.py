@@ -80,7 +80,7 @@ def test_a_stage_that_ends_within_the_chosen_steps_ends_its_trace(tmp_path):
 def test_tensorboard_gets_what_the_metrics_get(tmp_path):
     pytest.importorskip("tensorboardX", reason="an extra: pip install 'ppow_jax[tensorboard]'")
     for begin in (1, 2):  # the second run goes on after step 1
-        with MetricsWriter(tmp_path, tensorboard=TensorBoard(tmp_path / "tensorboard")) as metrics:
+        with MetricsWriter(tmp_path, sinks=[TensorBoard(tmp_path / "tensorboard")]) as metrics:
             metrics.resume("ppow", begin - 1)
             for step in range(begin, 4):
                 row = {"loss": np.float32(step / begin), "histogram": np.arange(2) + 5, "mode": "chain", "none": None}

@@ -26,6 +26,7 @@ from ppow_jax.training.run.checkpoint import Best
 from ppow_jax.training.run.clock import Clock
 from ppow_jax.training.run.metrics import MetricsWriter, NoMetrics
 from ppow_jax.training.run.preemption import Stopped, StopSignal
+from ppow_jax.training.run.sinks import check_sinks, open_sinks
 from ppow_jax.training.stages import train_stage_2
 from ppow_jax.training.start import find_start, keep_start
 from ppow_jax.training.texts import collect_questions, collect_recorded, load_corpus
@@ -69,6 +70,7 @@ def run(settings: StudySettings) -> int:
 def _open(settings: StudySettings, stop: StopSignal) -> _Study:
     """Sets up what all arms share: reads the models, answers the prompts, stores features."""
     settings = fix_date(settings)
+    check_sinks(settings)
     workdir = open_workdir(settings, FREE)
     target = targets.load(settings.target, settings.dtype)
     target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
@@ -148,7 +150,7 @@ def _trained(study: _Study, arm: Arm, seed: int, rate: float | None, directory: 
     directory.mkdir(parents=True, exist_ok=True)
     shape = {"batch_size": settings.batch_size, "row_length": settings.row_length, "max_anchors": settings.max_anchors}
     fresh = Batches(corpus.fresh.examples, seed=seed, **shape)
-    with MetricsWriter(directory) as metrics:
+    with MetricsWriter(directory, sinks=open_sinks(settings, directory)) as metrics:
         context = dataclasses.replace(
             study.context,
             settings=settings,

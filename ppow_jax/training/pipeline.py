@@ -15,8 +15,8 @@ from ppow_jax.training.results import evaluate_arms, export_arm
 from ppow_jax.training.run.clock import Clock
 from ppow_jax.training.run.metrics import MetricsWriter, NoMetrics, NonFiniteError
 from ppow_jax.training.run.preemption import Stopped, StopSignal
+from ppow_jax.training.run.sinks import check_sinks, open_sinks
 from ppow_jax.training.run.space import check_space
-from ppow_jax.training.run.tensorboard import TensorBoard
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.stages import train_arms
 from ppow_jax.training.start import find_start, keep_start, new_config
@@ -64,7 +64,7 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     workdir = open_workdir(settings)
     distributed.wait("workdir")  # from here on only one process writes there
     leader = distributed.leader()
-    tensorboard = TensorBoard(workdir / "tensorboard") if settings.tensorboard and leader else None
+    check_sinks(settings)
     clock = Clock(workdir / "attempts.jsonl" if leader else None)
     benchmarks = _benchmarks(settings)
     target = targets.load(settings.target, settings.dtype)
@@ -84,7 +84,7 @@ def _stages(settings: TrainSettings, stop: StopSignal) -> None:
     distributed.by_leader(lambda: flags.write_flagfile(workdir / "flags.txt", settings))
     distributed.by_leader(lambda: files.clear_left_over(workdir))
     keep_start(start, workdir)
-    with MetricsWriter(workdir, tensorboard=tensorboard) if leader else NoMetrics(workdir) as metrics:
+    with MetricsWriter(workdir, sinks=open_sinks(settings, workdir)) if leader else NoMetrics(workdir) as metrics:
         with clock.stage("answers"):
             corpus = load_corpus(settings, workdir, target, questions, recorded, stop)
         context = RunContext(settings, workdir, target, corpus, metrics, stop, clock, workdir)

@@ -55,6 +55,9 @@ class TrainSettings:
         None, "Directory for compiled programs, so that later runs start faster.", group="Run"
     )
     tensorboard: bool = field(False, "Also write TensorBoard events, to WORKDIR/tensorboard.", group="Run")
+    wandb: bool = field(
+        False, "Also send the metrics to Weights & Biases; WANDB_PROJECT names another project.", group="Run"
+    )
     profile_steps: str = field(
         "", "Steps of each stage to profile, as FIRST:LAST; traces are written to WORKDIR/profile.", group="Run"
     )
@@ -376,5 +379,6 @@ FREE = (
     "skip_nonfinite",
     "compilation_cache",
     "tensorboard",
+    "wandb",
     "profile_steps",
 )

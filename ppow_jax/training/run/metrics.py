@@ -1,10 +1,10 @@
-"""Metrics of a run: exact means, and one JSON line per step that survives kills and resumes."""
+"""Metrics of a run: exact means, and one JSON line per step that survives kills and resumes; sinks get copies."""
 
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax.files import writable_directory, write_atomic
-from ppow_jax.training.run.tensorboard import TensorBoard
+from ppow_jax.training.run.sinks import Sink
 
 _RESERVED = ("step", "stage", "time")
 
@@ -72,10 +72,8 @@ class MetricsWriter:
     since 1970. Numbers that JSON lacks are written as "nan", "inf", "-inf"; `read_metrics` turns them back.
     """
 
-    def __init__(
-        self, workdir: str | os.PathLike, name: str = "metrics.jsonl", tensorboard: TensorBoard | None = None
-    ):
-        """Opens the file; an incomplete line that a kill left at its end is cut off. tensorboard: gets every row too.
+    def __init__(self, workdir: str | os.PathLike, name: str = "metrics.jsonl", sinks: Sequence[Sink] = ()):
+        """Opens the file; an incomplete line that a kill left at its end is cut off. sinks: get every row, too.
 
         Raises:
           UserError: the directory cannot be written to.
@@ -84,7 +82,7 @@ class MetricsWriter:
         if self.path.exists():
             _cut_torn_line(self.path)
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")
-        self._tensorboard = tensorboard
+        self._sinks = tuple(sinks)
 
     def resume(self, stage: str, step: int) -> list[dict[str, Any]]:
         """Drops the rows of `stage` past `step`, which a run resumed from there writes again; returns its others."""
@@ -94,8 +92,9 @@ class MetricsWriter:
             self._file.close()
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
             self._file = open(self.path, "a", buffering=1, encoding="utf-8")
-        if self._tensorboard:
-            self._tensorboard.resume(stage, step)
+        written = max((row["step"] for row in rows if row["stage"] == stage), default=step)
+        for sink in self._sinks:
+            sink.resume(stage, step, max(step, written))
         return [row for row in kept if row["stage"] == stage]
 
     def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
@@ -105,21 +104,21 @@ class MetricsWriter:
         row = {"step": int(step), "stage": stage, "time": round(time.time(), 3)}
         values = {name: to_python(value) for name, value in metrics.items()}
         self._file.write(json.dumps(row | {name: _encode(v) for name, v in values.items()}, allow_nan=False) + "\n")
-        if self._tensorboard:
-            self._tensorboard.write(step, stage, values)
+        for sink in self._sinks:
+            sink.write(step, stage, values)
 
     def sync(self) -> None:
         """Blocks until every row is on disk: a checkpoint is never newer than the metrics of its steps."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        if self._tensorboard:
-            self._tensorboard.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file and all sinks."""
         self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

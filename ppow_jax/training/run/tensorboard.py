@@ -11,20 +11,25 @@ import numpy as np
 from ppow_jax.errors import UserError
 
 
+def require_tensorboard() -> Any:
+    """The class `tensorboardX.SummaryWriter`; raises UserError if it is not installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        rule = "needs the package tensorboardX: pip install 'ppow_jax[tensorboard]'"
+        raise UserError(f"--tensorboard: {rule}") from None
+    return SummaryWriter
+
+
 class TensorBoard:
     """One folder of events per stage. Steps that a resumed run repeats are purged from TensorBoard's display."""
 
     def __init__(self, directory: str | os.PathLike):
         """Raises UserError if the writer is not installed."""
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            rule = "needs the package tensorboardX: pip install 'ppow_jax[tensorboard]'"
-            raise UserError(f"--tensorboard: {rule}") from None
-        self._directory, self._make = Path(directory), SummaryWriter
+        self._directory, self._make = Path(directory), require_tensorboard()
         self._writers: dict[str, Any] = {}
 
-    def resume(self, stage: str, step: int) -> None:
+    def resume(self, stage: str, step: int, written: int) -> None:
         """Continues the stage after `step`: events written past it are discarded."""
         if stage in self._writers:
             self._writers.pop(stage).close()
@@ -35,7 +40,7 @@ class TensorBoard:
     def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
         """Numbers as scalars, lists as one scalar per element (`name/1`, ...); None and texts are left out."""
         if stage not in self._writers:
-            self.resume(stage, step - 1)
+            self.resume(stage, step - 1, step - 1)
         writer = self._writers[stage]
         for name, value in metrics.items():
             if value is None or isinstance(value, str):
