@@ -7,6 +7,8 @@ import time
 
 from small_model import MODES, model
 
+from ppow_jax.serving import server
+from ppow_jax.serving.app import Endpoint
 from ppow_jax.serving.engine import Engine, Progress, Ticket
 from ppow_jax.serving.machine import Machine, Numbers
 from ppow_jax.serving.metrics import Metrics
@@ -33,6 +35,7 @@ def running(engine: Engine):
         yield engine
     finally:
         engine.stop()
+        engine.machine.reset()
 
 
 class News:
@@ -66,3 +69,22 @@ def until(condition, seconds: float = WAIT) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def serving(mode: str = "chain", *, seconds: float = WAIT, drain: float = WAIT, **how):
+    """A server on a free port -> (its `Server`, its address)."""
+    engine = new_engine(mode, **how)
+    bound = server.bind("127.0.0.1", 0)
+    found = server.Server(Endpoint(model(), engine, NAME, seconds), drain)
+    thread = threading.Thread(target=found.run, args=([bound],))
+    thread.start()
+    until(lambda: found.started)
+    try:
+        yield found, server.address(bound)
+    finally:
+        found.should_exit = True
+        thread.join(WAIT)
+        bound.close()
+        assert not thread.is_alive()
+        engine.machine.reset()

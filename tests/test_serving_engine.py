@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import MODES, NEW, model
-from small_server import machine, new_engine, running, ticket, until
+from small_server import new_engine, running, ticket, until
 
 from ppow_jax.inference import slots
 from ppow_jax.serving.errors import ApiError
@@ -64,7 +64,8 @@ def test_pieces_tell_who_proposed_each_token():
     with running(new_engine("chain")) as engine:
         engine.submit([one])
         result = one.emit.last.result
-    found = machine("chain").look()
+        until(lambda: engine.idle)
+        found = engine.machine.look()
     row = next(b for b in range(3) if found.tokens_BxL[b, 16 : 16 + len(result.token_ids)].tolist() == result.token_ids)
     own = found.own_BxL[row, 16 : 16 + len(result.token_ids)]
     steps, K1 = result.stats.num_spec_steps, np.arange(3)
@@ -78,7 +79,7 @@ def test_pieces_tell_who_proposed_each_token():
 
 
 def test_long_prompts_move_the_running_answers_to_longer_caches():
-    """A prompt of 530 tokens arrives while a short answer is written, which goes on unchanged, and later caches shrink."""
+    """A prompt of 530 tokens arrives while a short answer is written, which goes on unchanged; later they shrink."""
     short, long = "Once upon a time", "b" * 530
     settings = {"temperature": 1.0, "seed": 4}
     engine = new_engine("chain", context=700)

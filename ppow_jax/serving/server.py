@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, endpoint: Endpoint, drain: float):
-        how = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off"}
+        how = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
         super().__init__(uvicorn.Config(make_app(endpoint), timeout_graceful_shutdown=CLOSE, **how))  # type: ignore[arg-type]
         self._engine, self._drain_seconds = endpoint.engine, drain
         self._loop: asyncio.AbstractEventLoop | None = None
