@@ -152,6 +152,10 @@ def verify_window(
         experts_B=experts_B,
     )
     state = commit_tokens(state, result.token_BxK1, result.accepted_B + 1, config)
+    if state.own_BxL is not None:
+        index_BxL = jnp.broadcast_to(jnp.arange(state.own_BxL.shape[1]), state.own_BxL.shape)
+        added_BxL = (index_BxL == (before_B + result.accepted_B)[:, None]) & (index_BxL < state.length_B[:, None])
+        state = state.replace(own_BxL=jnp.where(index_BxL < before_B[:, None], state.own_BxL, added_BxL))
     gained_B = jnp.maximum(state.length_B - before_B, 1)
     features, pending_B = result.features_BxK1xF, gained_B
     if speculation.adaptive:  # appended to those of cooldown rounds, which wait for a round that drafts

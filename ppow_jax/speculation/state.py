@@ -40,7 +40,8 @@ class State(flax.struct.PyTreeNode):
     are not. target_kv: per run of layers (`models.stack`). drafter_kv: per layer. features_BxK1xF, pending_B: see the
     module. histogram_BxK1: numbers of verifications that accepted k tokens. drafted_B: number of drafted tokens. pace:
     acceptance statistics, see `speculation.adaptive`. experts_B: distinct experts touched, summed over verifications;
-    None for targets without experts.
+    None for targets without experts. own_BxL: True for the tokens that the target added itself, False for accepted
+    drafts and the prompt; None where nobody asks.
     """
 
     tokens_BxL: Array
@@ -58,6 +59,7 @@ class State(flax.struct.PyTreeNode):
     drafted_B: Array
     pace: Pace
     experts_B: Array | None = None
+    own_BxL: Array | None = None
 
     @classmethod
     def begin(

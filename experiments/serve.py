@@ -1,0 +1,105 @@
+"""Serves a target and its drafter with the OpenAI API, over HTTP.
+
+    python -m experiments.serve --target=smollm2-135m --speculation=adaptive
+    python -m experiments.serve --target=DIR --drafter=DIR --slots=16 --context=4096 --port=8000
+
+Then http://localhost:8000/ is a page to chat, and http://localhost:8000/v1 the address for clients of the API:
+docs/endpoint.md. It needs the packages of the extra `serve`: pip install 'ppow_jax[serve]'.
+"""
+
+import dataclasses
+import importlib.util
+import logging
+
+from experiments.common import ModelFlags, StoppingFlags
+from ppow_jax import cli, mesh_shape
+from ppow_jax.flags import field, require
+
+PACKAGES = ("anyio", "prometheus_client", "starlette", "uvicorn")
+CONTEXT = 2048
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(StoppingFlags, ModelFlags):
+    """The flags of this program."""
+
+    host: str = field("127.0.0.1", "Address to listen at; 0.0.0.0: all addresses.", group="Server")
+    port: int = field(8000, "Port to listen at; 0: any free one.", low=0, high=65535, group="Server")
+    model_name: str | None = field(None, "Name of the model in the API; by default --target.", group="Server")
+    slots: int = field(8, "Requests that are decoded at once.", low=1, high=512, group="Server")
+    context: int | None = field(
+        None,
+        f"Most tokens of a prompt and its answer; by default {CONTEXT}, or fewer if the target has fewer.",
+        low=64,
+        group="Server",
+    )
+    queue: int = field(64, "Requests that may wait for a slot; more get status 429.", low=0, group="Server")
+    time_limit: float = field(600.0, "Seconds that a request may take, waiting included.", low=1, group="Server")
+    drain: float = field(30.0, "Seconds for accepted requests to finish after SIGTERM.", low=0, group="Server")
+    rounds: int = field(
+        4, "Decoding rounds between two looks at the answers; fewer stream in smaller pieces.", low=1, group="Server"
+    )
+    speculation: str | None = field(
+        None,
+        "Speculation mode. By default chain if there is a drafter.",
+        choices=("off", "chain", "tree", "adaptive"),
+        group="Speculation",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.host), "--host: must not be empty")
+        require(self.model_name != "", "--model_name: must not be empty")
+        plain = self.speculation in (None, "off") or self.drafter is not None
+        require(plain, f"--speculation={self.speculation}: needs a drafter, but --drafter=none")
+
+
+def main(settings: Settings) -> None:
+    """Serves until SIGTERM or Ctrl-C."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    require(not missing, f"not installed: {', '.join(missing)}; install them: pip install 'ppow_jax[serve]'")
+    cli.keep_compiled(settings.compilation_cache)
+
+    from ppow_jax import sharding  # slow to import: after the settings' checks
+
+    mesh = sharding.make_mesh(mesh_shape.MeshShape.parse(settings.mesh))
+    with sharding.use(mesh):
+        _serve(settings, mesh)
+
+
+def _serve(settings: Settings, mesh) -> None:
+    from ppow_jax.inference.model import SPECULATIONS, load
+    from ppow_jax.serving import server
+    from ppow_jax.serving.app import Endpoint
+    from ppow_jax.serving.engine import Engine
+    from ppow_jax.serving.machine import Machine
+    from ppow_jax.serving.metrics import Metrics
+    from ppow_jax.weights import loading
+
+    with server.bind(settings.host, settings.port) as bound:
+        directory = loading.find_drafter(settings.drafter, settings.target)
+        mode = settings.speculation or ("off" if directory is None else "chain")
+        missing = f"--speculation={mode}: needs a drafter, but --target={settings.target} has none"
+        require(mode == "off" or directory is not None, f"{missing}; name one: --drafter=DIR")
+        speculation = SPECULATIONS[mode]
+        if speculation.adaptive:
+            speculation = dataclasses.replace(speculation, adaptive=settings.stopping())
+        model = load(settings.target, str(directory) if directory else None, settings.dtype)
+        positions = model.target.config.max_position_embeddings
+        context = min(CONTEXT, positions) if settings.context is None else settings.context
+        require(context <= positions, f"--context={context}: {settings.target} has {positions} positions")
+        machine = Machine(model, speculation, settings.slots, context, settings.rounds)
+        machine.warm_up()
+        name = settings.model_name or settings.target
+        engine = Engine(machine, Metrics(name, speculation.window), settings.queue, mesh)
+        endpoint = Endpoint(model, engine, name, settings.time_limit)
+        url = server.address(bound)
+        print(f"serving {name} ({mode}, {settings.slots} slots) at {url}/v1, chat at {url}/", flush=True)
+        server.Server(endpoint, settings.drain).run([bound])
+    log.info("ended")
+
+
+if __name__ == "__main__":
+    cli.run(main, Settings)

@@ -1,0 +1,80 @@
+"""Metrics for Prometheus, under vLLM's names, so that its dashboards show this server too."""
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
+
+
+class Metrics:
+    """Counts of one server. All have the label model_name, as vLLM's.
+
+    A window that drafts nothing (a cooldown of an adaptive one) counts as a draft of 0 tokens, so that 1 + accepted
+    tokens / drafts is the mean acceptance length. Nothing is counted there without speculation.
+    """
+
+    def __init__(self, model: str, window: int):
+        self.registry = CollectorRegistry()
+        self._model, self._window = model, window
+        self.running = self._gauge("vllm:num_requests_running", "Requests in slots")
+        self.waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait for a slot")
+        self._prompt = self._counter("vllm:prompt_tokens", "Tokens of prompts that were read")
+        self._generation = self._counter("vllm:generation_tokens", "Generated tokens")
+        self._drafts = self._counter("vllm:spec_decode_num_drafts", "Verifications, also of windows without drafts")
+        self._drafted = self._counter("vllm:spec_decode_num_draft_tokens", "Verified drafted tokens")
+        self._accepted = self._counter("vllm:spec_decode_num_accepted_tokens", "Accepted drafted tokens")
+        per_position = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        labels = ("model_name", "position")
+        counted = Counter(per_position, "Accepted drafted tokens at a place", labels, registry=self.registry)
+        self._per_position = [counted.labels(model, str(position)) for position in range(window)]
+        labels = ("model_name", "finished_reason")
+        self._success = Counter("vllm:request_success", "Finished requests", labels, registry=self.registry)
+        labels = ("model_name", "code")
+        self._refused = Counter("ppow:request_error", "Requests that got an error", labels, registry=self.registry)
+        self._first = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first tokens")
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "Arrival to the prompt's reading")
+        self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token")
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ("model_name",), registry=self.registry).labels(self._model)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ("model_name",), registry=self.registry).labels(self._model)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(name, text, ("model_name",), registry=self.registry, buckets=SECONDS).labels(self._model)
+
+    def began(self, prompt_tokens: int, waited: float) -> None:
+        """A request got a slot after `waited` seconds."""
+        self._prompt.inc(prompt_tokens)
+        self._queue.observe(waited)
+
+    def first_tokens(self, seconds: float) -> None:
+        """A request has its first tokens, `seconds` after it arrived."""
+        self._first.observe(seconds)
+
+    def decoded(self, tokens: int, histogram_K1: Sequence[int], drafted: int) -> None:
+        """A request has new tokens. histogram_K1: verifications that accepted 0..K tokens; drafted: tokens."""
+        self._generation.inc(tokens)
+        if not self._window:
+            return
+        self._drafts.inc(sum(histogram_K1))
+        self._drafted.inc(drafted)
+        for position, counter in enumerate(self._per_position):
+            reached = sum(histogram_K1[position + 1 :])
+            counter.inc(reached)
+            self._accepted.inc(reached)
+
+    def finished(self, reason: str, seconds: float) -> None:
+        """A request is answered, `seconds` after it arrived."""
+        self._success.labels(self._model, reason).inc()
+        self._whole.observe(seconds)
+
+    def error(self, code: str) -> None:
+        """A request got an error. code: of the error object, or the HTTP status."""
+        self._refused.labels(self._model, code).inc()
+
+    def page(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)

@@ -1,0 +1,199 @@
+"""The engine of the endpoint: answers of `Model.generate` whatever else runs, limits, cancelled requests, errors."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import MODES, NEW, model
+from small_server import new_engine, running, ticket, until
+
+from ppow_jax.inference import slots
+from ppow_jax.serving.errors import ApiError
+from ppow_jax.serving.machine import Machine
+from ppow_jax.speculation import generate
+from ppow_jax.weights.targets import Target
+
+PROMPTS = ["a", "Once upon a time", "b" * 30, "é€ and more", "zz top", "The end?", "x = 3", "d" * 150]
+SETTINGS = [
+    {"seed": 1, "max_new_tokens": NEW},
+    {"temperature": 1.0, "top_p": 0.9, "seed": 2, "max_new_tokens": 9, "stop": "a"},
+    {"temperature": 1.3, "top_k": 5, "seed": 3, "max_new_tokens": 20},
+    {"top_k": 3, "top_p": 0.5, "max_new_tokens": NEW, "stop": ["é", "ab"]},
+    {"temperature": 0.8, "seed": 5, "max_new_tokens": 1},
+    {"temperature": 1.0, "top_k": 12, "top_p": 0.8, "seed": 6, "max_new_tokens": NEW},
+    {"temperature": 0.7, "seed": 2**31 - 1, "max_new_tokens": NEW},
+    {"seed": 8, "max_new_tokens": 25},
+]
+
+
+@functools.cache
+def expected(mode: str) -> list:
+    """Every answer, generated alone."""
+    asked = zip(PROMPTS, SETTINGS, strict=True)
+    return [model().generate(prompt, speculation=MODES[mode], **settings)[0] for prompt, settings in asked]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_are_those_of_generate_whatever_runs_beside_them(mode):
+    order = [3, 0, 6, 1, 7, 2, 5, 4, 0, 3]
+    tickets = [ticket(PROMPTS[i], **SETTINGS[i]) for i in order]
+    with running(new_engine(mode)) as engine:
+        for one in tickets:
+            engine.submit([one])
+            if one is tickets[4]:
+                until(lambda: tickets[0].emit.all)  # the others arrive while these are decoded
+        for i, one in zip(order, tickets, strict=True):
+            news, want = one.emit.last, expected(mode)[i]
+            assert not isinstance(news, ApiError), news
+            got = news.result
+            assert (got.text, got.token_ids, got.finish_reason) == (want.text, want.token_ids, want.finish_reason)
+            assert got.prompt_ids == want.prompt_ids
+            if "stop" not in SETTINGS[i]:  # which cost rounds until they are seen
+                counts = [(x.acceptance_histogram, x.num_draft_tokens) for x in (got.stats, want.stats)]
+                assert counts[0] == counts[1]
+            assert "".join(progress.text for progress in one.emit.all) == want.text
+            assert "".join(text for progress in one.emit.all for text, _ in progress.pieces) == want.text
+
+
+def test_pieces_tell_who_proposed_each_token():
+    """Each verification adds one token of the target itself, and the prefill the first."""
+    one = ticket("Once upon a time", temperature=1.0, seed=3, max_new_tokens=NEW)
+    with running(new_engine("chain")) as engine:
+        engine.submit([one])
+        result = one.emit.last.result
+        until(lambda: engine.idle)
+        found = engine.machine.look()
+    row = next(b for b in range(3) if found.tokens_BxL[b, 16 : 16 + len(result.token_ids)].tolist() == result.token_ids)
+    own = found.own_BxL[row, 16 : 16 + len(result.token_ids)]
+    steps, K1 = result.stats.num_spec_steps, np.arange(3)
+    gained = [int(n) for n in np.diff([0, *(1 + np.flatnonzero(own))])]
+    whole = gained[1:] if own[-1] else [*gained[1:], len(own) - int(np.flatnonzero(own)[-1])]
+    assert own[0] and len(whole) == steps
+    counted = np.bincount(np.array(whole[:-1]) - 1, minlength=3)
+    assert ((np.array(result.stats.acceptance_histogram) - counted) >= 0).all() and (counted @ K1) > 0
+    told = [drafted for news in one.emit.all for text, drafted in news.pieces]
+    assert True in told and False in told and sum(map(bool, told)) <= (~own).sum()
+
+
+def test_long_prompts_move_the_running_answers_to_longer_caches():
+    """A prompt of 530 tokens arrives while a short answer is written, which goes on unchanged; later they shrink."""
+    short, long = "Once upon a time", "b" * 530
+    settings = {"temperature": 1.0, "seed": 4}
+    engine = new_engine("chain", context=700)
+    tickets = [ticket(short, max_new_tokens=400, **settings), ticket(long, max_new_tokens=150, **settings)]
+    with running(engine):
+        engine.submit(tickets[:1])
+        until(lambda: tickets[0].emit.all)
+        assert engine.machine.tokens == 512
+        engine.submit(tickets[1:])
+        until(lambda: tickets[1].emit.all)
+        assert engine.machine.tokens == 700
+        texts = [one.emit.last.result.token_ids for one in tickets]
+        third = ticket(short, max_new_tokens=3)
+        engine.submit([third])
+        assert third.emit.last.tokens == 3 and engine.machine.tokens == 512
+    for one, prompt, new in zip(texts, (short, long), (400, 150), strict=True):
+        assert one == model().generate(prompt, max_new_tokens=new, speculation=MODES["chain"], **settings)[0].token_ids
+
+
+def test_requests_compile_nothing_after_the_start():
+    engine = new_engine("chain", context=700)
+    engine.machine.warm_up()
+    programs = slots.insert, slots.release, slots.clear, slots.resize, generate.prefill, generate.decode
+    before = [program._cache_size() for program in programs]
+    rng = np.random.default_rng(0)
+    tickets = []
+    for i in range(12):
+        prompt = rng.integers(0, 200, int(rng.integers(1, 600))).tolist()
+        t, k, p = [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 5, 1.0), (0.7, 0, 0.9)][i % 4]
+        tickets.append(ticket(prompt, t, k, p, max_new_tokens=int(rng.integers(1, 90)), seed=i))
+    with running(engine):
+        for one in tickets:
+            engine.submit([one])
+        assert all(one.emit.last.result for one in tickets)
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_a_cancelled_request_frees_its_row():
+    engine = new_engine("off", queue=0)
+    tickets = [ticket("b", temperature=1.0, seed=i, max_new_tokens=500) for i in range(3)]
+    with running(engine):
+        engine.submit(tickets)
+        until(lambda: all(one.emit.all for one in tickets))
+        with pytest.raises(ApiError) as refused:
+            engine.submit([ticket("b")])
+        assert refused.value.status == 429 and int(refused.value.headers["Retry-After"]) >= 1
+        tickets[1].cancelled = True
+        until(lambda: engine.machine.live_B.sum() < 3)
+        last = ticket("Once upon a time", max_new_tokens=3)
+        engine.submit([last])
+        assert last.emit.last.tokens == 3
+        assert not tickets[0].emit.ended.is_set() or tickets[0].emit.last.result
+
+
+def test_waiting_and_running_requests_have_a_time_limit():
+    engine = new_engine("off", slots=3)
+    with running(engine):
+        hogs = [ticket("b", temperature=1.0, seed=i, max_new_tokens=500, seconds=0.6) for i in range(3)]
+        waits = ticket("a", max_new_tokens=3, seconds=0.3)
+        engine.submit(hogs)
+        engine.submit([waits])
+        for one in (waits, *hogs):
+            last = one.emit.last
+            assert isinstance(last, ApiError) and last.status == 504 or last.result, last
+        assert isinstance(waits.emit.last, ApiError) or any(h.emit.last.result for h in hogs)
+
+
+def test_a_row_of_bad_logits_gets_an_error_and_does_no_harm():
+    """A token whose embedding is not finite makes NaN keys; the row's next request must not see them."""
+    healthy = model()
+    bad = 77  # a byte that is never written
+    params = dict(healthy.target.params)
+    params["embed"] = params["embed"].at[bad].set(jnp.nan)
+    target = Target("damaged", healthy.target.config, params, healthy.target.tokenizer)
+    one_row = Machine(dataclasses.replace(healthy, target=target), MODES["chain"], 1, 512, 4)
+    engine = new_engine("chain")
+    engine.machine = one_row
+    first, second = ticket([65, bad, 66], max_new_tokens=9), ticket("Once upon a time", max_new_tokens=9)
+    with running(engine):
+        engine.submit([first, second])
+        assert isinstance(first.emit.last, ApiError) and first.emit.last.status == 500
+        assert "not finite" in first.emit.last.message
+        want = healthy.generate("Once upon a time", max_new_tokens=9, speculation=MODES["chain"])[0]
+        assert second.emit.last.result.token_ids == want.token_ids
+
+
+def test_a_failure_of_the_machine_ends_its_requests_and_not_the_engine(monkeypatch):
+    engine = new_engine("off")
+    calls = iter([True])
+
+    def fails_once(*args):
+        if next(calls, False):
+            raise jax.errors.JaxRuntimeError("out of memory")
+        return Machine._decode(engine.machine, *args)
+
+    monkeypatch.setattr(engine.machine, "_decode", fails_once)
+    first, second = ticket("a", max_new_tokens=5), ticket("a", max_new_tokens=5)
+    with running(engine):
+        engine.submit([first])
+        assert first.emit.last.status == 500
+        engine.submit([second])
+        assert second.emit.last.result.token_ids == model().generate("a", max_new_tokens=5)[0].token_ids
+
+
+def test_stopping_ends_what_is_left_with_an_error():
+    engine = new_engine("off")
+    tickets = [ticket("b", temperature=1.0, seed=i, max_new_tokens=500) for i in range(5)]
+    engine.start()
+    engine.submit(tickets)
+    until(lambda: tickets[0].emit.all)
+    engine.stop()
+    for one in tickets:
+        assert one.emit.ended.is_set() and (isinstance(one.emit.last, ApiError) or one.emit.last.result)
+    assert isinstance(tickets[4].emit.last, ApiError) and tickets[4].emit.last.status == 503
+    with pytest.raises(ApiError) as refused:
+        engine.submit([ticket("a")])
+    assert refused.value.status == 503

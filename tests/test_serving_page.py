@@ -1,0 +1,61 @@
+"""The chat page in headless Chromium: tokens coloured by who proposed them, tau and speed, stopping, errors."""
+
+import chromium
+import pytest
+from small_model import MODES, model
+from small_server import serving, until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(chromium.found() is None, reason="no Chromium: apt-get install chromium-headless-shell"),
+]
+
+SPANS = "[...document.querySelectorAll('.assistant span')].map((span) => [span.textContent, span.className])"
+
+
+@pytest.fixture(scope="module")
+def page():
+    with serving("chain") as (server, address), chromium.Page(f"{address}/") as found:
+        until(lambda: found.evaluate("document.readyState === 'complete' && at('model').textContent") == "small")
+        found.server = server
+        yield found
+
+
+def send(page: chromium.Page, text: str, most: int = 40) -> None:
+    page.evaluate("at('clear').click()")
+    page.evaluate(f"at('most').value = {most}; at('prompt').value = '{text}'; at('form').requestSubmit()")
+
+
+def test_an_answer_is_coloured_and_timed(page):
+    send(page, "Once upon a time")
+    until(lambda: page.evaluate("running === null && messages.length === 2"))
+    prompt = model().chat_prompt("Once upon a time")
+    want = model().generate(prompt, max_new_tokens=40, speculation=MODES["chain"])[0]
+    spans = page.evaluate(SPANS)
+    assert "".join(text for text, _ in spans) == want.text == page.evaluate("messages[1].content")
+    kinds = {kind for _, kind in spans}
+    assert kinds == {"drafted", "own"} if want.stats.num_accepted_draft_tokens else {"own"}
+    colour = "getComputedStyle(document.querySelector('.assistant .{}')).backgroundColor"
+    assert page.evaluate(colour.format("own")) == "rgba(0, 0, 0, 0)"
+    if "drafted" in kinds:
+        assert page.evaluate(colour.format("drafted")) == "rgb(205, 235, 211)"
+    assert float(page.evaluate("at('tau').textContent")) == pytest.approx(want.stats.mean_acceptance_length, abs=0.01)
+    assert float(page.evaluate("at('speed').textContent")) > 0
+    assert page.evaluate("at('tokens').textContent") == str(len(want.token_ids))
+    assert page.evaluate("document.querySelector('.user').textContent") == "Once upon a time"
+
+
+def test_an_answer_can_be_stopped(page):
+    page.evaluate("at('temperature').value = 1")
+    send(page, "b", most=470)
+    until(lambda: page.server._engine._running)
+    page.evaluate("at('form').requestSubmit()")
+    until(lambda: page.evaluate("running === null"))
+    until(lambda: page.server._engine.idle)
+    assert page.evaluate("at('send').textContent") == "Send"
+
+
+def test_errors_are_shown(page):
+    send(page, "b", most=5000)
+    until(lambda: page.evaluate("document.querySelectorAll('.error').length"))
+    assert "context holds 512 tokens" in page.evaluate("document.querySelector('.error').textContent")
