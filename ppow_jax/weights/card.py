@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppow_jax.errors import UserError
-from ppow_jax.weights.huggingface import replace_files
+from ppow_jax.weights.huggingface import read_json, replace_files
 
 # Heading -> cell of a result row of the evaluation.
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -26,6 +26,12 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     ),
 }
 
+LICENSE = "apache-2.0"
+# Tags by which the hub finds drafters, and servers' pages list them; the format's own come last.
+_TAGS = {
+    "flat": ("eagle3", "speculative-decoding", "draft-model", "vllm", "sglang"),
+    "speculators": ("eagle3", "speculative-decoding", "draft-model", "vllm", "speculators"),
+}
 _LAYOUT = {
     "flat": "The files have the flat EAGLE-3 layout; without an embedding in them, the target's is used.",
     "speculators": "The files have the speculators layout, vLLM's own (`experiments.convert` makes others).",
@@ -68,6 +74,7 @@ def write_card(
     command: str,
     notes: str = "",
     format: str = "flat",
+    license: str = LICENSE,
 ) -> None:
     """Writes README.md, with the front matter that the Hugging Face hub reads.
 
@@ -77,11 +84,12 @@ def write_card(
       command: the command that made the drafter.
       notes: Markdown, put between the figures and the command: data, device, caveats.
       format: of the drafter's files, see `drafters.FORMATS`.
+      license: of the drafter, by the hub's identifier.
 
     Raises:
       UserError: if the directory cannot be written.
     """
-    front = ["license: apache-2.0", "tags:", "- eagle3", "- speculative-decoding"]
+    front = [f"license: {license}", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in _TAGS[format])]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", target):
         front.append(f"base_model: {json.dumps(target)}")
     window = max((int(row["window"]) for row in figures if row.get("window")), default=4)
@@ -125,6 +133,41 @@ def carry_over(source: Path, directory: Path, format: str) -> None:
     note = f"Converted to the {format} format with `python -m experiments.convert convert`."
     text = f"{text.rstrip()}\n\n{note}\n"
     replace_files(directory, {"README.md": lambda path: path.write_text(text, encoding="utf-8")})
+
+
+def read_figures(path: str | Path) -> list[dict[str, Any]]:
+    """The result rows of a file by `experiments.evaluate --output`. Raises UserError for other files."""
+    rows = read_json(Path(path).expanduser()).get("results")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and "tau" in row for row in rows):
+        raise UserError(f"--figures={path}: must be a result file of experiments.evaluate, with a list `results`")
+    return rows
+
+
+def complete(directory: Path, *, format: str, base_model: str | None, license: str | None) -> None:
+    """Adds to the card's front matter what the hub wants: tags, base model, licence; what is there already stays.
+
+    base_model, license: replace those of the card if they are given.
+
+    Raises:
+      UserError: for a card that cannot be read, a front matter that is not YAML, or without a licence.
+    """
+    from huggingface_hub import ModelCard
+
+    path = directory / "README.md"
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+        data = card.data
+        data.tags = list(dict.fromkeys([*(data.tags or []), *_TAGS[format]]))
+    except Exception as error:  # errors of YAML, of the system and of the library share no class
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{path}: its front matter cannot be read ({type(error).__name__}: {reason})") from None
+    data.base_model = base_model or data.base_model
+    data.license = license or data.license
+    data.pipeline_tag = data.pipeline_tag or "text-generation"
+    if not data.license:
+        raise UserError(f"{path}: names no licence: give one, --license=apache-2.0 or another of the hub's identifiers")
+    text = str(card)
+    replace_files(directory, {"README.md": lambda place: place.write_text(text, encoding="utf-8")})
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
