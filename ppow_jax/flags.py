@@ -16,6 +16,12 @@
 
 A field is an int, float, bool or str, one of these or None (written `none`), or a tuple of them (a comma
 list). Every mistake raises one UserError that names flag, value and rule, and file and line in a flagfile.
+
+absl parses the command line. Added here, because absl has no equivalent: flags from the fields of a dataclass, whose
+types, choices and bounds are also checked in programs without a command line (absl validates global flags only); lists
+of numbers with bounds for each element; optional values; the line of a flagfile in error messages, and suggestions for
+misspelt values; values without `--name=`; flagfiles that repeat a run exactly, in groups; and the differences between
+two runs.
 """
 
 import dataclasses
@@ -49,6 +55,7 @@ def field(
     high: float | None = None,
     group: str = "Settings",
     positional: bool = False,
+    may_change: bool = False,
 ) -> Any:
     """A dataclass field that becomes a flag.
 
@@ -60,8 +67,10 @@ def field(
       high: greatest allowed number.
       group: heading under which --help lists the flag.
       positional: allow the value to stand alone, without `--name=`.
+      may_change: the value does not affect finished work, so that it may differ when a run is resumed.
     """
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group, "positional": positional}
+    metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
+    metadata |= {"positional": positional, "may_change": may_change}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -86,6 +95,7 @@ class Spec:
     low: float | None
     high: float | None
     positional: bool
+    may_change: bool
 
     def parse(self, text: str) -> Any:
         """The value of a flag's text; raises UserError if it is malformed."""
@@ -283,10 +293,12 @@ def read_flagfile(cls: type[T], path: str | os.PathLike) -> T:
     return parse(cls, [f"--flagfile={os.fspath(path)}"])
 
 
-def differences(old: Any, new: Any, ignore: Sequence[str] = ()) -> list[str]:
-    """Names the settings in which two configurations of one class differ, as `--window=10 (now 7)`."""
+def differences(old: Any, new: Any) -> list[str]:
+    """Names settings in which two configurations of one class differ, as `--window=10 (now 7)`, except for those that
+    may change.
+    """
     return [
         f"--{spec.name}={spec.format(getattr(old, spec.name))} (now {spec.format(getattr(new, spec.name))})"
         for spec in specs(type(old))
-        if spec.name not in ignore and getattr(old, spec.name) != getattr(new, spec.name)
+        if not spec.may_change and getattr(old, spec.name) != getattr(new, spec.name)
     ]

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 @dataclasses.dataclass(frozen=True)
 class Settings:
     steps: int = field(10, "Steps.", low=1)
-    rate: float = field(1e-4, "Rate.", low=0.0, high=1.0, group="Optimiser")
+    rate: float = field(1e-4, "Rate.", low=0.0, high=1.0, group="Optimizer", may_change=True)
     resume: bool = field(True, "Resume.")
     mode: str = field("chain", "Mode.", choices=("chain", "tree"))
     drafter: str | None = field(None, "Drafter.")
@@ -118,9 +118,9 @@ def test_a_text_that_a_flagfile_would_change_is_refused(tmp_path, text):
         flags.write_flagfile(tmp_path / "flags.txt", Settings(drafter=text))
 
 
-def test_differences_name_both_values():
+def test_differences_name_both_values_of_what_may_not_change():
     old, new = Settings(), Settings(steps=20, rate=0.5, drafter="d")
-    assert flags.differences(old, new, ignore=("rate",)) == ["--steps=10 (now 20)", "--drafter=none (now d)"]
+    assert flags.differences(old, new) == ["--steps=10 (now 20)", "--drafter=none (now d)"]
     assert flags.differences(old, old) == []
 
 

@@ -19,7 +19,7 @@ from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.settings import of_mode
 from ppow_jax.study import results
 from ppow_jax.study.arms import Arm, find_arm, settings_of
-from ppow_jax.study.settings import FREE, StudySettings
+from ppow_jax.study.settings import StudySettings
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.replays import feature_store, measured_prices, replay_modes
 from ppow_jax.training.run.checkpoint import Best
@@ -71,7 +71,7 @@ def _open(settings: StudySettings, stop: StopSignal) -> _Study:
     """Sets up what all arms share: reads the models, answers the prompts, stores features."""
     settings = fix_date(settings)
     check_sinks(settings)
-    workdir = open_workdir(settings, FREE)
+    workdir = open_workdir(settings)
     target = targets.load(settings.target, settings.dtype)
     target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
     start = find_start(settings, workdir, target)

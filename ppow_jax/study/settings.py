@@ -5,7 +5,6 @@ import dataclasses
 from ppow_jax.flags import field, require
 from ppow_jax.speculation.settings import MODES
 from ppow_jax.study.arms import ARMS, find_arm
-from ppow_jax.training.settings import FREE as FREE_IN_TRAINING
 from ppow_jax.training.settings import TrainSettings
 
 
@@ -16,10 +15,15 @@ class StudySettings(TrainSettings):
     arms: tuple[str, ...] = field(
         tuple(ARMS),
         "Arms to compare; NAME:FIELD=VALUE;FIELD=VALUE changes settings of an arm, such as ppow:eta=0.5;eps=2.",
+        may_change=True,
         group="Study",
     )
     seeds: tuple[int, ...] = field(
-        (0, 1, 2, 3, 4), "Seeds for data order and rollouts; every arm is trained with each.", low=0, group="Study"
+        (0, 1, 2, 3, 4),
+        "Seeds for data order and rollouts; every arm is trained with each.",
+        low=0,
+        may_change=True,
+        group="Study",
     )
     rates: tuple[float, ...] = field(
         (),
@@ -32,15 +36,19 @@ class StudySettings(TrainSettings):
         ("adaptive", "chain", "tree"),
         "Speculation modes whose rounds are replayed; arms are compared in the first one.",
         choices=MODES,
+        may_change=True,
         group="Study",
     )
     decode_seeds: int = field(
         0,
         "Number of seeds whose drafters also decode the --benchmarks, at --decode_temperatures.",
         low=0,
+        may_change=True,
         group="Study",
     )
-    decode_temperatures: tuple[float, ...] = field((0.0, 1.0), "Temperatures for --decode_seeds.", low=0, group="Study")
+    decode_temperatures: tuple[float, ...] = field(
+        (0.0, 1.0), "Temperatures for --decode_seeds.", low=0, may_change=True, group="Study"
+    )
 
     select: str = field(
         "last", "Checkpoint of each arm that is compared.", choices=("tau_sim", "tau_decoded", "last"), group="Study"
@@ -65,6 +73,3 @@ class StudySettings(TrainSettings):
             self.test_answers > 1, f"--test_answers={self.test_answers}: must be 2 at least; arms are compared on them"
         )
         require(self.answer_temperature == 0, "--answer_temperature: must be 0; rounds are replayed on greedy answers")
-
-
-FREE = (*FREE_IN_TRAINING, "arms", "seeds", "decode_seeds", "decode_temperatures")

@@ -21,8 +21,12 @@ STAGES = ("data", "supervised", "ppow", "evaluate", "export")
 class TrainSettings:
     """Settings of a run; see `experiments.train --help`. Raises UserError for impossible values."""
 
-    workdir: str | None = field(None, "Directory for all files of the run; the same command resumes it.", group="Run")
-    stages: tuple[str, ...] = field(STAGES, "Stages to run, in this order.", choices=STAGES, group="Run")
+    workdir: str | None = field(
+        None, "Directory for all files of the run; the same command resumes it.", may_change=True, group="Run"
+    )
+    stages: tuple[str, ...] = field(
+        STAGES, "Stages to run, in this order.", choices=STAGES, may_change=True, group="Run"
+    )
     target: str = field(
         "smollm2-135m", "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Run"
     )
@@ -31,7 +35,7 @@ class TrainSettings:
         False, "Stack the target's layers and scan over them: compiles faster, but runs slower on a CPU.", group="Run"
     )
     seed: int = field(0, "Seed for data order, initialisation and rollouts.", low=0, group="Run")
-    checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, group="Run")
+    checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, may_change=True, group="Run")
     evaluate_every: int = field(
         50, "Steps between two measurements of the acceptance length on held-out answers.", low=1, group="Run"
     )
@@ -49,33 +53,53 @@ class TrainSettings:
     )
     decoded_answers: int = field(16, "Held-out answers decoded at every measurement.", low=1, group="Run")
     skip_nonfinite: int = field(
-        0, "Maximum number of skipped non-finite updates per stage; after that the run stops.", low=0, group="Run"
+        0,
+        "Maximum number of skipped non-finite updates per stage; after that the run stops.",
+        low=0,
+        may_change=True,
+        group="Run",
     )
     compilation_cache: str | None = field(
-        None, "Directory for compiled programs, so that later runs start faster.", group="Run"
+        None, "Directory for compiled programs, so that later runs start faster.", may_change=True, group="Run"
     )
-    tensorboard: bool = field(False, "Also write TensorBoard events, to WORKDIR/tensorboard.", group="Run")
+    tensorboard: bool = field(
+        False, "Also write TensorBoard events, to WORKDIR/tensorboard.", may_change=True, group="Run"
+    )
     wandb: bool = field(
-        False, "Also send the metrics to Weights & Biases; WANDB_PROJECT names another project.", group="Run"
+        False,
+        "Also send the metrics to Weights & Biases; WANDB_PROJECT names another project.",
+        may_change=True,
+        group="Run",
     )
     profile_steps: str = field(
-        "", "Steps of each stage to profile, as FIRST:LAST; traces are written to WORKDIR/profile.", group="Run"
+        "",
+        "Steps of each stage to profile, as FIRST:LAST; traces are written to WORKDIR/profile.",
+        may_change=True,
+        group="Run",
     )
 
-    mesh: str | None = field(None, mesh_shape.HELP, group="Devices")
-    accumulate: int = field(1, "Number of microbatches per batch; the results are the same.", low=1, group="Devices")
+    mesh: str | None = field(None, mesh_shape.HELP, may_change=True, group="Devices")
+    accumulate: int = field(
+        1, "Number of microbatches per batch; the results are the same.", low=1, may_change=True, group="Devices"
+    )
     remat: str = field(
         "none",
         "What a draft step recomputes in the backward pass: none: nothing; dots: attention; full: everything.",
         choices=("none", "dots", "full"),
+        may_change=True,
         group="Devices",
     )
     multihost: bool = field(
-        False, "Run as one of several processes, found in the environment: TPU pods, Slurm, MPI.", group="Devices"
+        False,
+        "Run as one of several processes, found in the environment: TPU pods, Slurm, MPI.",
+        may_change=True,
+        group="Devices",
     )
-    coordinator: str | None = field(None, "HOST:PORT of process 0, if it is not in the environment.", group="Devices")
-    num_processes: int | None = field(None, "Number of processes.", low=1, group="Devices")
-    process_id: int | None = field(None, "Index of this process, from 0.", low=0, group="Devices")
+    coordinator: str | None = field(
+        None, "HOST:PORT of process 0, if it is not in the environment.", may_change=True, group="Devices"
+    )
+    num_processes: int | None = field(None, "Number of processes.", low=1, may_change=True, group="Devices")
+    process_id: int | None = field(None, "Index of this process, from 0.", low=0, may_change=True, group="Devices")
 
     data: str = field(
         "sharegpt",
@@ -92,6 +116,7 @@ class TrainSettings:
     answers_from: tuple[str, ...] = field(
         (),
         "Answers of other runs (answers.npz of their workdirs); prompts in these files are not answered again.",
+        may_change=True,
         group="Data",
     )
     recorded: str = field("", "Recorded conversations to add to the training data unchanged.", group="Data")
@@ -225,15 +250,15 @@ class TrainSettings:
     )
     kl_weight: float = field(0.5, "Weight of KL(target || drafter). (Our value.)", low=0, group="Stage 2, PPOW")
     passes: int = field(1, "Optimizer passes over the rollouts of a step.", low=1, group="Stage 2, PPOW")
-    gamma: float = field(
-        -1.0, "Cost of a draft step, in steps of plain decoding; negative: measured.", group="Stage 2, PPOW"
+    gamma: float | None = field(
+        None, "Cost of a draft step, in steps of plain decoding; none: measured.", group="Stage 2, PPOW"
     )
     general_cost: bool = field(
         False, "Use the general cost model for the reward, with verification and rollback costs.", group="Stage 2, PPOW"
     )
-    verify_cost: float = field(
-        -1.0,
-        "General cost model: cost of a verification, in steps of plain decoding; negative: measured.",
+    verify_cost: float | None = field(
+        None,
+        "General cost model: cost of a verification, in steps of plain decoding; none: measured.",
         group="Stage 2, PPOW",
     )
     rollback_cost: float = field(0.0, "General cost model: cost of each rejected token.", low=0, group="Stage 2, PPOW")
@@ -242,6 +267,7 @@ class TrainSettings:
         (),
         "Additional arms from stage 1's drafter: cst (continued supervised training on the same batches).",
         choices=("cst",),
+        may_change=True,
         group="Stage 2, PPOW",
     )
     cst_learning_rate: float | None = field(
@@ -249,19 +275,28 @@ class TrainSettings:
     )
 
     benchmarks: tuple[str, ...] = field(
-        ("human_eval", "sharegpt"), "Benchmarks, by name or JSONL file.", group="Measuring"
+        ("human_eval", "sharegpt"), "Benchmarks, by name or JSONL file.", may_change=True, group="Measuring"
     )
-    benchmark_dir: str | None = field(None, "Directory with files NAME.jsonl of benchmarks.", group="Measuring")
+    benchmark_dir: str | None = field(
+        None, "Directory with files NAME.jsonl of benchmarks.", may_change=True, group="Measuring"
+    )
     num_prompts: int = field(
-        10, "Prompts per benchmark; prompts longer than --max_prompt_tokens are skipped.", low=1, group="Measuring"
+        10,
+        "Prompts per benchmark; prompts longer than --max_prompt_tokens are skipped.",
+        low=1,
+        may_change=True,
+        group="Measuring",
     )
     modes: tuple[str, ...] = field(
         ("adaptive",),
         "Speculation modes to measure, with windows of --window tokens.",
         choices=MODES,
+        may_change=True,
         group="Measuring",
     )
-    max_new_tokens: int = field(128, "Maximum number of tokens of an answer when measuring.", low=2, group="Measuring")
+    max_new_tokens: int = field(
+        128, "Maximum number of tokens of an answer when measuring.", low=2, may_change=True, group="Measuring"
+    )
 
     @property
     def profiled(self) -> tuple[int, int]:
@@ -271,30 +306,36 @@ class TrainSettings:
 
     def __post_init__(self):
         check_fields(self)
-        require(self.date is None or _is_date(self.date), f"--date={self.date}: must be a day, such as 2026-01-31")
+        self._check_run()
+        self._check_devices()
+        self._check_windows()
+        self._check_estimator()
+        self._check_answers()
+        self._check_costs()
+
+    def _check_run(self) -> None:
         given = f"--profile_steps={self.profile_steps}"
         require(bool(re.fullmatch(r"(\d+:\d+)?", self.profile_steps)), f"{given}: must be FIRST:LAST, such as 10:13")
         first, last = self.profiled
         rule = "must be steps from 1 on, the first not after the last"
         require(not self.profile_steps or 1 <= first <= last, f"{given}: {rule}")
+        order = [STAGES.index(stage) for stage in self.stages]
+        given = f"--stages={','.join(self.stages)}"
+        require(order == sorted(set(order)), f"{given}: must be some of {','.join(STAGES)}, in order")
+        rule = "needs --decoded_mode and answers at --answer_temperature=0"
+        require(self.select != "tau_decoded" or self.decodes, f"--select={self.select}: {rule}")
+
+    def _check_devices(self) -> None:
         shape = mesh_shape.MeshShape.parse(self.mesh)
         if shape is not None:
             self.check_rows(shape)
         mesh_shape.check_processes(self.coordinator, self.num_processes, self.process_id)
+
+    def _check_windows(self) -> None:
+        """Raises UserError where rows, anchors and windows do not fit into each other."""
         require(self.window >= 1, f"--window={self.window}: must be at least 1")
-        require(
-            self.group >= 2,
-            f"--group={self.group}: must be at least 2, advantages compare windows of one prefix",
-        )
-        rule = "--estimator=exact takes the whole batch at once; leave one of the two out"
-        require(self.estimator == "sampled" or self.accumulate == 1, f"--accumulate={self.accumulate}: {rule}")
-        require(self.rollout_temperature > 0, f"--rollout_temperature={self.rollout_temperature}: must be above 0")
-        self._check_estimator()
-        packed = self.answer_temperature == 0 or not self.answers_from
-        rule = "holds answers at temperature 0; leave it out, or --answer_temperature"
-        require(packed, f"--answers_from={','.join(self.answers_from)}: {rule}")
-        rule = "must be above 0 (for greedy acceptance: --acceptance=greedy)"
-        require(self.acceptance_temperature > 0, f"--acceptance_temperature={self.acceptance_temperature}: {rule}")
+        rule = "must be at least 2, advantages compare windows of one prefix"
+        require(self.group >= 2, f"--group={self.group}: {rule}")
         rule = f"must be at most --row_length={self.row_length}"
         require(self.max_anchors <= self.row_length, f"--max_anchors={self.max_anchors}: {rule}")
         rule = f"must be at most --max_anchors={self.max_anchors}"
@@ -302,24 +343,28 @@ class TrainSettings:
         for name in ("answer_tokens", "max_anchors"):  # otherwise no answer has room for a window
             limit = getattr(self, name)
             require(self.window < limit, f"--window={self.window}: must be less than --{name}={limit}")
-        rule = "must be above 0 where --gamma=0 (else the general cost of a window is 0)"
-        free = self.general_cost and self.gamma == 0 and self.verify_cost == 0
-        require(not free, f"--verify_cost={self.verify_cost}: {rule}")
         rule = "three ids, or none for the default"
         layers = ",".join(map(str, self.feature_layers))
         require(len(self.feature_layers) in (0, 3), f"--feature_layers={layers}: {rule}")
+
+    def _check_answers(self) -> None:
+        require(self.date is None or _is_date(self.date), f"--date={self.date}: must be a day, such as 2026-01-31")
+        packed = self.answer_temperature == 0 or not self.answers_from
+        rule = "holds answers at temperature 0; leave it out, or --answer_temperature"
+        require(packed, f"--answers_from={','.join(self.answers_from)}: {rule}")
         kept = self.held_out + self.fresh_answers + self.test_answers
         given = f"--held_out={self.held_out}, --fresh_answers={self.fresh_answers}, --test_answers={self.test_answers}"
         only_fresh = "supervised" not in self.stages and self.fresh_answers > 0 and kept == self.num_answers
         rule = f"together must be less than --num_answers={self.num_answers}, or nothing is left to train on"
         require(kept < self.num_answers or only_fresh, f"{given}: {rule}")
-        rule = "needs --decoded_mode and answers at --answer_temperature=0"
-        require(self.select != "tau_decoded" or self.decodes, f"--select={self.select}: {rule}")
-        order = [STAGES.index(stage) for stage in self.stages]
-        require(
-            order == sorted(set(order)),
-            f"--stages={','.join(self.stages)}: must be some of {','.join(STAGES)}, in order",
-        )
+
+    def _check_costs(self) -> None:
+        for name in ("gamma", "verify_cost"):
+            cost = getattr(self, name)
+            require(cost is None or cost >= 0, f"--{name}={cost}: must be at least 0, or none to measure it")
+        rule = "must be above 0 where --gamma=0 (else the general cost of a window is 0)"
+        free = self.general_cost and self.gamma == 0 and self.verify_cost == 0
+        require(not free, f"--verify_cost={self.verify_cost}: {rule}")
 
     @property
     def decodes(self) -> bool:
@@ -328,6 +373,12 @@ class TrainSettings:
 
     def _check_estimator(self) -> None:
         """Raises UserError for settings that the chosen estimator does not support, or would ignore."""
+        rule = "must be above 0"
+        require(self.rollout_temperature > 0, f"--rollout_temperature={self.rollout_temperature}: {rule}")
+        rule += " (for greedy acceptance: --acceptance=greedy)"
+        require(self.acceptance_temperature > 0, f"--acceptance_temperature={self.acceptance_temperature}: {rule}")
+        rule = "--estimator=exact takes the whole batch at once; leave one of the two out"
+        require(self.estimator == "sampled" or self.accumulate == 1, f"--accumulate={self.accumulate}: {rule}")
         default = {spec.name: spec.default for spec in specs(type(self))}
         if self.estimator == "exact":
             exact = "--estimator=exact: has a closed form only"
@@ -355,30 +406,3 @@ def _is_date(text: str) -> bool:
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
-
-
-# Settings that may change between two runs in one workdir: they do not affect finished work.
-FREE = (
-    "stages",
-    "checkpoint_every",
-    "benchmarks",
-    "benchmark_dir",
-    "num_prompts",
-    "max_new_tokens",
-    "workdir",
-    "baselines",
-    "modes",
-    "answers_from",
-    "mesh",
-    "accumulate",
-    "remat",
-    "multihost",
-    "coordinator",
-    "num_processes",
-    "process_id",
-    "skip_nonfinite",
-    "compilation_cache",
-    "tensorboard",
-    "wandb",
-    "profile_steps",
-)

@@ -245,10 +245,10 @@ def _costs(context: RunContext, drafter: Drafter) -> CostModel:
     """Costs from the flags; missing ones are measured once per workdir, so that a resumed run has the same rewards."""
     s = context.settings
     gamma, verify = s.gamma, s.verify_cost if s.general_cost else 1.0  # the paper's reward uses no other
-    if gamma < 0 or verify < 0:
+    if gamma is None or verify is None:
         measured = _measured_costs(context, drafter)
-        gamma = gamma if gamma >= 0 else round(measured["gamma"], 4)
-        verify = verify if verify >= 0 else round(measured["verify_ratio"], 4)
+        gamma = round(measured["gamma"], 4) if gamma is None else gamma
+        verify = round(measured["verify_ratio"], 4) if verify is None else verify
     log.info("ppow: the reward counts a draft step as %.3f steps of the target, a verification as %.3f", gamma, verify)
     return CostModel(gamma, s.general_cost, verify, s.rollback_cost, s.bonus)
 

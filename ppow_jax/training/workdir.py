@@ -2,26 +2,25 @@
 
 import dataclasses
 import datetime
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from ppow_jax import distributed, files, flags
 from ppow_jax.errors import UserError
-from ppow_jax.training.settings import FREE, TrainSettings
+from ppow_jax.training.settings import TrainSettings
 
 S = TypeVar("S", bound=TrainSettings)
 TRAINED = ("supervised", "ppow")  # the stages that train a drafter
 
 
-def open_workdir(settings: TrainSettings, free: Sequence[str] = FREE) -> Path:
-    """Creates the workdir, or checks that it holds a run of the same settings, except for those in `free`."""
+def open_workdir(settings: TrainSettings) -> Path:
+    """Creates the workdir, or checks that it holds a run of the same settings, except for those that may change."""
     flags.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
     workdir = files.writable_directory(settings.workdir)
     flagfile = workdir / "flags.txt"
     if flagfile.exists():
         before = _kept_settings(type(settings), flagfile)
-        changed = flags.differences(before, settings, ignore=free)
+        changed = flags.differences(before, settings)
         if changed:
             raise UserError(
                 f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory"

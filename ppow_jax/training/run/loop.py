@@ -63,76 +63,109 @@ def run(
     """
     clock = clock or Clock()
     with Checkpoints(directory / "checkpoints") as checkpoints, Best(directory / "best") as best:
-        done = 0
-        state = sharding.committed(state)  # like a restored one, so that a resumed run reuses the compiled programs
-        abstract = sharding.like(state)
-        with clock.on("restore"):
-            found = checkpoints.restore_latest(abstract)
+        stage = _Stage(loop, state, checkpoints, best, metrics, clock)
+        stage.restore()
+        if stage.done == 0:
+            stage.measure()
+        with progress.bar(loop.total, loop.stage, initial=stage.done) as bar, profile or Profile() as profile:
+            stage.train(stop, profile, bar)
+        if stage.done < loop.total:
+            stage.save()
+            checkpoints.wait()
+            log.warning("%s: saved after step %d of %d", loop.stage, stage.done, loop.total)
+        return stage.best_params(), stage.done == loop.total
+
+
+class _Stage:
+    """A stage in progress: its state, the number of steps done, and where both are stored."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        state: TrainState,
+        checkpoints: Checkpoints,
+        best: Best,
+        metrics: MetricsWriter,
+        clock: Clock,
+    ):
+        self.loop, self.checkpoints, self.best, self.metrics, self.clock = loop, checkpoints, best, metrics, clock
+        self.done = 0
+        self.state = sharding.committed(state)  # like a restored one: a resumed run reuses the compiled programs
+        self.abstract = sharding.like(self.state)
+
+    def restore(self) -> None:
+        """Continues from the latest checkpoint, if there is one, with the metrics of its steps."""
+        loop, metrics = self.loop, self.metrics
+        with self.clock.on("restore"):
+            found = self.checkpoints.restore_latest(self.abstract)
         if found is not None:
-            done, state, extra = found
-            _check_position(loop, directory, done, extra)
-            if done < loop.total:
-                log.info("%s: going on after step %d of %d", loop.stage, done, loop.total)
-        rows = metrics.resume(loop.stage, done)
-        clock.resume(loop.stage, rows)
-        if len(rows) < done:
-            log.warning("%s: %s lacks rows of %d steps done", loop.stage, metrics.path, done - len(rows))
-        metrics.resume(f"{loop.stage}_held_out", done or -1)  # step 0 is measured again
+            self.done, self.state, extra = found
+            _check_position(loop, self.checkpoints.directory, self.done, extra)
+            if self.done < loop.total:
+                log.info("%s: going on after step %d of %d", loop.stage, self.done, loop.total)
+        rows = metrics.resume(loop.stage, self.done)
+        self.clock.resume(loop.stage, rows)
+        if len(rows) < self.done:
+            log.warning("%s: %s lacks rows of %d steps done", loop.stage, metrics.path, self.done - len(rows))
+        metrics.resume(f"{loop.stage}_held_out", self.done or -1)  # step 0 is measured again
 
-        def save() -> None:
-            metrics.sync()
-            with clock.on("save"):
-                checkpoints.save(done, state, {"position": loop.position + done, "about": dict(loop.about)})
-
-        def offer() -> None:
-            with clock.on("measure"):
-                measured = loop.measure(state.best_params)
-            measured |= {"goodput": clock.goodput(), "memory_bytes": memory_bytes()}
-            metrics.write(done, f"{loop.stage}_held_out", measured)
-            log.info("%s: step %d, %s %.3f", loop.stage, done, loop.score, measured[loop.score])
-            with clock.on("save"):
-                checkpoints.wait()  # one save at a time per process: Orbax's barriers share one name
-                score = done if loop.select == "last" else measured[loop.score]
-                best.offer(done, score, state.best_params)
-
-        if done == 0:
-            offer()
-        with progress.bar(loop.total, loop.stage, initial=done) as bar, profile or Profile() as profile:
-            recorder = _Recorder(loop, metrics, clock, checkpoints, bar, int(state.skipped))
-            while done < loop.total and not stop.requested:
-                profile.before(done + 1)
-                begin = time.perf_counter()
-                batch = loop.data(done)
-                data_seconds = time.perf_counter() - begin
-                state, step_metrics = loop.step(state, done, batch)
-                done += 1
-                profile.after(done, step_metrics)
-                recorder.add(done, step_metrics, data_seconds)
-                if done % loop.evaluate_every == 0 or done == loop.total:
+    def train(self, stop: StopSignal, profile: Profile, bar: Any) -> None:
+        """Runs steps until the stage is complete or a signal stops it, measuring and saving in between."""
+        loop = self.loop
+        recorder = _Recorder(loop, self.metrics, self.clock, self.checkpoints, bar, int(self.state.skipped))
+        while self.done < loop.total and not stop.requested:
+            self._step(recorder, profile)
+            for every, action in ((loop.evaluate_every, self.measure), (loop.checkpoint_every, self.save)):
+                if self.done % every == 0 or self.done == loop.total:
                     recorder.flush()
-                    offer()
+                    action()
                     recorder.restart()
-                if done % loop.checkpoint_every == 0 or done == loop.total:
-                    recorder.flush()
-                    save()
-                    recorder.restart()
-            recorder.flush()
-        if done < loop.total:
-            save()
-            checkpoints.wait()
-            log.warning("%s: saved after step %d of %d", loop.stage, done, loop.total)
-        with clock.on("restore"):
-            checkpoints.wait()
-            _, params, _ = best.restore(abstract.params)
-        log.info("%s: ends with the checkpoint of step %d", loop.stage, best.step)
-        return params, done == loop.total
+        recorder.flush()
+
+    def _step(self, recorder: "_Recorder", profile: Profile) -> None:
+        profile.before(self.done + 1)
+        begin = time.perf_counter()
+        batch = self.loop.data(self.done)
+        data_seconds = time.perf_counter() - begin
+        self.state, step_metrics = self.loop.step(self.state, self.done, batch)
+        self.done += 1
+        profile.after(self.done, step_metrics)
+        recorder.add(self.done, step_metrics, data_seconds)
+
+    def measure(self) -> None:
+        """Measures the parameters, and keeps them if they are the best so far."""
+        loop, clock = self.loop, self.clock
+        with clock.on("measure"):
+            measured = loop.measure(self.state.best_params)
+        measured |= {"goodput": clock.goodput(), "memory_bytes": memory_bytes()}
+        self.metrics.write(self.done, f"{loop.stage}_held_out", measured)
+        log.info("%s: step %d, %s %.3f", loop.stage, self.done, loop.score, measured[loop.score])
+        with clock.on("save"):
+            self.checkpoints.wait()  # one save at a time per process: Orbax's barriers share one name
+            score = self.done if loop.select == "last" else measured[loop.score]
+            self.best.offer(self.done, score, self.state.best_params)
+
+    def save(self) -> None:
+        """Saves a checkpoint, after all metrics up to it."""
+        self.metrics.sync()
+        about = {"position": self.loop.position + self.done, "about": dict(self.loop.about)}
+        with self.clock.on("save"):
+            self.checkpoints.save(self.done, self.state, about)
+
+    def best_params(self) -> dict:
+        """The parameters of the best checkpoint."""
+        with self.clock.on("restore"):
+            self.checkpoints.wait()
+            _, params, _ = self.best.restore(self.abstract.params)
+        log.info("%s: ends with the checkpoint of step %d", self.loop.stage, self.best.step)
+        return params
 
 
 def _check_position(loop: Loop, directory: Path, done: int, extra: Mapping[str, Any]) -> None:
     """Raises if a checkpoint was made on other batches: it would silently resume at a wrong position in the data."""
     position = extra.get("position", loop.position + done)
     if position != loop.position + done:
-        place = directory / "checkpoints" / str(done)
+        place = directory / str(done)
         rule = "bring the directories of the other stages back, or remove this one"
         raise UserError(f"{place}: ends at batch {position}, but would go on at {loop.position + done}; {rule}")
 
