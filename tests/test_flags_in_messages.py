@@ -27,6 +27,7 @@ OTHERS = {  # programs of others, and their flags that texts may name
 }
 SETTINGS = {
     "convert": tuple(f"{name}Settings" for name in ("Inspect", "Verify", "Convert", "Card", "Push", "Fetch")),
+    "plan": ("PlanSettings",),
     "reproduce": ("StudySettings",),
     "train": ("TrainSettings",),
 }

@@ -11,10 +11,11 @@ from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.models import transformer
-from ppow_jax.planning import counting, hlo, programs, published, topology
+from ppow_jax.planning import counting, hlo, programs, published, run, topology
 from ppow_jax.planning.chips import CHIPS, GIB
 from ppow_jax.planning.counting import Collective, Counts
 from ppow_jax.planning.plan import Roofline, largest_batch, out_of_memory
+from ppow_jax.planning.settings import PlanSettings
 
 MIB = 1 << 20
 
@@ -287,13 +288,13 @@ def test_a_topology_that_is_none_is_refused(name):
 
 def test_a_batch_that_the_mesh_does_not_cut_is_refused():
     with pytest.raises(UserError, match="--mesh=data:2,fsdp:1,tensor:1,expert:1: takes 2 devices"):
-        entry.plan(settings("supervised", mesh="data:2"))
+        run.plan(settings("supervised", mesh="data:2"))
 
 
 def settings(program: str, **more):
     small = dict(target="tiny", batch_size=2, row_length=64, max_anchors=32, draft_vocab_size=64, ttt_steps=2)
     small |= dict(window=3, group=2, windows=2, prompt_tokens=16, new_tokens=16, tree_branch=3, tree_depth=2)
-    return entry.Settings(program=program, tree_nodes=8, gamma=0.1, **small | more)
+    return PlanSettings(program=program, tree_nodes=8, gamma=0.1, **small | more)
 
 
 @pytest.mark.parametrize("program", ["supervised", "ppow", "decode"])
@@ -324,7 +325,7 @@ def test_plans_side_by_side(tmp_path, capsys):
     for n, one in enumerate((plan | dict(devices=8), larger, too_large)):
         (tmp_path / f"{n}.json").write_text(json.dumps(one))
     paths = tuple(str(tmp_path / f"{n}.json") for n in range(3))
-    entry.main(entry.Settings(compare=paths, plot=str(tmp_path / "scaling.png")))
+    entry.main(PlanSettings(compare=paths, plot=str(tmp_path / "scaling.png")))
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
     assert cells[2][3:] == ["data:4,tensor:2", "8", "yes", "4.0 of 16", "2.5", "1", "0.25", "250", "compute"]
@@ -332,7 +333,7 @@ def test_plans_side_by_side(tmp_path, capsys):
     assert (tmp_path / "scaling.png").stat().st_size > 1000
     (tmp_path / "0.json").write_text("[]")
     with pytest.raises(UserError, match="0.json: is no plan, it lacks target"):
-        entry.main(entry.Settings(compare=paths))
+        entry.main(PlanSettings(compare=paths))
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(11, 8), (100, 24), (20, 20), (4, 4)])
@@ -340,7 +341,7 @@ def test_the_search_for_the_largest_batch_only_reports_what_compiled(limit, expe
     """From 4 rows that fit and an estimate of 16, in parts of 4 rows."""
     result = {"fits": True, "largest_batch_estimate": 16}
     tried = []
-    assert entry.search(result, 4, 4, lambda n: tried.append(n) or n <= limit) == expected
+    assert run.search(result, 4, 4, lambda n: tried.append(n) or n <= limit) == expected
     assert len(tried) <= 3
 
 

@@ -1,4 +1,4 @@
-"""Comparison of plans: a Markdown table, and a plot of message sizes over the number of devices."""
+"""Plans as text: one in full, several in a Markdown table, and a plot of message sizes over the number of devices."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,46 @@ def read(path: str) -> dict[str, Any]:
     if missing:
         raise UserError(f"--compare={path}: is no plan, it lacks {', '.join(missing)}")
     return plan
+
+
+def text(result: dict[str, Any]) -> str:
+    """The plan as text."""
+    lines = [
+        f"{result['target']}, {result['program']}, {result['batch_size']} rows on {result['topology']}"
+        f" ({result['devices']} devices, --mesh={result['mesh']})",
+        f"This is {result['note']}.",
+        "",
+        f"{'fits' if result['fits'] else 'DOES NOT FIT'}: {result['hbm_used_bytes'] / GIB:.2f} GiB of"
+        f" {result['hbm_per_device_bytes'] / GIB:.2f} GiB per device",
+    ]
+    lines += [f"  {kind:<12} {size / GIB:8.3f} GiB" for kind, size in result["hbm_used_bytes_by_kind"].items()]
+    lines += [f"largest batch, estimated: {result['largest_batch_estimate']} rows"]
+    if "largest_batch" in result:
+        lines += [f"largest batch that compiled: {result['largest_batch']} rows"]
+    if result["flops"] is None:
+        return "\n".join(lines)
+    lines += [
+        "",
+        f"a step ({result['step']}) on one device:",
+        f"  compute      {result['flops'] / 1e12:10.4g} TFLOP   {1e3 * result['compute_seconds']:9.3f} ms at the peak",
+        f"  memory       {result['bytes_accessed'] / GIB:10.4g} GiB     {1e3 * result['memory_seconds']:9.3f} ms",
+        f"  network      {result['collective_bytes'] / GIB:10.4g} GiB     {1e3 * result['network_seconds']:9.3f} ms",
+        f"  {result['flops_per_byte']:.3g} FLOP per byte, the chip balances at {result['chip_flops_per_byte']:.3g}",
+    ]
+    for c in result["collectives"]:
+        lines += [
+            f"    {c['kind']:<18} among {c['group']:>3}: {c['count']:>5} times, {c['sent_bytes'] / GIB:.4g} GiB sent"
+        ]
+    per_second = f"{result['tokens_per_second_roofline']:.4g} token/s"
+    if "tau" in result:
+        per_second += f" if a round gains {result['tau']:g}"
+    lines += [
+        f"least time of a step: {1e3 * result['step_seconds_roofline']:.3f} ms (limited by {result['limited_by']}),"
+        f" {per_second} in all",
+    ]
+    if result["loops_of_unknown_length"]:
+        lines += [f"{result['loops_of_unknown_length']} loops of unknown length were counted as docs/plans.md says"]
+    return "\n".join(lines)
 
 
 def table(plans: Sequence[Mapping[str, Any]]) -> str:
