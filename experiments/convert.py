@@ -90,24 +90,11 @@ def verify(settings: VerifySettings) -> int:
     target = targets.load(settings.target, settings.dtype)
     drafter = load_drafter(directory, target, settings.dtype, where=str(directory))
     found = self_check.self_check(target, drafter, settings.window, settings.max_new_tokens)
-    lines = [
-        ("files", "read; sizes, vocabulary and layers fit the target"),
-        ("tau", f"{found.tau:.2f} tokens per verification (1 is plain decoding)"),
-        ("accepted", f"{found.accepted} of {found.drafted} drafted tokens"),
-        ("vocabulary", f"holds {found.coverage:.0%} of the tokens that the target wrote"),
-        ("identical", f"{found.identical} of {found.prompts} answers are those of plain decoding"),
-    ]
-    lines += [("otherwise", f"tau would be {tau:.2f} with {what.rstrip(',')}") for what, tau in found.otherwise.items()]
-    print(summary.table(lines))
-    lossy = settings.dtype == "float32" and found.identical < found.prompts
-    if lossy:
-        print("\nrefused: in float32 all answers must be identical; the decoding itself is broken")
-    if not found.passed:
-        why = "read in another way, the drafter helps more"
-        if not found.helps:
-            why = f"tau is below {self_check.LEAST_TAU}, so the drafter does not help; likely causes"
-        print(f"\nrefused: {why}:\n{found.advice()}")
-    return int(lossy or not found.passed)
+    print(summary.table(found.lines()))
+    refusals = found.refusals(exact=settings.dtype == "float32")
+    for refusal in refusals:
+        print(f"\nrefused: {refusal}")
+    return int(bool(refusals))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,38 +123,10 @@ class ConvertSettings:
 
 def convert(settings: ConvertSettings) -> None:
     """Writes a drafter in another format, with its model card; weights are unchanged unless --dtype is given."""
-    from ppow_jax.models import transformer
-    from ppow_jax.models.drafter_config import validate_fit
-    from ppow_jax.weights import card as cards
-    from ppow_jax.weights import drafters, targets
-    from ppow_jax.weights.padded_vocabulary import fit_vocabulary
+    from ppow_jax.weights import conversion
 
     source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
-    target = None if settings.target is None else targets.load(settings.target)
-    stored = drafters.import_drafter(
-        source,
-        num_target_layers=None if target is None else target.config.num_layers,
-        target_embed_VxD=None if target is None else target.params["embed"],
-        target_head=None if target is None else lambda: transformer.head(target.params),
-        headless=target is None,
-    )
-    has_head = "lm_head" in stored.params
-    require(has_head, f"{source}: has no head of its own: name the target whose head it uses, --target")
-    if target is not None:
-        stored = fit_vocabulary(stored, target.config.vocab_size, target.tokenizer, str(source))
-        validate_fit(stored.config, target.config, str(source))
-    drafters.export_drafter(
-        output,
-        stored.config,
-        stored.params,
-        stored.target_ids_W,
-        dtype=settings.dtype,
-        target_name=stored.target_name or settings.target,
-        target_architecture=None if target is None else target.config.architecture,
-        embed_VxE=stored.embed_VxE,
-        format=settings.format,
-    )
-    cards.carry_over(source, output, settings.format)
+    conversion.convert(source, output, settings.format, settings.dtype, settings.target)
     print(f"{output}: the {settings.format} format of {source}")
     if settings.push_to_hub is not None:
         push(PushSettings(directory=settings.output, push_to_hub=settings.push_to_hub))

@@ -10,16 +10,14 @@ everything as JSON (docs/results_schema.md), --plot plots it, --dump_outputs wri
 and all speculation modes are compared with plain decoding in the same run.
 """
 
-import contextlib
 import dataclasses
 import itertools
-import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.common import ModelFlags, StoppingFlags
 from ppow_jax import cli, mesh_shape
+from ppow_jax.files import line_writer
 from ppow_jax.flags import field, require
 
 if TYPE_CHECKING:
@@ -113,7 +111,7 @@ def main(settings: Settings) -> None:
     results = measure(settings)
     print(report.console_table(results["results"]))
     print("\nacceptance by position, given that all before were accepted:")
-    print(_acceptance_table(results["results"]))
+    print(report.acceptance_table(results["results"]))
     if len(best := report.winners(results["results"])) > 0:
         print("\nbest, by the mean speedup over the benchmarks:")
         print(report.console_table(best, report.WINNER_COLUMNS))
@@ -154,7 +152,7 @@ def _measure(settings: Settings) -> dict[str, Any]:
     dialogues.require_known_texts(target, benchmarks)
     drafter = loading.load_drafter(directory, target, settings.dtype)
     rows = []
-    with _line_writer(settings.dump_outputs) as write:
+    with line_writer(settings.dump_outputs) as write:
         for temperature, batch_size in itertools.product(settings.temperature, settings.batch_size):
             rows += measuring.evaluate(
                 target,
@@ -178,25 +176,6 @@ def _result(settings: Settings, directory: Path, rows: list[dict[str, Any]]) -> 
 
     used = dataclasses.asdict(settings) | {"drafter": str(directory), "benchmarks": settings.chosen}
     return measuring.environment(settings.dtype) | {"settings": used, "results": rows}
-
-
-@contextlib.contextmanager
-def _line_writer(path: str | None) -> Iterator[Callable[[Any], None]]:
-    """A function that writes a value as a line of JSON at once, or nowhere."""
-    if path is None:
-        yield lambda value: None
-        return
-    with open(path, "w", encoding="utf-8", buffering=1) as file:
-        yield lambda value: print(json.dumps(value, ensure_ascii=False), file=file)
-
-
-def _acceptance_table(rows: list[dict[str, Any]]) -> str:
-    from ppow_jax.evaluation import report
-
-    positions = {str(j): str(j) for j in range(1, max(row["window"] for row in rows) + 1)}
-    table = [row | dict(zip(positions, row["acceptance_by_position"], strict=False)) for row in rows]
-    about = ("benchmark", "mode", "temperature", "batch_size", "window")
-    return report.console_table(table, {key: report.COLUMNS[key] for key in about} | positions)
 
 
 def command_line() -> NoReturn:

@@ -1,12 +1,14 @@
-"""Atomic writes: a kill at any moment leaves the old file or the new one, never half of one."""
+"""Files: atomic writes (a kill at any moment leaves the old file or the new one, never half of one), lines of JSON."""
 
+import contextlib
+import json
 import os
 import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
-from typing import IO
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 
 from ppow_jax.errors import UserError
 
@@ -97,3 +99,13 @@ def replace_directory(directory: pathlib.Path, write: Callable[[pathlib.Path], o
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def line_writer(path: str | os.PathLike | None) -> Iterator[Callable[[Any], None]]:
+    """A function that writes a value as a line of JSON at once, or nowhere."""
+    if path is None:
+        yield lambda value: None
+        return
+    with open(path, "w", encoding="utf-8", buffering=1) as file:
+        yield lambda value: print(json.dumps(value, ensure_ascii=False), file=file)

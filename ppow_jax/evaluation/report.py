@@ -102,6 +102,14 @@ def winners(results: Sequence[Row]) -> list[dict[str, Any]]:
     return list(best.values()) if len(found) > 1 else []
 
 
+def acceptance_table(rows: Sequence[Row]) -> str:
+    """Table of the acceptance of each position, given that all before it were accepted."""
+    positions = {str(j): str(j) for j in range(1, max(row["window"] for row in rows) + 1)}
+    table = [row | dict(zip(positions, row["acceptance_by_position"], strict=False)) for row in rows]
+    about = ("benchmark", "mode", "temperature", "batch_size", "window")
+    return console_table(table, {key: COLUMNS[key] for key in about} | positions)
+
+
 def arms_by_mode(results: Sequence[Row]) -> list[dict[str, Any]]:
     """One arm for each speculation mode and size: `chain 5`, `tree 5 (15 nodes)`, ..."""
     groups: dict[str, list[Row]] = {}

@@ -64,6 +64,30 @@ class SelfCheck:
         """True if the drafter helps, and no other reading of it helps more."""
         return self.helps and not self.better
 
+    def lines(self) -> list[tuple[str, str]]:
+        """The result as (what, found), to be printed as a table."""
+        lines = [
+            ("files", "read; sizes, vocabulary and layers fit the target"),
+            ("tau", f"{self.tau:.2f} tokens per verification (1 is plain decoding)"),
+            ("accepted", f"{self.accepted} of {self.drafted} drafted tokens"),
+            ("vocabulary", f"holds {self.coverage:.0%} of the tokens that the target wrote"),
+            ("identical", f"{self.identical} of {self.prompts} answers are those of plain decoding"),
+        ]
+        other = self.otherwise.items()
+        return lines + [("otherwise", f"tau would be {tau:.2f} with {what.rstrip(',')}") for what, tau in other]
+
+    def refusals(self, exact: bool) -> list[str]:
+        """Reasons to refuse the drafter, with advice; none if it passed. exact: all answers have to be identical."""
+        found = []
+        if exact and self.identical < self.prompts:
+            found.append("in float32 all answers must be identical; the decoding itself is broken")
+        if not self.passed:
+            why = "read in another way, the drafter helps more"
+            if not self.helps:
+                why = f"tau is below {LEAST_TAU}, so the drafter does not help; likely causes"
+            found.append(f"{why}:\n{self.advice()}")
+        return found
+
     def advice(self) -> str:
         """Probable causes of a failed check, most likely first."""
         better = sorted(self.better.items(), key=lambda item: -item[1])
