@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import distributed, files, progress, sharding
-from ppow_jax.corpus.target_pass import row_mask
+from ppow_jax.corpus.target_pass import read_rows
 from ppow_jax.data.batches import Batches, PackedBatch
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
@@ -131,13 +131,6 @@ def _checksum(batches: Batches, layers: tuple[int, ...]) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "layers"))
 def _read(params: dict, batch: PackedBatch, *, config: ModelConfig, layers: tuple[int, ...]):
-    out = transformer.forward(
-        params,
-        config,
-        batch.tokens_BxT,
-        batch.position_BxT,
-        row_mask(batch.segment_BxT),
-        feature_layers=layers,
-    )
+    out = read_rows(params, config, batch, layers)
     values = jnp.concatenate([out.features_BxSxF, out.hidden_BxSxD], -1)
     return values.astype(transformer.head(params).dtype)

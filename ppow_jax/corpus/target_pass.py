@@ -44,6 +44,12 @@ def row_mask(segment_BxT: Array) -> Array:
     return transformer.causal_mask(B, T) & (segment_BxT[:, :, None] == segment_BxT[:, None])
 
 
+def read_rows(params: dict, config: ModelConfig, batch: PackedBatch, layers: tuple[int, ...]) -> transformer.Outputs:
+    """The target's pass over packed rows; layers: those whose inputs become the features."""
+    mask = row_mask(batch.segment_BxT)
+    return transformer.forward(params, config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=layers)
+
+
 def score(
     params: dict,
     config: ModelConfig,
@@ -67,10 +73,7 @@ def score(
     if cached is not None:
         features_BxTxF, hidden_BxMxD = cached
     else:
-        mask = row_mask(batch.segment_BxT)
-        out = transformer.forward(
-            params, config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=feature_layers
-        )
+        out = read_rows(params, config, batch, feature_layers)
         features_BxTxF, kv = out.features_BxSxF, out.kv
         hidden_BxMxD = jnp.take_along_axis(out.hidden_BxSxD, verifier_BxM[..., None], 1)
     B, M = batch.anchor_BxM.shape

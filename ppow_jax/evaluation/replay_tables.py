@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ppow_jax.corpus.target_pass import score
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.supervised import AnchorRows
 from ppow_jax.speculation.propose import NONE, propose
@@ -178,11 +178,18 @@ def _read_plan(drafter: Drafter, embed_VxD: Array, windows: AnchorRows, g_BxTxE:
 
     def read(block) -> Table:
         anchor_BxM, _, wanted_BxMxK = block
-        g_BxMxE = jnp.take_along_axis(g_BxTxE, anchor_BxM[..., None], 1)
+        anchors = supervised.anchors_at(windows, g_BxTxE, kv, anchor_BxM)
         root_BxM = jnp.take_along_axis(windows.tokens_BxT, anchor_BxM + 1, 1)
-        position_BxM = jnp.take_along_axis(windows.position_BxT, anchor_BxM, 1)
-        prefix = [Prefix(kv, supervised.anchor_mask(windows, anchor_BxM))]
-        return _table(drafter, embed_VxD, plan, prefix, g_BxMxE, root_BxM, position_BxM, wanted_BxMxK)
+        return _table(
+            drafter,
+            embed_VxD,
+            plan,
+            anchors.keys,
+            anchors.g_BxMxE,
+            root_BxM,
+            anchors.position_BxM,
+            wanted_BxMxK,
+        )
 
     def read_used(block) -> Table:
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read, block))

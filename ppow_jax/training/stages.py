@@ -21,6 +21,7 @@ from ppow_jax.speculation.settings import chain
 from ppow_jax.training.acceptance import decoded_acceptance
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.optimizers import make_optimizer
+from ppow_jax.training.replays import feature_store
 from ppow_jax.training.results import export_arm
 from ppow_jax.training.run import loop
 from ppow_jax.training.run.checkpoint import Best
@@ -151,19 +152,8 @@ def _data(context: RunContext, drafter: Drafter, batches: Batches, name: str, of
 
 
 def _features(context: RunContext, drafter: Drafter, batches: Batches, name: str) -> FeatureStore:
-    target, stop = context.target, context.stop
     with context.clock.stage("features"):
-        store = FeatureStore(
-            context.shared / name,
-            batches,
-            target.params,
-            target.config,
-            drafter.config.feature_layers,
-            lambda: stop.requested,
-        )
-    if not store.complete:
-        raise Stopped
-    return store
+        return feature_store(context, name, batches, drafter.config.feature_layers)
 
 
 Step = Callable[[TrainState, int, tuple[PackedBatch, Cached | None]], tuple[TrainState, dict[str, Any]]]

@@ -7,12 +7,11 @@ import jax
 import numpy as np
 
 from ppow_jax import distributed, files, flags, sharding
-from ppow_jax.corpus.target_pass import row_mask
+from ppow_jax.corpus.target_pass import read_rows
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.drafter_config import DrafterConfig
-from ppow_jax.models.transformer import forward
 from ppow_jax.training import initialise
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.settings import TrainSettings
@@ -85,6 +84,4 @@ def features_seen(context: RunContext, layers: tuple[int, ...]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("config", "layers"))
 def _look(params: dict, batch: PackedBatch, *, config: ModelConfig, layers: tuple[int, ...]):
-    mask = row_mask(batch.segment_BxT)
-    out = forward(params, config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=layers)
-    return out.features_BxSxF
+    return read_rows(params, config, batch, layers).features_BxSxF
