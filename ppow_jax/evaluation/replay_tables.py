@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ppow_jax.corpus.target_pass import score
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models.config import ModelConfig
-from ppow_jax.models.drafter import Drafter
+from ppow_jax.models.drafter import Anchors, Drafter
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.supervised import AnchorRows
 from ppow_jax.speculation.propose import NONE, propose
@@ -132,10 +132,10 @@ def tree_table(candidates: Candidates, wanted_AxK: Array, shape: TreeShape) -> T
     return TreeTable(jnp.stack(frontier, 1), jnp.stack(best, 1), jnp.stack(level, 1), jnp.stack(ranks, -1))
 
 
-def _table(drafter: Drafter, embed_VxD: Array, plan: Plan, prefix, g_BxMxE, root_BxM, position_BxM, wanted) -> Table:
+def _table(drafter: Drafter, embed_VxD: Array, plan: Plan, anchors: Anchors, root_BxM: Array, wanted: Array) -> Table:
     """Table of one block of anchors, A = B M."""
     B, M, K = wanted.shape
-    anchored = drafter, embed_VxD, g_BxMxE, root_BxM, position_BxM, prefix
+    anchored = drafter, embed_VxD, anchors.g_BxMxE, root_BxM, anchors.position_BxM, anchors.keys
     wanted_AxK = wanted.reshape(B * M, K)
     if plan.shape:
         return tree_table(draft_candidates(*anchored, plan.shape), wanted_AxK, plan.shape)
@@ -180,16 +180,7 @@ def _read_plan(drafter: Drafter, embed_VxD: Array, windows: AnchorRows, g_BxTxE:
         anchor_BxM, _, wanted_BxMxK = block
         anchors = supervised.anchors_at(windows, g_BxTxE, kv, anchor_BxM)
         root_BxM = jnp.take_along_axis(windows.tokens_BxT, anchor_BxM + 1, 1)
-        return _table(
-            drafter,
-            embed_VxD,
-            plan,
-            anchors.keys,
-            anchors.g_BxMxE,
-            root_BxM,
-            anchors.position_BxM,
-            wanted_BxMxK,
-        )
+        return _table(drafter, embed_VxD, plan, anchors, root_BxM, wanted_BxMxK)
 
     def read_used(block) -> Table:
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(read, block))
