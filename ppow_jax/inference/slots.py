@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
-from ppow_jax.inference.decoding import rung
+from ppow_jax.inference import batch
 from ppow_jax.models import cache, stack
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
@@ -47,7 +47,7 @@ def cache_tokens(context: int) -> tuple[int, ...]:
 def prompt_buckets(context: int) -> tuple[int, ...]:
     """Lengths that prompts are padded to, ascending. Those beyond `WHOLE` are read in pieces, as many as they have."""
     lengths = range(1, min(context, WHOLE) + 1)
-    short = {min(rung(length), context) for length in lengths}
+    short = {min(batch.bucket(length), context) for length in lengths}
     return (*sorted(short), *(tokens for tokens in cache_tokens(context) if tokens > WHOLE))
 
 
@@ -74,11 +74,7 @@ def read(
     limit: number of tokens, of prompt and answer, at which the row stops. sampling: of this row, all three settings
     given as [1]. P: length that the prompt is padded to. L: cache slots, at least P + 1.
     """
-    prompt_1xP = np.zeros((1, P), np.int32)
-    prompt_1xP[0, : len(prompt_ids)] = prompt_ids
-    length_1, limit_1 = jnp.asarray([len(prompt_ids)], jnp.int32), jnp.asarray([limit], jnp.int32)
-    key_1 = jax.vmap(jax.random.key)(jnp.asarray([seed], jnp.int32))
-    rows = sharding.place(generate.Prompts(jnp.asarray(prompt_1xP), length_1, limit_1, key_1))
+    rows = batch.pack([prompt_ids], [limit], jax.vmap(jax.random.key)(jnp.asarray([seed], jnp.int32)), P)
     return generate.prefill(params, config, drafter, *rows, K=K, sampling=sampling, L=L)
 
 
