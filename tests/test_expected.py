@@ -179,6 +179,7 @@ def plain_answer_loss(drafter, windows, reward_K1, settings, adaw):
     return jnp.log(total)
 
 
+@pytest.mark.full
 def test_the_answer_horizon_minimises_the_expected_rounds_of_whole_answers():
     gradient, wanted, _ = differentiated(ExactSettings(DraftRule(0.7), horizon="answer"), False, plain_answer_loss)
     assert_equal(gradient, wanted)

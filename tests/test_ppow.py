@@ -308,6 +308,7 @@ def test_what_is_not_finite_anywhere_skips_the_update(bad):
     assert (good.step, good.skipped) == (2, 1)
 
 
+@pytest.mark.full
 def test_the_policy_objective_alone_raises_the_reward():
     """No KL, so nothing but sampled rewards teaches: on one batch, over and over, windows get longer.
 
