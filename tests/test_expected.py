@@ -144,9 +144,9 @@ def assert_equal(gradient, wanted):
 @pytest.mark.parametrize(
     ("settings", "adaw"),
     [
-        (ExactSettings(kl_weight=0.5, divide_by_std=True), False),
-        (ExactSettings(kl_weight=0.5), True),
-        (ExactSettings(DraftRule(0.3), supervised_weight=1.0), True),
+        pytest.param(ExactSettings(kl_weight=0.5, divide_by_std=True), False, marks=pytest.mark.full),
+        pytest.param(ExactSettings(kl_weight=0.5), True, marks=pytest.mark.full),
+        pytest.param(ExactSettings(DraftRule(0.3), supervised_weight=1.0), True, marks=pytest.mark.full),
         (ExactSettings(DraftRule(0.5, 2), supervised_weight=0.3), False),
     ],
     ids=str,

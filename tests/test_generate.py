@@ -42,6 +42,8 @@ from ppow_jax.speculation.propose import Draft, propose
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, adaptive, adaptive_tree, chain, off, tree
 
+KEPT = suites.keep([ARMS[1], ARMS[-1]], ARMS)  # one head, two layers
+
 
 def test_the_cases_are_what_they_are_meant_to_be():
     lengths = np.array([len(answer) for answer in expected()])
@@ -55,12 +57,12 @@ def test_plain_decoding_equals_whole_forward_passes():
     assert [a for rows in batches() for a in answers(decode(rows, 0))] == expected()
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=str)
+@pytest.mark.parametrize("arm", KEPT, ids=str)
 def test_speculative_decoding_is_lossless(arm):
     assert speculative(*arm)[0] == expected()
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=str)
+@pytest.mark.parametrize("arm", KEPT, ids=str)
 def test_histogram_accounts_for_every_token(arm):
     found, histogram_NxK1 = speculative(*arm)
     K = arm[0]
@@ -93,7 +95,7 @@ def draft_everywhere(K: int):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=str)
+@pytest.mark.parametrize("arm", KEPT, ids=str)
 def test_drafts_from_the_cache_are_those_of_a_fresh_start(arm):
     """Otherwise the output would still be right, and only the acceptance lower."""
     K, tokens_NxT = arm[0], endless()
