@@ -156,7 +156,9 @@ def test_redrafting_gives_the_same_log_probabilities():
     assert len({tuple(w) for w in windows.token_BxXxK.reshape(-1, K)}) > 12  # sampled, not repeated
 
 
-@pytest.mark.parametrize("settings", suites.keep([SETTINGS], [SETTINGS, SAMPLED]), ids=["reference from the text", "decoded reference"])
+@pytest.mark.parametrize(
+    "settings", suites.keep([SETTINGS], [SETTINGS, SAMPLED]), ids=["reference from the text", "decoded reference"]
+)
 def test_delta_is_that_of_brute_force(settings):
     """On answers that the target wrote greedily both references are the target's own greedy window."""
     windows, *_, delta = roller(settings)(jax.random.key(3), 0, world.batch())
