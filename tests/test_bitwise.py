@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_world as world
+import suites
 from golden import models
 from twelve_tokens import FREE, prices_of
 
@@ -121,7 +122,10 @@ def _answers(drafter: Drafter | None, speculation):
     return [tokens[start:stop].tolist() for tokens, start, stop in rows], np.asarray(state.histogram_BxK1).sum(0)
 
 
-@pytest.mark.parametrize("way", [chain(4), tree(3, 4, 12), adaptive_tree(3, 4, 12)], ids=["chain", "tree", "adaptive"])
+WAYS = [chain(4), tree(3, 4, 12), adaptive_tree(3, 4, 12)]
+
+
+@pytest.mark.parametrize("way", suites.keep(WAYS[1:2], WAYS), ids=["chain", "tree", "adaptive"])
 def test_bfloat16_answers_are_those_of_plain_decoding(way):
     config = initialise.drafter_config(CONFIG, 60, (0, 1, 3))
     params = jax.tree.map(jnp.asarray, models.drafter_params(config, 1))

@@ -172,6 +172,7 @@ LOADING = """
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_the_weights_once(tmp_path):
     """LOAD_BYTES=4e9 makes it a model of that size; the default is large beside what programs themselves take.

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+import types
 
 import pytest
 
@@ -142,18 +142,22 @@ def test_compiled_programs_are_kept_where_asked(tmp_path, monkeypatch):
         cli.keep_compiled(str(tmp_path / "file"))
 
 
-def test_plain_progress_logs_a_line_now_and_then_and_at_the_end(caplog):
+def test_plain_progress_logs_a_line_every_few_seconds_and_at_the_end(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="ppow_jax.progress")
-    with progress.bar(100, "training", initial=20, every=0.05) as bar:
+    now = [1000.0]
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    with progress.bar(100, "training", initial=20, every=10) as bar:
+        bar._time = lambda: now[0]
+        bar.start_t = bar.last_print_t = now[0]
         for _ in range(30):
+            now[0] += 2.0
             bar.update()
             bar.set_postfix(loss=1.5)
-            time.sleep(0.005)
         bar.update(50)
     lines = [record.message for record in caplog.records]
-    assert 2 <= len(lines) <= 8
-    assert lines[-1].startswith("training: 100/100 (100%), ") and lines[-1].endswith("left, loss=1.5")
-    assert "step/s" in lines[-1]
+    assert [line.partition(" (")[0] for line in lines] == [f"training: {n}/100" for n in (25, 30, 35, 40, 45, 50, 100)]
+    assert lines[1] == "training: 30/100 (30%),  2.00s/ step, 02:20 left, loss=1.5"
+    assert lines[-1] == "training: 100/100 (100%),  1.33 step/s, 00:00 left, loss=1.5"
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -194,14 +198,13 @@ def test_a_signal_asks_and_a_second_one_interrupts():
     former = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:
         assert not stop.requested and stop.exit_code == 0
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert stop.requested and stop.exit_code == EXIT_SIGTERM == 143
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == former
     with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert stop.exit_code == EXIT_SIGINT == 130
 
 

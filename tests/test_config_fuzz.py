@@ -60,18 +60,18 @@ def sound(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def seconds(limit: int) -> Iterator[None]:
-    """A hang becomes an error."""
+    """A hang becomes an error; seconds of processor time."""
 
     def stop(*_: Any) -> None:
         raise AssertionError("it hangs")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(limit)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def given(config: dict, key: str, default: Any) -> Any:

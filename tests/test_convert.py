@@ -150,6 +150,7 @@ def test_a_copy_of_the_targets_embedding_is_left_out_beside_the_target(tmp_path,
 # The self-check.
 
 
+@pytest.mark.full
 def test_verify_a_drafter_that_helps(tmp_path, small, capsys):
     assert run(*VERIFY, write_trained(tmp_path)) == 0
     said = capsys.readouterr().out

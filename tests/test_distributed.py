@@ -15,6 +15,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import quick_compilation
 from safetensors.numpy import load_file
 
 from ppow_jax import distributed, mesh_shape, progress
@@ -32,7 +33,7 @@ def start(workdir, number=1, devices=1, die_at=0, stages=STAGES):
         port = probe.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick_compilation.flags()}",
         "PYTHONPATH": str(SCRIPT.parents[2]),
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -85,6 +86,7 @@ def alone(directory):
     return result(directory / "alone")
 
 
+@pytest.mark.full
 def test_a_killed_process_ends_the_other_and_both_go_on(directory, alone):
     workdir = directory / "two"
     codes, logs = start(workdir, number=2, die_at=4)

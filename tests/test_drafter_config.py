@@ -35,7 +35,7 @@ def test_default_feature_layers():
 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (2, 15, 30)])
 def test_feature_layers_of_all_depths(layers):
-    check_feature_layers(layers, 30, "x")
+    assert check_feature_layers(layers, 30, "x") is None  # no UserError
 
 
 @pytest.mark.parametrize("layers", [(2, 15), (2, 15, 31), (-1, 15, 27), (15, 2, 27), (2, 2, 27), ()])

@@ -144,9 +144,9 @@ def assert_equal(gradient, wanted):
 @pytest.mark.parametrize(
     ("settings", "adaw"),
     [
-        (ExactSettings(kl_weight=0.5, divide_by_std=True), False),
-        (ExactSettings(kl_weight=0.5), True),
-        (ExactSettings(DraftRule(0.3), supervised_weight=1.0), True),
+        pytest.param(ExactSettings(kl_weight=0.5, divide_by_std=True), False, marks=pytest.mark.full),
+        pytest.param(ExactSettings(kl_weight=0.5), True, marks=pytest.mark.full),
+        pytest.param(ExactSettings(DraftRule(0.3), supervised_weight=1.0), True, marks=pytest.mark.full),
         (ExactSettings(DraftRule(0.5, 2), supervised_weight=0.3), False),
     ],
     ids=str,
@@ -179,6 +179,7 @@ def plain_answer_loss(drafter, windows, reward_K1, settings, adaw):
     return jnp.log(total)
 
 
+@pytest.mark.full
 def test_the_answer_horizon_minimises_the_expected_rounds_of_whole_answers():
     gradient, wanted, _ = differentiated(ExactSettings(DraftRule(0.7), horizon="answer"), False, plain_answer_loss)
     assert_equal(gradient, wanted)

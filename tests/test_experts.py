@@ -89,6 +89,7 @@ def test_unique_experts_by_hand():
     np.testing.assert_array_equal(unique_experts([one], 6), [3, 1])
 
 
+@pytest.mark.full
 def test_the_evaluation_reports_unique_experts(monkeypatch):
     monkeypatch.setattr(measure, "measure_costs", lambda *_, **__: Costs(1.0, 1.0, 1.0, 2))  # not what is tested
     experts = Experts(6, 2, 16, True, (1,))

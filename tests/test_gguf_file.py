@@ -132,7 +132,8 @@ def test_a_damaged_part_is_named(tmp_path, parts):
 
 @pytest.mark.parametrize("fields", [{"split.count": 1, "split.no": 0}, {"split.count": 0}])
 def test_one_part_is_a_whole_model(tmp_path, fields):
-    load_target(write_whole(tmp_path / "m.gguf", fields=TOKENIZER | fields))
+    config, params = load_target(write_whole(tmp_path / "m.gguf", fields=TOKENIZER | fields))
+    assert config == WHOLE and params["embed"].shape == (WHOLE.vocab_size, WHOLE.hidden_size)
 
 
 @pytest.mark.parametrize("count", ["two", 2**31, [2]])

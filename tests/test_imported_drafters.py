@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import optax
+import pytest
 import small_world as world
 from golden import models
 
@@ -32,6 +33,7 @@ CONFIG = dataclasses.replace(
 ROLLOUTS = dataclasses.replace(world.ROLLOUTS, adaw_start=0)
 
 
+@pytest.mark.full
 def test_it_is_trained_with_ppow_and_written_again(tmp_path):
     params, embed_VxE = models.drafter_params(CONFIG, seed=8), models.matrix(np.random.RandomState(9), 61, 24)
     ids_W = initialise.choose_vocabulary(world.examples(), world.CONFIG.vocab_size, 20)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import suites
 from small_model import CONFIG, MODES, NEW, POSITIONS, model, tokenizer
 
 import ppow_jax
@@ -55,18 +56,19 @@ def together(mode: str) -> tuple:
     return tuple(answers(range(8), mode))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", suites.keep(["off", "tree"], MODES))
 def test_a_request_does_not_depend_on_its_place(mode):
     order = [5, 2, 7, 0, 6, 3, 1, 4]
     assert repr(answers(order, mode)) == repr([together(mode)[i] for i in order])  # nan is not equal to itself
     assert len({tuple(result.token_ids) for result in together(mode)}) == 8
 
 
-@pytest.mark.parametrize("mode", ["chain", "adaptive", "tree"])
+@pytest.mark.parametrize("mode", suites.keep(["adaptive"], ["chain", "adaptive", "tree"]))
 def test_a_request_does_not_depend_on_its_neighbours(mode):
     assert repr(answers(range(8), mode, batch_size=1)) == repr(list(together(mode)))
 
 
+@pytest.mark.full
 def test_a_longer_neighbour_changes_nothing():
     prompts = [*PROMPTS[:4], "b" * 70, *PROMPTS[5:]]  # all caches are longer
     results = model().generate(prompts, **pick(range(8)), speculation=MODES["chain"])
@@ -272,7 +274,7 @@ def test_prompts_may_be_token_ids():
 # ---------------------------------------------------------------- limits and mistakes
 
 
-@pytest.mark.parametrize("mode", ["off", "tree"])
+@pytest.mark.parametrize("mode", suites.keep(["off"], ["off", "tree"]))
 def test_prompts_up_to_the_targets_positions(mode):
     how = {"speculation": MODES[mode], "max_new_tokens": 5}
     ids = np.arange(POSITIONS) % 200
@@ -340,7 +342,7 @@ def test_mistakes_of_chats_and_models():
         ppow_jax.load("tiny", drafter="nowhere")
 
 
-@pytest.mark.parametrize("mode", ["chain", "adaptive"])
+@pytest.mark.parametrize("mode", suites.keep(["chain"], ["chain", "adaptive"]))
 def test_logits_that_are_no_numbers_are_caught(mode):
     """A token whose embedding is broken: in the prompt, or written by the target itself."""
     target = model().target

@@ -15,6 +15,7 @@ import small_run
 from killed_runs import Death
 
 
+@pytest.mark.full
 def test_kills_between_writing_and_renaming_change_no_byte(tmp_path):
     """Answers written but not in place, a checkpoint of stage 1 likewise, and a drafter."""
     place = tmp_path / "life"
@@ -35,6 +36,7 @@ def test_kills_between_writing_and_renaming_change_no_byte(tmp_path):
     small_run.assert_same_results(tmp_path / "run", small_run.whole())
 
 
+@pytest.mark.full
 def test_nan_in_a_step_stops_the_run_or_is_skipped(tmp_path):
     """The kept features of one example turn to nan: every step that sees it is bad."""
     workdir, place = tmp_path / "run", tmp_path / "life"

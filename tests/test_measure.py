@@ -136,6 +136,7 @@ def test_rows_have_the_documented_keys(greedy, tmp_path):
     assert "11/11" in report.console_table(greedy[0])
 
 
+@pytest.mark.full
 def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
     ways = [chain(3), adaptive_tree(3, 3, 8), tree(3, 3, 8), tree(3, 3, 4)]
     outputs: list[measure.Output] = []
@@ -176,6 +177,7 @@ def test_the_margin_where_answers_part(target):
     assert decoding.top2_margin(target, tokens) == pytest.approx(best[-1] - best[-2], abs=1e-4)
 
 
+@pytest.mark.full
 def test_sampling(target, drafter):
     def run(seed):
         outputs = []
@@ -189,6 +191,7 @@ def test_sampling(target, drafter):
     assert run(0)[1] == ids != run(1)[1]
 
 
+@pytest.mark.full
 def test_sampled_trees_give_the_answers_of_plain_decoding(target, drafter):
     settings = SETTINGS | {"temperature": 1, "seeds": (0, 1), "speculations": [tree(3, 3, 8), adaptive_tree(3, 3, 8)]}
     rows = measure.evaluate(target, drafter, [benchmark(("a",), ("b",))], **settings)

@@ -18,6 +18,7 @@ def code_cells(path: Path) -> list[dict]:
     return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_run_one_after_the_other(path, monkeypatch, capsys):
     monkeypatch.setattr(ppow_jax, "load", lambda name: small_model.model(), raising=False)

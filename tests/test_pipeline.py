@@ -7,10 +7,12 @@ import pathlib
 import shutil
 import signal
 
+import killed_runs
 import numpy as np
 import pytest
 import small_run
-from small_run import Command, arguments, assert_same_results, metrics_of
+from killed_runs import Death
+from small_run import arguments, assert_same_results, metrics_of
 
 from ppow_jax import files, flags
 from ppow_jax.data.encoding import Example
@@ -70,26 +72,29 @@ def test_the_metrics_of_a_run(whole):
 
 
 def test_kills_and_resumes_change_no_byte(whole, tmp_path):
-    """kill -9 in stage 1, SIGTERM and kill -9 in stage 2, stages named one by one: the same drafters, bit for bit."""
-    workdir = tmp_path / "run"
-    first = Command(workdir, stages="data,supervised")
-    assert first.signal_at("supervised", 10, signal.SIGKILL) == -signal.SIGKILL
-    assert 10 <= max(row["step"] for row in metrics_of(workdir)) < 24
+    """kill -9 in stage 1, SIGTERM in stage 2, both before a chosen change of a file: the same drafters, bit for bit."""
+    workdir, place = tmp_path / "run", tmp_path / "process"
+    place.mkdir()
+
+    def run(stages, death=None):
+        return killed_runs.live(arguments(workdir, stages=stages), small_run.cache(), place, death)
+
+    killed = run("data,supervised", Death(change=1, pattern=r"os.rename supervised/checkpoints/12\.orbax"))
+    assert killed.code == -signal.SIGKILL, killed.log
+    assert 12 <= max(row["step"] for row in metrics_of(workdir)) < 24
     assert not (workdir / "drafter_supervised").exists()
 
-    second = Command(workdir, stages="data,supervised,ppow,export")
-    assert second.signal_at("ppow", 5, signal.SIGTERM) == 143
-    stopped = max(row["step"] for row in metrics_of(workdir) if row["stage"] == "ppow")
-    assert 5 <= stopped < 16 and f"ppow: saved after step {stopped} of 16" in second.log.read_text()
+    stop = Death(change=1, pattern=r"os.rename ppow/checkpoints/4\.orbax", signum=signal.SIGTERM)
+    stopped = run("data,supervised,ppow,export", stop)
+    assert stopped.code == 143, stopped.log
+    assert "supervised: going on after step 8 of 24" in stopped.log  # 12 was not in place
+    last = max(row["step"] for row in metrics_of(workdir) if row["stage"] == "ppow")
+    assert 4 <= last < 16 and f"ppow: saved after step {last} of 16" in stopped.log
     with Checkpoints(workdir / "ppow" / "checkpoints") as checkpoints:
-        assert checkpoints.steps[-1] == stopped  # saved, though no step of checkpoint_every
+        assert checkpoints.steps[-1] == last
 
-    third = Command(workdir, stages="ppow,export")
-    assert third.signal_at("ppow", min(stopped + 3, 15), signal.SIGKILL) == -signal.SIGKILL
-    assert f"ppow: going on after step {stopped} of 16" in third.log.read_text()
-    assert not (workdir / "drafter").exists()
-    assert Command(workdir, stages="ppow,export").finish() == 0
-
+    resumed = run("ppow,export")
+    assert resumed.code == 0 and f"ppow: going on after step {last} of 16" in resumed.log
     assert_same_results(workdir, whole)
 
 

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+import suites
 
 from experiments import plan as entry
 from ppow_jax import sharding
@@ -297,7 +298,7 @@ def settings(program: str, **more):
     return PlanSettings(program=program, tree_nodes=8, gamma=0.1, **small | more)
 
 
-@pytest.mark.parametrize("program", ["supervised", "ppow", "decode"])
+@pytest.mark.parametrize("program", suites.keep(["decode"], ["supervised", "ppow", "decode"]))
 def test_a_plan_for_this_machine(program, tmp_path, capsys):
     """End to end on the tiny target: the real programs are compiled from shapes and counted."""
     output = tmp_path / "plan.json"

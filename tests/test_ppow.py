@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import small_world as world
+import suites
 
 from ppow_jax.corpus.target_pass import restricted
 from ppow_jax.data.batches import empty_batch
@@ -155,7 +156,9 @@ def test_redrafting_gives_the_same_log_probabilities():
     assert len({tuple(w) for w in windows.token_BxXxK.reshape(-1, K)}) > 12  # sampled, not repeated
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, SAMPLED], ids=["reference from the text", "decoded reference"])
+@pytest.mark.parametrize(
+    "settings", suites.keep([SETTINGS], [SETTINGS, SAMPLED]), ids=["reference from the text", "decoded reference"]
+)
 def test_delta_is_that_of_brute_force(settings):
     """On answers that the target wrote greedily both references are the target's own greedy window."""
     windows, *_, delta = roller(settings)(jax.random.key(3), 0, world.batch())
@@ -308,6 +311,7 @@ def test_what_is_not_finite_anywhere_skips_the_update(bad):
     assert (good.step, good.skipped) == (2, 1)
 
 
+@pytest.mark.full
 def test_the_policy_objective_alone_raises_the_reward():
     """No KL, so nothing but sampled rewards teaches: on one batch, over and over, windows get longer.
 

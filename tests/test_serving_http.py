@@ -213,6 +213,7 @@ def asked(i: int):
     return PROMPTS[i % 8], {"max_tokens": 3 + i, "seed": i} | kinds[i // 8]
 
 
+@pytest.mark.full
 def test_two_hundred_clients_of_which_a_third_go():
     """Every third client goes after its first chunk; the others get the answers of `generate`."""
 

@@ -54,7 +54,8 @@ def test_a_shipped_drafter_that_is_missing_is_an_error(installed, name):
         find_drafter(name, NAME)
     message = str(caught.value)
     place = f"drafters/{NAME} or {installed.parent / 'drafters' / NAME} or {installed / 'drafters' / NAME}"
-    assert message.startswith(f"--drafter={name}: the drafter for {NAME} was not found in {place}; set PPOW_JAX_DRAFTERS")
+    assert message.startswith(f"--drafter={name}: the drafter for {NAME} was not found in {place}; ")
+    assert "set PPOW_JAX_DRAFTERS to" in message
     assert message.endswith("--drafter=none") and "\n" not in message
     assert find_drafter(None, NAME) is None
 

@@ -11,6 +11,7 @@ from ppow_jax import load
 GOLDEN = Path(__file__).parent / "golden" / "drafts.json"
 
 
+@pytest.mark.full
 @pytest.mark.smollm2
 def test_the_shipped_drafter_drafts_as_its_files_say():
     """Text, draft tokens and rounds (and so tau), read from the files by torch alone and recomputed without a cache."""

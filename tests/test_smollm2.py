@@ -16,6 +16,7 @@ from ppow_jax.weights import targets
 from ppow_jax.weights.loading import find_drafter, load_drafter
 
 
+@pytest.mark.full
 @pytest.mark.smollm2
 def test_smollm2_writes_the_text_of_transformers_with_and_without_a_drafter():
     golden = json.loads((Path(__file__).parent / "golden" / "smollm2.json").read_text())["greedy"]

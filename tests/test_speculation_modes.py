@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import suites
 from twelve_tokens import (
     CHEAP,
     CONFIG,
@@ -33,7 +34,7 @@ from ppow_jax.speculation.adaptive import TRIAL, Pace, Prices, Stopping, goes_on
 from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, off, tree
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 3), (3, 3, 10), (2, 4, 14), (4, 1, 3)], ids=str)
+@pytest.mark.parametrize("shape", suites.keep([(3, 3, 10)], [(1, 3, 3), (3, 3, 10), (2, 4, 14), (4, 1, 3)]), ids=str)
 def test_trees_are_lossless(shape):
     found, histogram_NxK1, drafted_N = with_mode(tree(*shape))
     assert found == expected()
@@ -85,7 +86,7 @@ def test_an_adaptive_tree_weighs_costs():
     assert cheap[1].sum() > free[1].sum()  # more rounds, smaller ones
 
 
-@pytest.mark.parametrize("way", [adaptive(3), ADAPTIVE_TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("way", suites.keep([ADAPTIVE_TREE], [adaptive(3), ADAPTIVE_TREE]), ids=["chain", "tree"])
 def test_rounds_without_drafts_leave_no_gap_in_the_drafters_cache(way):
     """After any number of resting rounds, keys and features are those of a row that never rested."""
     rows, made = batches()[0], drafter(True, 1)
@@ -118,6 +119,7 @@ def drafted_after(state, made):
     return [np.where(seen_BxL[:, None, None], x, 0.0) for x in keys]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("widest", [adaptive(3), ADAPTIVE_TREE], ids=["chain", "tree"])
 def test_a_threshold_on_the_chance_is_lossless_and_shortens(widest):
     ways = [dataclasses.replace(widest, adaptive=Stopping("threshold", t)) for t in (1e-6, 0.3, 0.9)]

@@ -115,6 +115,7 @@ def test_decoding_writes_the_same_tokens(speculation):
     np.testing.assert_array_equal(together.histogram_BxK1, apart.histogram_BxK1)
 
 
+@pytest.mark.full
 def test_a_ppow_step_has_the_same_metrics():
     """With the target's own greedy reference, which reads caches that earlier passes gave."""
     settings = dataclasses.replace(TrainSettings(), window=3, group=3, windows=2, adaw_start=0)

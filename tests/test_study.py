@@ -44,6 +44,20 @@ def finished(tmp_path_factory):
     return workdir
 
 
+def test_a_small_study_compares_an_arm_with_its_start(tmp_path):
+    workdir = tmp_path / "run"
+    assert run.run(study_settings(workdir, arms="eagle3,recipe", seeds="0")) == 0
+    start, trained = json.loads((workdir / "study.json").read_text())["arms"]
+    assert (start["arm"], trained["arm"]) == ("eagle3", "recipe")
+    ratio = trained["tau"]["mean"] / start["tau"]["mean"]
+    assert trained["paired_ratios"]["eagle3"]["mean"] == pytest.approx(ratio) and ratio != 1
+    assert trained["tau"]["low"] <= trained["tau"]["mean"] <= trained["tau"]["high"]
+    assert len((workdir / "study.csv").read_text().splitlines()) == 3
+    assert "recipe" in (workdir / "study.md").read_text()
+    assert (workdir / "tau_by_step.png").stat().st_size > 5000
+
+
+@pytest.mark.full
 def test_every_arm_is_reported_with_intervals_and_pairs(finished):
     study = json.loads((finished / "study.json").read_text())
     assert [row["arm"] for row in study["arms"]] == list(ARMS_TRIED) and study["seeds"] == [0, 1]
@@ -66,6 +80,7 @@ def test_every_arm_is_reported_with_intervals_and_pairs(finished):
         assert (finished / f"{name}.png").stat().st_size > 5000
 
 
+@pytest.mark.full
 def test_arms_read_the_same_batches_and_differ_by_their_objective(finished):
     """The seed alone decides which answers a step reads, and the arm what it makes of them."""
     rows = {}
@@ -76,6 +91,7 @@ def test_arms_read_the_same_batches_and_differ_by_their_objective(finished):
     assert rows["cst"][0]["loss"] != rows["recipe"][0]["loss"]
 
 
+@pytest.mark.full
 def test_a_study_resumes_where_it_was(finished, monkeypatch):
     before = (finished / "study.json").read_text()
     (finished / "arms" / "cst" / "seed1" / "result.json").unlink()
@@ -94,6 +110,7 @@ def test_a_study_resumes_where_it_was(finished, monkeypatch):
     assert again["arms"] == first["arms"]
 
 
+@pytest.mark.full
 def test_another_mode_is_replayed_without_training(finished, monkeypatch):
     """Modes that a finished study lacks are replayed with the drafters that it left."""
     path = finished / "arms" / "recipe" / "seed0" / "result.json"
@@ -105,6 +122,7 @@ def test_another_mode_is_replayed_without_training(finished, monkeypatch):
     assert json.loads(path.read_text())["replayed"]["tree"] == tree
 
 
+@pytest.mark.full
 def test_rates_are_chosen_by_the_held_out_answers(tmp_path):
     workdir = tmp_path / "run"
     assert run.run(study_settings(workdir, arms="eagle3,cst", seeds="0", rates="1e-9,1e-2")) == 0

@@ -305,10 +305,12 @@ def p_value(rule, setting: str = "both", N: int = 30_000) -> float:
 
 
 @of_both_rules
+@pytest.mark.full
 def test_sampled_windows_follow_the_target(rule):
     assert p_value(rule) > 1e-3
 
 
+@pytest.mark.full
 def test_chi_square_finds_a_biased_rule(monkeypatch):
     monkeypatch.setattr(verify, "residual", lambda p, q, scale: p)
     assert p_value(block_wise) < 1e-9

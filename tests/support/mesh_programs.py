@@ -1,7 +1,7 @@
 r"""Run by test_meshes.py in a process of its own, with 8 virtual devices: every program on every mesh, as JSON.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-        python tests/support/mesh_programs.py meshes|rest OUTPUT.json DIRECTORY
+        python tests/support/mesh_programs.py 'meshes:2,2,2;8,1,1'|rest OUTPUT.json DIRECTORY
 """
 
 import dataclasses
@@ -37,7 +37,6 @@ CONFIG = dataclasses.replace(
     small_world.CONFIG, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_size=64, vocab_size=64
 )
 ROWS, STEPS = 8, 3
-MESHES = {"8,1,1": (8, 1, 1), "4,2,1": (4, 2, 1), "2,2,2": (2, 2, 2), "1,1,8": (1, 1, 8)}
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(3e-3, eps=1e-5))
 ROLLOUTS = dataclasses.replace(
     small_world.ROLLOUTS, window=2, group=3, windows=2, rollout_temperature=1.0, adaw_start=1
@@ -174,10 +173,11 @@ def everything():
     }
 
 
-def on_meshes(directory):
-    """All that is trained and decoded, on one device and on every mesh."""
+def on_meshes(names):
+    """All that is trained and decoded, on one device and on each of these meshes, such as `2,2,2`."""
     found = {"one": everything()}
-    for name, shape in MESHES.items():
+    for name in names:
+        shape = map(int, name.split(","))
         before = compiled()
         with sharding.use(sharding.make_mesh(MeshShape(*shape))):
             found[name] = everything()
@@ -210,7 +210,8 @@ def the_rest(directory):
 
 
 def main(which: str, output: str, directory: str) -> None:
-    found = {"meshes": on_meshes, "rest": the_rest}[which](pathlib.Path(directory))
+    kind, _, names = which.partition(":")
+    found = on_meshes(names.split(";")) if kind == "meshes" else the_rest(pathlib.Path(directory))
     pathlib.Path(output).write_text(json.dumps(found))
 
 

@@ -1,20 +1,18 @@
 """Training runs small enough to be killed many times: flags, the command in a process of its own, what runs leave.
 
-The uninterrupted run is made once per session and never changed.
+The uninterrupted run is made once per session, for all its worker processes (conftest.py), and never changed.
 """
 
-import atexit
+import fcntl
 import functools
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 
-from ppow_jax import flags
+from ppow_jax import files, flags
 from ppow_jax.training.run.checkpoint import Checkpoints
 from ppow_jax.training.run.metrics import VOLATILE, read_metrics
 from ppow_jax.training.settings import TrainSettings
@@ -59,7 +57,7 @@ class Command:
     """`python -m experiments.train` in a process of its own; compiled programs are shared through one cache."""
 
     def __init__(self, workdir, **changes):
-        self.workdir, self.log = pathlib.Path(workdir), cache() / f"{time.monotonic_ns()}.log"
+        self.workdir, self.log = pathlib.Path(workdir), cache() / f"{os.getpid()}-{time.monotonic_ns()}.log"
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache()),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -81,33 +79,26 @@ class Command:
             self.process.wait()
             print(self.log.read_text())  # pytest shows it where a test fails
 
-    def signal_at(self, stage: str, step: int, signum: int) -> int:
-        """Sends a signal once `step` of `stage` is in the metrics; the exit code."""
-        while self.process.poll() is None:
-            if any(row["stage"] == stage and row["step"] >= step for row in metrics_of(self.workdir)):
-                self.process.send_signal(signum)
-                break
-            time.sleep(0.005)
-        return self.finish()
-
 
 @functools.cache
 def cache() -> pathlib.Path:
     """A directory of compiled programs and logs, with the prompts of the benchmark."""
-    place = pathlib.Path(tempfile.mkdtemp(prefix="small-runs-")).resolve()
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    directory = place / "compiled"
-    directory.mkdir()
+    directory = pathlib.Path(os.environ["PPOW_JAX_TEST_RUNS"]).resolve() / "compiled"
+    directory.mkdir(exist_ok=True)
     prompts = directory / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"prompt": "What is {i} + 4?"}}\n' for i in (3, 17, 25)))
+    files.write_atomic(prompts, "".join(f'{{"prompt": "What is {i} + 4?"}}\n' for i in (3, 17, 25)))
     return directory
 
 
 @functools.cache
 def whole() -> pathlib.Path:
-    """The workdir of an uninterrupted run of every stage."""
-    workdir = cache().parent / "whole"
-    assert Command(workdir).finish() == 0
+    """The workdir of an uninterrupted run of every stage: made by the first process of the suite that asks for it."""
+    workdir, done = cache().parent / "whole", cache().parent / "done"
+    with open(cache().parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            assert Command(workdir).finish() == 0
+            done.touch()
     return workdir
 
 
