@@ -2,8 +2,8 @@
 
 import chromium
 import pytest
-from small_model import MODES, model
-from small_server import serving, until
+from small_model import MODES
+from small_server import patient, serving, until
 
 pytestmark = [
     pytest.mark.slow,
@@ -16,7 +16,8 @@ SPANS = "[...document.querySelectorAll('.assistant span')].map((span) => [span.t
 @pytest.fixture(scope="module")
 def page():
     with serving("chain") as (server, address), chromium.Page(f"{address}/") as found:
-        until(lambda: found.evaluate("document.readyState === 'complete' && at('model').textContent") == "small")
+        until(lambda: found.evaluate("document.readyState") == "complete")
+        until(lambda: found.evaluate("at('model').textContent") == "small")
         found.server = server
         yield found
 
@@ -29,8 +30,8 @@ def send(page: chromium.Page, text: str, most: int = 40) -> None:
 def test_an_answer_is_coloured_and_timed(page):
     send(page, "Once upon a time")
     until(lambda: page.evaluate("running === null && messages.length === 2"))
-    prompt = model().chat_prompt("Once upon a time")
-    want = model().generate(prompt, max_new_tokens=40, speculation=MODES["chain"])[0]
+    prompt = patient().chat_prompt("Once upon a time")
+    want = patient().generate(prompt, max_new_tokens=40, speculation=MODES["chain"])[0]
     spans = page.evaluate(SPANS)
     assert "".join(text for text, _ in spans) == want.text == page.evaluate("messages[1].content")
     kinds = {kind for _, kind in spans}
@@ -46,7 +47,7 @@ def test_an_answer_is_coloured_and_timed(page):
 
 
 def test_an_answer_can_be_stopped(page):
-    page.evaluate("at('temperature').value = 1")
+    page.evaluate("at('temperature').value = 0.3")
     send(page, "b", most=470)
     until(lambda: page.server._engine._running)
     page.evaluate("at('form').requestSubmit()")

@@ -1,12 +1,15 @@
 """A server of the small model, in threads of the test's process, and requests to its engine without HTTP."""
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
 
-from small_model import MODES, model
+import jax.numpy as jnp
+from small_model import CONFIG, MODES, model
 
+from ppow_jax.inference.model import Model
 from ppow_jax.serving import server
 from ppow_jax.serving.app import Endpoint
 from ppow_jax.serving.engine import Engine, Progress, Ticket
@@ -18,12 +21,20 @@ WAIT = 120  # seconds
 
 
 @functools.cache
-def machine(mode: str, slots: int = 3, context: int = 512, rounds: int = 4) -> Machine:
-    return Machine(model(), MODES[mode], slots, context, rounds)
+def patient() -> Model:
+    """The small model, whose answers only end at their limits, at temperatures well below 1."""
+    params = dict(model().target.params)
+    params["lm_head"] = params["lm_head"].at[jnp.array(CONFIG.eos_token_ids)].set(0.0)
+    return dataclasses.replace(model(), target=dataclasses.replace(model().target, params=params))
 
 
-def new_engine(mode: str, queue: int = 64, **how) -> Engine:
-    found = machine(mode, **how)
+@functools.cache
+def machine(mode: str, which, slots: int = 4, context: int = 512, rounds: int = 4) -> Machine:
+    return Machine(which(), MODES[mode], slots, context, rounds)
+
+
+def new_engine(mode: str, which=patient, queue: int = 64, **how) -> Engine:
+    found = machine(mode, which, **how)
     found.reset()
     return Engine(found, Metrics(NAME, MODES[mode].window), queue)
 
@@ -76,7 +87,7 @@ def serving(mode: str = "chain", *, seconds: float = WAIT, drain: float = WAIT, 
     """A server on a free port -> (its `Server`, its address)."""
     engine = new_engine(mode, **how)
     bound = server.bind("127.0.0.1", 0)
-    found = server.Server(Endpoint(model(), engine, NAME, seconds), drain)
+    found = server.Server(Endpoint(engine.machine.model, engine, NAME, seconds), drain)
     thread = threading.Thread(target=found.run, args=([bound],))
     thread.start()
     until(lambda: found.started)
