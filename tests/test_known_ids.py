@@ -49,7 +49,7 @@ def nothing_computed(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr(decoding.generate, "prefill", refuse)
+    monkeypatch.setattr(decoding.batch.generate, "prefill", refuse)
 
 
 def lines(path: Path, *records) -> Path:
