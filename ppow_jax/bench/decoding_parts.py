@@ -51,14 +51,14 @@ class Decoding:
     def _verified(self, part: str, batch: int, drafted: int) -> Row:
         target, drafter = self.subject.target, self.subject.drafter if drafted else None
         state, _, kv = synthetic_state(target, self.subject.drafter, max(drafted, 1), self.L, batch)
-        draft, speculation = None, off()
+        draft: Draft | None = None
+        speculation = off()
         if drafted:
             tokens = jax.random.randint(jax.random.key(1), (batch, 1, drafted), 0, target.config.vocab_size)
             draft, speculation = Draft(tokens, jnp.zeros_like(tokens), None, jnp.zeros(tokens.shape)), chain(drafted)
             draft = sharding.place(draft)
-        how = {"config": target.config, "speculation": speculation}
-        arguments = drafter, kv, state, draft
-        program = compiled(verify_round, target.params, how.pop("config"), *arguments, sampling=GREEDY, **how)
+        arguments = target.params, target.config, drafter, kv, state, draft
+        program = compiled(verify_round, *arguments, sampling=GREEDY, speculation=speculation)
         size = work.cache_bytes(kv, self.L / 2)
 
         def once(kv):
@@ -77,8 +77,8 @@ class Decoding:
         target, drafter, K = self.subject.target, self.subject.drafter, self.K
         for batch in batches:
             state, kv, _ = synthetic_state(target, drafter, K, self.L, batch)
-            how = {"speculation": chain(K)}
-            program = compiled(draft_round, target.params, drafter, kv, state, sampling=GREEDY, **how)
+            arguments = target.params, drafter, kv, state
+            program = compiled(draft_round, *arguments, sampling=GREEDY, speculation=chain(K))
             size = work.cache_bytes(kv, self.L / 2)
 
             def once(kv, program=program, state=state):
@@ -101,8 +101,8 @@ class Decoding:
             keys = jax.random.split(jax.random.key(3), batch)
             rows = sharding.place(generate.Prompts(prompt_BxP, row_B, row_B + 1, keys))
             arguments = drafter, *rows
-            how = {"K": self.K, "L": L}
-            program = compiled(generate.prefill, target.params, target.config, *arguments, sampling=GREEDY, **how)
+            sizes = {"K": self.K, "L": L}
+            program = compiled(generate.prefill, target.params, target.config, *arguments, sampling=GREEDY, **sizes)
 
             def once(_, program=program, arguments=arguments):
                 return program.call(target.params, *arguments, sampling=GREEDY).length_B

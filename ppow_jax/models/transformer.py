@@ -63,14 +63,15 @@ def forward(
     pass is pure: the caller decides which of the returned keys to keep.
     """
     x_BxSxD = rows_of(params["embed"], tokens_BxS).astype(activation(params))
+    own_BxSxS: Any = self_mask_BxSxS
     if isinstance(self_mask_BxSxS, Packed) and not _by_a_library(params, config, tokens_BxS, contexts):
-        self_mask_BxSxS = self_mask_BxSxS.dense(*tokens_BxS.shape)
+        own_BxSxS = self_mask_BxSxS.dense(*tokens_BxS.shape)
     rotary = rotation(position_BxS, config.head_dim, config.rope_theta, config.rope_scaling)
-    masks = self_mask_BxSxS, [context.mask_BxSxL for context in contexts]
+    masks = own_BxSxS, [context.mask_BxSxL for context in contexts]
     sliding_masks = masks
     if config.sliding_layers:
         sliding_masks = (
-            self_mask_BxSxS & _near(config, position_BxS, position_BxS),
+            own_BxSxS & _near(config, position_BxS, position_BxS),
             [c.mask_BxSxL & _near(config, position_BxS, c.position_BxL) for c in contexts],
         )
 
