@@ -1,12 +1,16 @@
 """Flags that several programs share."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ppow_jax import mesh_shape
 from ppow_jax.flags import check_fields, field
+from ppow_jax.models import precision
 
 if TYPE_CHECKING:
+    from ppow_jax.sharding import Mesh
     from ppow_jax.speculation.adaptive import Stopping
 
 
@@ -21,6 +25,7 @@ class ModelFlags:
         "auto", "Directory of the drafter, or none. auto: drafters/TARGET if it exists.", group="Models"
     )
     dtype: str = field("bfloat16", "Dtype of all matrices.", choices=("bfloat16", "float32"), group="Models")
+    precision: str = field("auto", precision.HELP, choices=precision.CHOICES, group="Models")
     compilation_cache: str | None = field(
         None, "Directory for compiled programs, so that later runs start faster.", group="Models"
     )
@@ -29,6 +34,17 @@ class ModelFlags:
     def __post_init__(self):
         check_fields(self)
         mesh_shape.MeshShape.parse(self.mesh)
+        precision.of_flag(self.precision, self.dtype)
+
+
+    @contextlib.contextmanager
+    def in_use(self) -> "Iterator[Mesh]":
+        """Runs programs inside the `with` on the mesh and in the precision that the flags name."""
+        from ppow_jax import sharding
+
+        mesh = sharding.make_mesh(mesh_shape.MeshShape.parse(self.mesh))
+        with precision.use(precision.of_flag(self.precision, self.dtype)), sharding.use(mesh):
+            yield mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.common import ModelFlags, StoppingFlags
-from ppow_jax import cli, mesh_shape
+from ppow_jax import cli
 from ppow_jax.files import line_writer
 from ppow_jax.flags import field, require
 
@@ -127,9 +127,7 @@ def main(settings: Settings) -> None:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Loads everything and measures -> what --output holds (docs/results_schema.md)."""
-    from ppow_jax import sharding
-
-    with sharding.use(sharding.make_mesh(mesh_shape.MeshShape.parse(settings.mesh))):
+    with settings.in_use():
         return _measure(settings)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.common import ModelFlags, StoppingFlags
-from ppow_jax import cli, mesh_shape
+from ppow_jax import cli
 from ppow_jax.errors import UserError
 from ppow_jax.flags import field, require
 
@@ -115,9 +115,7 @@ def main(settings: Settings) -> None:
     cli.check_output("--trace", settings.trace)
     cli.keep_compiled(settings.compilation_cache)
 
-    from ppow_jax import sharding  # slow to import: after the settings' checks
-
-    with sharding.use(sharding.make_mesh(mesh_shape.MeshShape.parse(settings.mesh))):
+    with settings.in_use():  # imports JAX: after the settings' checks
         _answer(settings, text)
 
 

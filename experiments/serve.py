@@ -12,7 +12,7 @@ import importlib.util
 import logging
 
 from experiments.common import ModelFlags, StoppingFlags
-from ppow_jax import cli, mesh_shape
+from ppow_jax import cli
 from ppow_jax.flags import field, require
 
 PACKAGES = ("anyio", "prometheus_client", "starlette", "uvicorn")
@@ -62,10 +62,7 @@ def main(settings: Settings) -> None:
     require(not missing, f"not installed: {', '.join(missing)}; install them: pip install 'ppow_jax[serve]'")
     cli.keep_compiled(settings.compilation_cache)
 
-    from ppow_jax import sharding  # slow to import: after the settings' checks
-
-    mesh = sharding.make_mesh(mesh_shape.MeshShape.parse(settings.mesh))
-    with sharding.use(mesh):
+    with settings.in_use() as mesh:  # imports JAX: after the settings' checks
         _serve(settings, mesh)
 
 

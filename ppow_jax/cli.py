@@ -107,13 +107,14 @@ def setup_logging() -> None:
 def keep_compiled(directory: str | None) -> None:
     """Caches compiled programs below `directory`, for later runs; None leaves JAX's settings unchanged.
 
+    directory: of this machine, or the address of an object store, such as gs://BUCKET/NAME, which JAX itself writes to.
     Raises UserError if it cannot be written to. Call it before anything is compiled. Programs are specific to one kind
     of processor and one version of JAX: others add their own.
     """
     if directory is None:
         return
     try:
-        path = files.writable_directory(directory)
+        path = directory if files.is_remote(directory) else files.writable_directory(directory)
     except UserError as error:
         raise UserError(f"--compilation_cache={directory}: {error}") from None
     import jax
@@ -126,6 +127,7 @@ def check_output(flag: str, path: str | None) -> None:
     """Raises UserError, naming the flag (`--output`), unless a file can be written at `path`; creates its directory."""
     if path is None:
         return
+    require(not files.is_remote(path), f"{flag}={path}: {files.LOCAL}")
     require(not Path(path).is_dir(), f"{flag}={path}: must be a file, but is a directory")
     try:
         files.writable_directory(Path(path).parent)

@@ -12,6 +12,9 @@ from typing import IO, Any
 
 from ppow_jax.errors import UserError
 
+LOCAL = "must be a path of this machine: mount the bucket on every host, as gcsfuse does (docs/accelerators.md)"
+
+
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Replaces the file at `path` by `content` (text is written as UTF-8) in one step."""
@@ -71,12 +74,19 @@ def mistaken(path: pathlib.Path) -> str | None:
     return "is empty: download the file again" if not start else None
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+    """True for addresses such as gs://BUCKET/NAME, which are no paths of a file system."""
+    return bool(re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", os.fspath(path)))
+
+
 def writable_directory(path: str | os.PathLike) -> pathlib.Path:
     """Creates the directory at `path` if it is missing, and returns its absolute path.
 
     Raises:
-      UserError: it cannot be created, or cannot be written to.
+      UserError: it cannot be created, or cannot be written to, or is the address of an object store.
     """
+    if is_remote(path):
+        raise UserError(f"{path}: {LOCAL}")
     directory = pathlib.Path(path).expanduser().absolute()
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ppow_jax.data.batches import PackedBatch
 from ppow_jax.models import transformer
+from ppow_jax.models.attention_backends import Packed
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.layers import KV, linear
 from ppow_jax.models.stack import StackedKV
@@ -38,15 +39,9 @@ def draft_ids(target_ids_W: Array, vocab_size: int) -> Array:
     return jnp.full(vocab_size, -1, jnp.int32).at[target_ids_W].set(jnp.arange(W, dtype=jnp.int32))
 
 
-def row_mask(segment_BxT: Array) -> Array:
-    """mask_BxTxT of packed rows: causal, inside one segment."""
-    B, T = segment_BxT.shape
-    return transformer.causal_mask(B, T) & (segment_BxT[:, :, None] == segment_BxT[:, None])
-
-
 def read_rows(params: dict, config: ModelConfig, batch: PackedBatch, layers: tuple[int, ...]) -> transformer.Outputs:
     """The target's pass over packed rows; layers: those whose inputs become the features."""
-    mask = row_mask(batch.segment_BxT)
+    mask = Packed(batch.segment_BxT)
     return transformer.forward(params, config, batch.tokens_BxT, batch.position_BxT, mask, feature_layers=layers)
 
 

@@ -25,13 +25,25 @@ from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.speculation.tree import Tree
 
 TO_THE_END = 1 << 30  # rounds: no limit
+FEWEST = 512  # shortest length bucket on accelerators
 SHORTEST = 256  # minimum prompt length, in slots, that caches are sized for: each length compiles a program
 
 
 def bucket(length: int) -> int:
-    """Length bucket: the least of 64, 128, 192, 256, 384, 512, 768, ... that holds `length`, to compile few shapes."""
+    """Length bucket that holds `length`, to compile few shapes: the least of 64, 128, 192, 256, 384, 512, 768, ...
+
+    On accelerators, where padding costs little and a program of a large target takes minutes to compile, it is the
+    least of 512, 1024, 2048, ...: one program reads all prompts of up to 512 tokens, three all of up to 2048.
+    """
+    if few_lengths():
+        return max(FEWEST, 1 << (length - 1).bit_length())
     step = max(64, 1 << max(0, (length - 1).bit_length() - 2))
     return -(-length // step) * step
+
+
+def few_lengths() -> bool:
+    """True on accelerators: programs are compiled for few lengths, with more padding."""
+    return jax.default_backend() != "cpu"
 
 
 def padded(length: int) -> int:

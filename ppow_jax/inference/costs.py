@@ -12,7 +12,7 @@ import numpy as np
 
 from ppow_jax import sharding
 from ppow_jax.inference.batch import draft_round, verify_round
-from ppow_jax.models import cache, stack
+from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
@@ -70,7 +70,7 @@ def measure_costs(
         raise ValueError(f"a cache of length {L} is too short for a window of {K}")
     speculation = dataclasses.replace(speculation, adaptive=None)
     params, config = target.params, target.config
-    state, drafter_kv, target_kv = _state(target, drafter, K, L, batch)
+    state, drafter_kv, target_kv = synthetic_state(target, drafter, K, L, batch)
     settings = {"speculation": speculation, "sampling": sampling}
     drafter_kv, _, draft = draft_round(params, drafter, drafter_kv, state, **settings)
 
@@ -132,7 +132,7 @@ def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:
     return kv
 
 
-def _state(
+def synthetic_state(
     target: Target, drafter: Drafter, K: int, L: int, B: int
 ) -> tuple[State, tuple[KV, ...], tuple[KV | StackedKV, ...]]:
     """A synthetic mid-generation state, and its drafter's and target's caches, kept apart."""
@@ -150,7 +150,10 @@ def _state(
         experts=config.experts is not None,
     ).replace(
         length_B=row_B * min(L // 2, L - K - 1),
-        features_BxK1xF=jax.random.normal(features_key, (B, K + 1, 3 * config.hidden_size)),
+        features_BxK1xF=jax.random.normal(features_key, (B, K + 1, 3 * config.hidden_size)).astype(
+            transformer.activation(target.params)
+        ),
     )
-    target_kv = stack.like(target.params["layers"], cache.empty(B, config.num_kv_heads, L, config.head_dim))
-    return sharding.place((state, drafting.empty_cache(drafter.config, B, L), target_kv))
+    empty = cache.empty(B, config.num_kv_heads, L, config.head_dim, transformer.cache_dtype(target.params))
+    target_kv = stack.like(target.params["layers"], empty)
+    return sharding.place((state, drafting.empty_cache(drafter, B, L), target_kv))

@@ -8,13 +8,13 @@ per earlier step, at the same index, in one joint softmax. Training-time test, r
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models import cache
+from ppow_jax.models import cache, precision
 from ppow_jax.models.drafter_config import DrafterConfig, is_vector, layer_name, parameter_shapes
 from ppow_jax.models.layers import (
     KV,
@@ -23,6 +23,8 @@ from ppow_jax.models.layers import (
     heads,
     linear,
     linear_bf16,
+    project,
+    project_bf16,
     rms_norm,
     rope,
     rotation,
@@ -86,15 +88,29 @@ class Drafter(flax.struct.PyTreeNode):
         return DrafterSpec(self.config, self.target_ids_W, self.compute_dtype, self.embed_VxE, self.remat)
 
     def product(self, x: Array, name: str, layer: int = 0) -> Array:
-        """x times a matrix of the drafter, plus its bias where it has one."""
-        y = self.linear(x, self.params[layer_name(layer, name)])
+        """x times a matrix of the drafter, plus its bias where it has one, in the dtype of x."""
+        y = self.project(x, self.params[layer_name(layer, name)])
         bias = self.params.get(layer_name(layer, name.removesuffix("proj") + "bias"))
-        return y if bias is None else y + bias.astype(jnp.float32)
+        return y if bias is None else (y + bias.astype(jnp.float32)).astype(y.dtype)
 
     @property
     def linear(self):
-        """Matrix product in the drafter's compute dtype."""
+        """Matrix product in the drafter's compute dtype, with a float32 result."""
         return linear_bf16 if self.compute_dtype == "bfloat16" else linear
+
+    @property
+    def project(self):
+        """Matrix product in the drafter's compute dtype; the result has the dtype of the input."""
+        return project_bf16 if self.compute_dtype == "bfloat16" else project
+
+    @property
+    def matrices(self) -> Any:
+        """Dtype in which the drafter's matrices multiply."""
+        return jnp.dtype(self.compute_dtype or self.params["fc"].dtype)
+
+    def enter(self, x: Array) -> Array:
+        """Features or embeddings, in the dtype of the drafter's activations."""
+        return x.astype(precision.current().activation(self.matrices))
 
     def rotation(self, position_BxM: Array) -> tuple[Array, Array]:
         """The rotary embedding of positions; see `layers.rotation`."""
@@ -105,12 +121,13 @@ class Drafter(flax.struct.PyTreeNode):
         return rms_norm(x, self.params[layer_name(layer, name)], self.config.rms_norm_eps)
 
     def embed(self, target_embed_VxD: Array, tokens: Array) -> Array:
-        """Embeddings [..., E] of tokens, float32: the drafter's own if it has them, otherwise the target's."""
-        return rows_of(target_embed_VxD if self.embed_VxE is None else self.embed_VxE, tokens)
+        """Embeddings [..., E] of tokens: the drafter's own if it has them, otherwise the target's."""
+        return self.enter(rows_of(target_embed_VxD if self.embed_VxE is None else self.embed_VxE, tokens))
 
 
 def fuse(drafter: Drafter, features_BxTxF: Array) -> Array:
     """The three target features -> g_BxTxE: fc, after a norm of each (EAGLE-3.1) or of all at once where it has one."""
+    features_BxTxF = drafter.enter(features_BxTxF)
     if drafter.config.fc_norm:
         three = features_BxTxF.reshape(*features_BxTxF.shape[:-1], 3, -1)
         features_BxTxF = drafter.norm(three, "fc_norm").reshape(features_BxTxF.shape)
@@ -154,9 +171,10 @@ def prefix_keys(
     return tuple(result)
 
 
-def empty_cache(config: DrafterConfig, B: int, L: int) -> tuple[KV, ...]:
+def empty_cache(drafter: Drafter, B: int, L: int) -> tuple[KV, ...]:
     """Caches for L indices, one per layer."""
-    return tuple(cache.empty(B, config.num_kv_heads, L, config.head_dim) for _ in range(config.num_layers))
+    config, dtype = drafter.config, precision.current().keys(drafter.matrices)
+    return tuple(cache.empty(B, config.num_kv_heads, L, config.head_dim, dtype) for _ in range(config.num_layers))
 
 
 def step(
@@ -212,7 +230,7 @@ def _finish(drafter: Drafter, layer: int, residual_BxMxE: Array, attended_BxMxF:
     """Output of a layer, from its attention: the projection, then the MLP, each added to the residual."""
     y_BxMxE = residual_BxMxE + drafter.product(attended_BxMxF, "o_proj", layer)
     gate, up, down = (drafter.params[layer_name(layer, name)] for name in ("gate_proj", "up_proj", "down_proj"))
-    return y_BxMxE + swiglu(drafter.norm(y_BxMxE, "post_norm", layer), gate, up, down, drafter.linear)
+    return y_BxMxE + swiglu(drafter.norm(y_BxMxE, "post_norm", layer), gate, up, down, drafter.project)
 
 
 def feed(drafter: Drafter, out_BxMxE: Array) -> Array:
@@ -244,7 +262,7 @@ def unroll(drafter: Drafter, embed_VxD: Array, anchors: Anchors, token_BxM: Iter
 
 def logits(drafter: Drafter, out: Array) -> Array:
     """Logits [..., W] over the draft vocabulary, float32."""
-    return drafter.product(drafter.norm(out, "norm"), "lm_head")
+    return drafter.linear(drafter.norm(out, "norm"), drafter.params["lm_head"])
 
 
 def cast(drafter: Drafter, dtype: str) -> Drafter:

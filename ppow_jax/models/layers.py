@@ -1,12 +1,14 @@
 """Operations shared by the target and the drafter.
 
-Matrices are stored `[out, in]`. Activations are float32; a product runs in the precision of its weights and
-always accumulates and returns float32, which is the fast path on CPU (bfloat16 outputs and one-row bfloat16
-products are slower by a factor of ten there).
+Matrices are stored `[out, in]`. A product runs in the precision of its weights and accumulates float32. `linear`
+returns float32, `project` the dtype of its input: activations keep the dtype with which they enter a model, see
+`models.precision`. That is float32 on a CPU, the fast path there (bfloat16 outputs and one-row bfloat16 products are
+slower by a factor of ten).
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,13 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from ppow_jax import sharding
 from ppow_jax.cpu import attention as cpu_attention
 from ppow_jax.cpu import library, norm, product
+from ppow_jax.models import attention_backends, precision
+from ppow_jax.models.attention_backends import Packed
 from ppow_jax.models.rope import Scaling
 
 Array = jax.Array
 QUERY_BLOCK = 128
+precision.context()  # before any program is compiled
 NEGATIVE = -1e30  # mask value of scores; finite, so that a row without any key gives no NaN
 
 
@@ -38,10 +43,12 @@ class KV(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """One block of keys that queries may attend to: a `KV` and mask_BxSxL (True = visible)."""
+    """One block of keys that queries may attend to: a `KV` and mask_BxSxL (True = visible), or a `Packed` in its place
+    where a backend of `attention_backends` takes the queries' own keys and nothing else.
+    """
 
     kv: KV
-    mask_BxSxL: Array
+    mask_BxSxL: Any
 
 
 def inner(a: Array, b: Array) -> Array:
@@ -49,18 +56,22 @@ def inner(a: Array, b: Array) -> Array:
 
     Written as a contraction, because XLA:CPU can take fifty times as long for the sum of a product.
     """
-    return jnp.einsum("...i,...i->...", a, b, precision=jax.lax.Precision.HIGHEST)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("...i,...i->...", a, b, precision=highest, preferred_element_type=jnp.float32)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Root-mean-square normalisation over the last axis, in float32. scale: [D], or more axes that broadcast with x."""
+    """Root-mean-square normalisation over the last axis, computed in float32, in the dtype of x.
+
+    scale: [D], or more axes that broadcast with x.
+    """
 
     def plain(x: Array) -> Array:
         return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
-    x = x.astype(jnp.float32)
+    dtype, x = x.dtype, x.astype(jnp.float32)
     factor = jax.lax.platform_dependent(x, cpu=lambda x: norm.factor(x, eps), default=plain) if _ours() else plain(x)
-    return x * factor * scale.astype(jnp.float32)
+    return (x * factor * scale.astype(jnp.float32)).astype(dtype)
 
 
 def rows_of(table_VxD: Array, index: Array) -> Array:
@@ -86,19 +97,29 @@ def linear(x: Array, w_OxI: Array) -> Array:
     return _product(x.reshape(-1, x.shape[-1]), w_OxI).reshape(*x.shape[:-1], w_OxI.shape[0])
 
 
-def _product(x_MxI: Array, w_OxI: Array) -> Array:
-    def plain(x_MxI: Array, w_OxI: Array) -> Array:
-        return jnp.einsum("mi,oi->mo", x_MxI.astype(w_OxI.dtype), w_OxI, preferred_element_type=jnp.float32)
+def project(x: Array, w_OxI: Array) -> Array:
+    """`linear` in the dtype of x: devices that each hold a part of the sum exchange it in that dtype."""
+    return _product(x.reshape(-1, x.shape[-1]), w_OxI, x.dtype).reshape(*x.shape[:-1], w_OxI.shape[0])
+
+
+def _product(x_MxI: Array, w_OxI: Array, out: Any = jnp.float32) -> Array:
+    def plain(x_MxI: Array, w_OxI: Array, out: Any = jnp.float32) -> Array:
+        return jnp.einsum("mi,oi->mo", x_MxI.astype(w_OxI.dtype), w_OxI, preferred_element_type=out)
 
     def doubled(x_1xI: Array, w_OxI: Array) -> Array:  # XLA:CPU leaves its fast path for a single bfloat16 row
         return plain(jnp.concatenate([x_1xI, x_1xI]), w_OxI)[:1]
 
     if w_OxI.dtype != jnp.bfloat16:
-        return plain(x_MxI, w_OxI)
-    on_cpu = doubled if x_MxI.shape[0] == 1 else plain
+        return plain(x_MxI, w_OxI).astype(out)
+    on_cpu: Callable = doubled if x_MxI.shape[0] == 1 else plain
     if _ours():
         on_cpu = product.product
-    return jax.lax.platform_dependent(x_MxI, w_OxI, cpu=on_cpu, default=plain)
+    return jax.lax.platform_dependent(
+        x_MxI,
+        w_OxI,
+        cpu=lambda x_MxI, w_OxI: on_cpu(x_MxI, w_OxI).astype(out),
+        default=functools.partial(plain, out=out),
+    )
 
 
 def _ours() -> bool:
@@ -123,7 +144,13 @@ def linear_bf16(x: Array, w_OxI: Array) -> Array:
     Plain differentiation of a bfloat16 product multiplies a float32 cotangent, which leaves the fast path; here the
     cotangent is rounded to bfloat16 too, and laid out for the weight gradient.
     """
-    y_MxO = _product_bf16(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_OxI)
+    y_MxO = _product_bf16(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_OxI, jnp.float32)
+    return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
+
+
+def project_bf16(x: Array, w_OxI: Array) -> Array:
+    """`linear_bf16` in the dtype of x."""
+    y_MxO = _product_bf16(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_OxI, x.dtype)
     return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
 
 
@@ -145,17 +172,17 @@ def weight_gradient(g_PxMxO: Array, x_PxMxI: Array) -> Array:
     return jax.lax.platform_dependent(g_PxMxO, x_PxMxI, cpu=transposed, default=plain)
 
 
-@jax.custom_vjp
-def _product_bf16(x_MxI, w_OxI):
-    return linear(x_MxI, w_OxI.astype(jnp.bfloat16))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product_bf16(x_MxI, w_OxI, out):
+    return _product(x_MxI, w_OxI.astype(jnp.bfloat16), out)
 
 
-def _product_bf16_fwd(x_MxI, w_OxI):
+def _product_bf16_fwd(x_MxI, w_OxI, out):
     x_MxI, w_OxI = x_MxI.astype(jnp.bfloat16), w_OxI.astype(jnp.bfloat16)
-    return linear(x_MxI, w_OxI), (x_MxI, w_OxI)
+    return _product(x_MxI, w_OxI, out), (x_MxI, w_OxI)
 
 
-def _product_bf16_bwd(saved, g_MxO):
+def _product_bf16_bwd(_, saved, g_MxO):
     x_MxI, w_OxI = saved
     g_MxO = g_MxO.astype(jnp.bfloat16)
     return input_gradient(g_MxO, w_OxI), weight_gradient(g_MxO[None], x_MxI[None])[0]
@@ -179,10 +206,10 @@ def rotation(
 
 
 def rope(x_BxSxHxd: Array, rotation: tuple[Array, Array]) -> Array:
-    """Rotates queries or keys, in Hugging Face's half-split form."""
+    """Rotates queries or keys, in float32 and Hugging Face's half-split form; the result has their dtype."""
     (cos, sin), half = rotation, x_BxSxHxd.shape[-1] // 2
     a, b = x_BxSxHxd[..., :half], x_BxSxHxd[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxSxHxd.dtype)
 
 
 def heads(x_BxSxF: Array, head_dim: int) -> Array:
@@ -215,13 +242,16 @@ def query_blocks(S: int) -> list[slice]:
 
 
 def attention(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
-    """Softmax attention over several blocks of keys as if they were one: [B, S, H, d] float32.
+    """Softmax attention over several blocks of keys as if they were one: [B, S, H, d] in the dtype of the queries.
 
     own: the keys of the S queries themselves; a query never attends to a later one. A cache and the window being
     verified are separate blocks: nothing has to be written to a cache before acceptance is known.
     """
-    if not _ours() or any(block.kv.k_BxKvxdxL.dtype != jnp.float32 for block in (*contexts, own)):
-        return _in_query_blocks(q_BxSxHxd, contexts, own)
+    if isinstance(own.mask_BxSxL, Packed):
+        return attention_backends.attend(q_BxSxHxd, *own.kv, own.mask_BxSxL)
+    keys = [block.kv.k_BxKvxdxL for block in (*contexts, own)]
+    if not _ours() or any(x.dtype != jnp.float32 for x in (q_BxSxHxd, *keys)):
+        return _in_query_blocks(q_BxSxHxd, contexts, own).astype(q_BxSxHxd.dtype)
     return jax.lax.platform_dependent(q_BxSxHxd, contexts, own, cpu=_fused, default=_in_query_blocks)
 
 
@@ -263,8 +293,8 @@ def _attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
 
 def biased(x: Array, params: dict, name: str) -> Array:
     """x times the matrix `name`_proj of `params`, plus `name`_bias if present."""
-    y, bias_O = linear(x, params[f"{name}_proj"]), params.get(f"{name}_bias")
-    return y if bias_O is None else y + bias_O.astype(jnp.float32)
+    y, bias_O = project(x, params[f"{name}_proj"]), params.get(f"{name}_bias")
+    return y if bias_O is None else (y + bias_O.astype(jnp.float32)).astype(y.dtype)
 
 
 def swiglu(x: Array, gate_IxD: Array, up_IxD: Array, down_DxI: Array, product=linear) -> Array:

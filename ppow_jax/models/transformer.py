@@ -4,13 +4,14 @@ Llama and Qwen, dense and with experts, share this code: the parameters of a lay
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ppow_jax import sharding
-from ppow_jax.models import stack
+from ppow_jax.models import attention_backends, precision, stack
+from ppow_jax.models.attention_backends import Packed
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.experts import route, spread_mixture
 from ppow_jax.models.layers import KV, Keys, attention, biased, heads, linear, rms_norm, rope, rotation, rows_of
@@ -49,24 +50,28 @@ def forward(
     config: ModelConfig,
     tokens_BxS: Array,
     position_BxS: Array,
-    self_mask_BxSxS: Array,
+    self_mask_BxSxS: Array | Packed,
     contexts: Sequence[Context] = (),
     feature_layers: Sequence[int] = (),
 ) -> Outputs:
     """Runs the target over S new tokens that attend to the contexts and, through self_mask, to each other.
 
     params: layers separate or stacked (`models.stack`), with the same results. self_mask_BxSxS: a new token may attend
-    to itself and earlier ones of the S, never to later ones. Sliding windows restrict the masks further.
+    to itself and earlier ones of the S, never to later ones; as `Packed` a library's kernel may compute the attention.
+    Sliding windows restrict the masks further.
     feature_layers: indices in the "input of layer" convention (N = the output of the last layer, before the norm). The
     pass is pure: the caller decides which of the returned keys to keep.
     """
-    x_BxSxD = rows_of(params["embed"], tokens_BxS)
+    x_BxSxD = rows_of(params["embed"], tokens_BxS).astype(activation(params))
+    own_BxSxS: Any = self_mask_BxSxS
+    if isinstance(self_mask_BxSxS, Packed) and not _by_a_library(params, config, tokens_BxS, contexts):
+        own_BxSxS = self_mask_BxSxS.dense(*tokens_BxS.shape)
     rotary = rotation(position_BxS, config.head_dim, config.rope_theta, config.rope_scaling)
-    masks = self_mask_BxSxS, [context.mask_BxSxL for context in contexts]
+    masks = own_BxSxS, [context.mask_BxSxL for context in contexts]
     sliding_masks = masks
     if config.sliding_layers:
         sliding_masks = (
-            self_mask_BxSxS & _near(config, position_BxS, position_BxS),
+            own_BxSxS & _near(config, position_BxS, position_BxS),
             [c.mask_BxSxL & _near(config, position_BxS, c.position_BxL) for c in contexts],
         )
 
@@ -99,6 +104,21 @@ def forward(
     features[config.num_layers] = x_BxSxD
     chosen = jnp.concatenate([features[n] for n in feature_layers], -1) if feature_layers else None
     return Outputs(rms_norm(x_BxSxD, params["norm"], config.rms_norm_eps), chosen, tuple(new), tuple(experts))
+
+
+def _by_a_library(params: dict, config: ModelConfig, tokens_BxS: Array, contexts: Sequence[Context]) -> bool:
+    fits = attention_backends.eligible(tokens_BxS.shape[1], config.head_dim, activation(params))
+    return fits and not contexts and not config.sliding_layers
+
+
+def activation(params: dict) -> Any:
+    """Dtype of a target's activations: of the residual stream, features and hidden states."""
+    return precision.current().activation(params["embed"].dtype)
+
+
+def cache_dtype(params: dict) -> Any:
+    """Dtype of a target's caches."""
+    return precision.current().keys(params["embed"].dtype)
 
 
 def _near(config: ModelConfig, position_BxS: Array, position_BxL: Array | None) -> Array:
@@ -139,7 +159,7 @@ def decoder_layer(
     h_MxD = h_BxSxD.reshape(-1, h_BxSxD.shape[-1])
     with jax.named_scope("experts"):
         routes = route(h_MxD, layer["router"], config.experts)
-        x_BxSxD += spread_mixture(layer, h_MxD, routes).reshape(x_BxSxD.shape)
+        x_BxSxD += spread_mixture(layer, h_MxD, routes).reshape(x_BxSxD.shape).astype(x_BxSxD.dtype)
     return LayerOutputs(x_BxSxD, kv, routes.expert_MxX.reshape(*x_BxSxD.shape[:2], -1))
 
 

@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 def attend(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence[tuple[Array, Array]]) -> Array:
-    """Joint softmax over the prefix blocks and the window's own chain: [B, M, H*d] float32.
+    """Joint softmax over the prefix blocks and the window's own chain: [B, M, H*d] in the dtype of the queries.
 
     prefix: blocks with a mask_BxMxL each. chain: (key, value) [B, M, Kv, d] of the window's steps so far; window m
     attends to its own only.
@@ -40,4 +40,4 @@ def _attend_block(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence) -> 
     out = functools.reduce(jnp.add, values).reshape(B, M, Kv, H // Kv, d)
     for r, (_, v) in enumerate(chain):
         out += parts[-1][..., r].transpose(0, 3, 1, 2)[..., None] * v[:, :, :, None]
-    return (out.reshape(B, M, H, d) / total_BxMxH[..., None]).reshape(B, M, H * d)
+    return (out.reshape(B, M, H, d) / total_BxMxH[..., None]).reshape(B, M, H * d).astype(q_BxMxHxd.dtype)

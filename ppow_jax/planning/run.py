@@ -8,9 +8,11 @@ import jax
 
 from ppow_jax import sharding
 from ppow_jax.mesh_shape import MeshShape
+from ppow_jax.models import attention_backends, precision
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.planning import plan as planning
 from ppow_jax.planning import programs, published, topology
+from ppow_jax.planning.chips import Chip
 from ppow_jax.planning.settings import PlanSettings
 from ppow_jax.speculation.settings import chain, tree
 
@@ -18,7 +20,14 @@ from ppow_jax.speculation.settings import chain, tree
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """What --output keeps (docs/plans.md)."""
     devices, chip = topology.find(settings.topology)
+    policy, backend = precision.of_flag(settings.precision, settings.dtype), None
+    if settings.topology != topology.LOCAL:  # as on a TPU, not as on the machine that compiles for it
+        policy, backend = policy or precision.ACCELERATOR, attention_backends.SPLASH
+    with precision.use(policy), attention_backends.use(backend):
+        return _plan(settings, devices, chip)
 
+
+def _plan(settings: PlanSettings, devices: list[Any], chip: Chip) -> dict[str, Any]:
     config = published.read(settings.target)
     mesh = sharding.make_mesh(MeshShape.parse(settings.mesh), devices)
     shape = sharding.shape_of(mesh)

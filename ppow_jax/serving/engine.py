@@ -12,6 +12,7 @@ import numpy as np
 from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.inference.requests import Answer, Request, Result, Stats
+from ppow_jax.models import precision
 from ppow_jax.serving import errors
 from ppow_jax.serving.errors import ApiError
 from ppow_jax.serving.machine import Machine, Numbers, Rows
@@ -81,6 +82,7 @@ class Engine:
 
     def __init__(self, machine: Machine, metrics: Metrics, queue: int, mesh: sharding.Mesh | None = None):
         self.machine, self.metrics, self.queue, self.mesh = machine, metrics, queue, mesh
+        self.precision = precision.chosen()  # of the thread that makes it, for its own
         self.accepting, self._stopped = True, False
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: dict[int, Running] = {}
@@ -123,7 +125,7 @@ class Engine:
             self._thread.join()
 
     def _run(self) -> None:
-        with sharding.use(self.mesh):
+        with precision.use(self.precision), sharding.use(self.mesh):
             while self._wait():
                 try:
                     self._turn()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ppow_jax import sharding
 from ppow_jax.models import cache, stack, transformer
 from ppow_jax.models import drafter as drafting
+from ppow_jax.models.attention_backends import Packed
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
@@ -34,19 +35,20 @@ def prefill(
     K: int,
     sampling: Sampling,
     L: int,
-    cache_dtype=jnp.float32,
+    cache_dtype=None,
 ) -> State:
     """Reads right-padded prompts (each of at least one token) and commits the first new token.
 
-    limit_B: total length (prompt and output) at which a row stops; at most L - K - 1. Where P is more than WHOLE,
-    prompts are read in chunks of PIECE tokens, each attending to the cache of those before, up to the longest's end.
+    limit_B: total length (prompt and output) at which a row stops; at most L - K - 1. cache_dtype: of the target's
+    cache, by default that of the precision policy. Where P is more than WHOLE, prompts are read in chunks of PIECE
+    tokens, each attending to the cache of those before, up to the longest's end.
     """
     B, P = prompt_BxP.shape
     S = P if P <= WHOLE else PIECE
     pieces = -(-P // S)
     padded_BxP1 = jnp.pad(prompt_BxP, ((0, 0), (0, pieces * S + 1 - P)))
     read = functools.partial(_read, params, config, drafter, padded_BxP1, prompt_B - 1, S)
-    prompt = _unread(params["layers"], config, drafter, B, pieces * S, cache_dtype)
+    prompt = _unread(params, config, drafter, B, pieces * S, cache_dtype)
     if pieces == 1:
         prompt = read(0, prompt)
     else:
@@ -86,13 +88,15 @@ class Prompt(NamedTuple):
     features_BxF: Array | None
 
 
-def _unread(layers, config: ModelConfig, drafter: Drafter | None, B: int, P: int, cache_dtype) -> Prompt:
-    target_kv = stack.like(layers, cache.empty(B, config.num_kv_heads, P, config.head_dim, cache_dtype))
-    hidden_BxD = jnp.zeros((B, config.hidden_size))
+def _unread(params, config: ModelConfig, drafter: Drafter | None, B: int, P: int, cache_dtype) -> Prompt:
+    dtype, cache_dtype = transformer.activation(params), cache_dtype or transformer.cache_dtype(params)
+    empty = cache.empty(B, config.num_kv_heads, P, config.head_dim, cache_dtype)
+    target_kv = stack.like(params["layers"], empty)
+    hidden_BxD = jnp.zeros((B, config.hidden_size), dtype)
     if drafter is None:
         return Prompt(target_kv, None, hidden_BxD, None)
-    drafter_kv = drafting.empty_cache(drafter.config, B, P)
-    return Prompt(target_kv, drafter_kv, hidden_BxD, jnp.zeros((B, 3 * config.hidden_size)))
+    drafter_kv = drafting.empty_cache(drafter, B, P)
+    return Prompt(target_kv, drafter_kv, hidden_BxD, jnp.zeros((B, 3 * config.hidden_size), dtype))
 
 
 def _read(
@@ -113,9 +117,7 @@ def _read(
     tokens_BxS1 = jax.lax.dynamic_slice_in_dim(tokens_BxP1, start, S + 1, 1)
     contexts = [Context(prompt.target_kv, cache.visible(P, start_B, S), jnp.arange(P))] if S < P else []
     layers = drafter.config.feature_layers if drafter else ()
-    out = transformer.forward(
-        params, config, tokens_BxS1[:, :S], position_BxS, transformer.causal_mask(B, S), contexts, layers
-    )
+    out = transformer.forward(params, config, tokens_BxS1[:, :S], position_BxS, Packed(), contexts, layers)
     target_kv = stack.each_layer(functools.partial(cache.write, start_B=start_B), prompt.target_kv, out.kv)
     index_Bx1 = jnp.clip(last_B - start, 0, S - 1)[:, None]
     here_Bx1 = (last_B // S == piece)[:, None]

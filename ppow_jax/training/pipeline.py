@@ -10,6 +10,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, draw, load_benchmark
 from ppow_jax.evaluation.dialogues import require_known_texts, short_enough
 from ppow_jax.mesh_shape import MeshShape
+from ppow_jax.models import precision
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.results import evaluate_arms, export_arm
 from ppow_jax.training.run.clock import Clock
@@ -42,7 +43,7 @@ def run(settings: TrainSettings) -> int:
         try:
             mesh = sharding.make_mesh(MeshShape.parse(s.mesh))
             s.check_rows(sharding.shape_of(mesh))
-            with sharding.use(mesh):
+            with precision.use(precision.of_flag(s.precision, s.dtype)), sharding.use(mesh):
                 _stages(s, stop)
         except Stopped:
             log.warning("stopped; the same command goes on from here")

@@ -4,8 +4,9 @@ import dataclasses
 import datetime
 import re
 
-from ppow_jax import mesh_shape
+from ppow_jax import files, mesh_shape
 from ppow_jax.flags import check_fields, field, require, specs
+from ppow_jax.models import precision
 from ppow_jax.objectives.expected import HORIZONS
 from ppow_jax.speculation.settings import MODES
 
@@ -31,6 +32,7 @@ class TrainSettings:
         "smollm2-135m", "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Run"
     )
     dtype: str = field("bfloat16", "Dtype of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
+    precision: str = field("auto", precision.HELP, choices=precision.CHOICES, group="Run")
     scan_layers: bool = field(
         False, "Stack the target's layers and scan over them: compiles faster, but runs slower on a CPU.", group="Run"
     )
@@ -329,6 +331,9 @@ class TrainSettings:
         shape = mesh_shape.MeshShape.parse(self.mesh)
         if shape is not None:
             self.check_rows(shape)
+        precision.of_flag(self.precision, self.dtype)
+        remote = self.workdir is not None and files.is_remote(self.workdir)
+        require(not remote, f"--workdir={self.workdir}: {files.LOCAL}")
         mesh_shape.check_processes(self.coordinator, self.num_processes, self.process_id)
 
     def _check_windows(self) -> None:
