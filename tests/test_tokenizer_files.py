@@ -124,4 +124,4 @@ def test_a_template_that_is_no_text(directory):
 def test_tokens_beyond_the_embedding_are_warned_of(directory, caplog):
     edit(directory / "tokenizer_config.json", eos_token="<|new|>")
     assert len(load_tokenizer(directory, 259)) == 260
-    assert "260 tokens, the embedding 259 rows: texts with further tokens, such as '<|new|>', are refused" in caplog.text
+    assert "260 tokens, the embedding 259 rows: texts with other tokens, such as '<|new|>'" in caplog.text
