@@ -92,7 +92,7 @@ def test_inspect_a_target(tmp_path, capsys):
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({**tensors, "model.norm.weight": np.ones(23, np.float32)}, tmp_path / "model.safetensors")
     assert run("inspect", tmp_path) == 2
-    assert "model.norm.weight: has shape [23], the config asks for [24]" in capsys.readouterr().err
+    assert "model.norm.weight: has shape [23], the config requires [24]" in capsys.readouterr().err
 
 
 def test_inspect_a_mixture_of_experts(tmp_path, capsys):

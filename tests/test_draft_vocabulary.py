@@ -58,7 +58,7 @@ def test_coverage():
 def test_sizes_out_of_range_are_refused(tiny, drafter, size):
     config, params = drafter
     head_VxD = np.asarray(transformer.head(tiny.params))
-    with pytest.raises(UserError, match=rf"--size={size}: must be above the present size, 4, and at most"):
+    with pytest.raises(UserError, match=rf"--size={size}: must be larger than the current size, 4, and at most"):
         draft_vocabulary.enlarge(config, params, IDS_W, head_VxD, np.ones(config.vocab_size), size)
 
 

@@ -197,7 +197,7 @@ def test_all_problems_in_one_message(drafter):
         import_drafter(drafter)
     for said in (
         "norm.weight: missing",
-        "fc.weight: has shape [8, 8], the config asks for [8, 24]",
+        "fc.weight: has shape [8, 8], the config requires [8, 24]",
         "lm_head.bias: unknown",
         "lm_head.weight: has type I32",
         "d2t: missing",
@@ -232,12 +232,12 @@ def test_missing_norm_before_residual_is_false(drafter):
         ({"architectures": ["Eagle3DraftModel"]}, "only one of LlamaForCausalLMEagle3"),
         ({"speculators_model_type": "eagle"}, "speculators_model_type = 'eagle' is not supported"),
         ({"speculators_model_type": "eagle3"}, "transformer_layer_config = None must be an object"),
-        ({"vocab_size": V + 1}, r"t2d: has shape \[20\], the config asks for \[21\]"),
-        ({"draft_vocab_size": W + 1}, r"lm_head.weight: has shape \[6, 8\], the config asks for \[7, 8\]"),
+        ({"vocab_size": V + 1}, r"t2d: has shape \[20\], the config requires \[21\]"),
+        ({"draft_vocab_size": W + 1}, r"lm_head.weight: has shape \[6, 8\], the config requires \[7, 8\]"),
         ({"draft_vocab_size": V + 1}, "draft_vocab_size = 21 must not exceed vocab_size = 20"),
         ({"draft_vocab_size": "6"}, "draft_vocab_size = '6' must be a positive integer"),
         ({"hidden_size": 16}, "fc.weight: has shape"),
-        ({"target_hidden_size": 16}, r"fc.weight: has shape \[8, 24\], the config asks for \[8, 48\]"),
+        ({"target_hidden_size": 16}, r"fc.weight: has shape \[8, 24\], the config requires \[8, 48\]"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0 must be an integer of 1..4096"),
         ({"fc_norm": True}, "fc_norm = True, but the weights lack fc_norm.0"),
         ({"norm_before_fc": True}, "norm_before_fc = True, but the weights lack input_norm.weight"),
@@ -284,7 +284,7 @@ def test_sharded_and_absent_weights(drafter):
     with pytest.raises(UserError, match="b.safetensors"):
         import_drafter(drafter)
     (drafter / "model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match="holds none of model.safetensors, .*pytorch_model.bin"):
+    with pytest.raises(UserError, match="contains none of model.safetensors, .*pytorch_model.bin"):
         import_drafter(drafter)
     with pytest.raises(UserError, match="config.json"):
         import_drafter(drafter / "nowhere")

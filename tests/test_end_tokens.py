@@ -71,15 +71,15 @@ def test_ids_beyond_the_vocabulary_end_nothing(tmp_path, caplog):
     tokenizer.add_special_tokens({"eos_token": "<|late|>"})
     found = loaded_ends(directory(tmp_path, (END,), {"eos_token_id": [300, 7]}, tokenizer))
     assert found == (END, 7)
-    assert "end token 300 is beyond the vocabulary of 259" in caplog.text
-    assert "end token 259 is beyond the vocabulary of 259" in caplog.text
+    assert "end token 300 is outside the vocabulary of 259" in caplog.text
+    assert "end token 259 is outside the vocabulary of 259" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("generation", "said"),
     [
         ('{"eos_token_id": 7,}', "generation_config.json:1: not valid JSON"),
-        ("[7]", "must hold a JSON object"),
+        ("[7]", "must contain a JSON object"),
         ({"eos_token_id": "</s>"}, "eos_token_id = '</s>' must be a token id, or a list of token ids"),
         ({"eos_token_id": [7, None]}, "must be a token id"),
         ({"eos_token_id": [[7]]}, "must be a token id"),
@@ -188,9 +188,9 @@ def turn(end: str) -> str:
         (turn("<|im_end|><|endoftext|>"), None),
         (
             turn("<|endoftext|>"),
-            "ends a turn with '<|endoftext|>', which ends no answer (end tokens: 258 '<|im_end|>')",
+            "ends a turn with '<|endoftext|>', which is not an end token (end tokens: 258 '<|im_end|>')",
         ),
-        (turn("<|eot_id|>"), "ends a turn with '<|eot_id|>', which ends no answer"),
+        (turn("<|eot_id|>"), "ends a turn with '<|eot_id|>', which is not an end token"),
         (turn("###"), "ends a turn with '###'"),
         ("{{ raise_exception('no') }}", None),
         ("{{ tools[0] }}", None),
@@ -206,12 +206,13 @@ def test_the_same_of_a_gguf_file(tmp_path, caplog):
     fields = TOKENIZER | {"tokenizer.ggml.eos_token_id": 256, "tokenizer.ggml.eot_token_id": 256}
     fields |= {"tokenizer.chat_template": CHATML_TEMPLATE}
     targets.load(str(write(tmp_path / "m.gguf", WHOLE, fields=fields)), "float32")
-    assert "m.gguf ends a turn with '<|im_end|>', which ends no answer (end tokens: 256 '<|im_start|>')" in caplog.text
-    assert "name its token in tokenizer.ggml.eot_token_id of the file" in caplog.text
+    told = "m.gguf ends a turn with '<|im_end|>', which is not an end token (end tokens: 256 '<|im_start|>')"
+    assert told in caplog.text
+    assert "add its token to tokenizer.ggml.eot_token_id of the file" in caplog.text
 
 
 def test_nothing_ends_an_answer(tmp_path, caplog):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     assert loaded_ends(directory(tmp_path, (), tokenizer=tokenizer)) == ()
-    assert "names no end token: its answers go on to max_new_tokens" in caplog.text
+    assert "defines no end token: its answers continue to max_new_tokens" in caplog.text

@@ -49,8 +49,8 @@ def test_the_reading_is_said(outputs, inputs, num_layers, found, said, logged):
         ([3, 5, 7], [3, 5, 7], 7, (3, 5, 7), "read as inputs"),
         (None, [-1, 3, 5], 7, (0, 4, 6), "cannot be inputs of layers of a target with 7 layers: read as outputs"),
         (None, [-1, 3, 5], None, (0, 4, 6), "read as outputs"),
-        ([2, 3, 4], None, 7, (3, 4, 5), "these are the usual layers if they were meant as inputs; `python -m"),
-        (None, None, 30, (2, 15, 27), "guessed, inputs of layers 2, 15, 27, the usual choice for 30 layers; `python"),
+        ([2, 3, 4], None, 7, (3, 4, 5), "these are the default layers if they are meant as inputs; `python -m"),
+        (None, None, 30, (2, 15, 27), "assumed to be the inputs of 2, 15, 27, the default for 30 layers; `python"),
         ([], [], 7, (2, 3, 4), "guessed, inputs of layers 2, 3, 4"),
     ],
 )
@@ -88,5 +88,5 @@ def test_impossible_ids_are_refused(outputs, inputs, said):
 
 def test_no_guess_without_the_target_or_for_a_shallow_one(logged):
     assert layers(num_layers=None) == () and not logged.text
-    with pytest.raises(UserError, match="names no target layers .* a target of 6 layers has no usual choice"):
+    with pytest.raises(UserError, match="does not name the target layers .* a target of 6 layers has no default"):
         layers(num_layers=6)

@@ -42,9 +42,9 @@ def test_a_gguf_file_by_any_name(tmp_path, name):
         (b"tjgg" + bytes(90), "GGML, the form before GGUF"),
         (b"", "the file is empty"),
         (b"\x00\x01\x02\x03" + bytes(90), "must be GGUF"),
-        (b"GGUF", "it ends early"),
+        (b"GGUF", "it is truncated"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1"),
-        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "other order"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "its byte order differs"),
     ],
 )
 @pytest.mark.parametrize("name", ["m.gguf", "blob"])
@@ -57,14 +57,14 @@ def test_another_file_is_told_from_gguf(tmp_path, content, said, name):
 
 def test_a_directory_of_gguf_files_names_one(tmp_path):
     write_whole(tmp_path / "m-q8.gguf")
-    with pytest.raises(UserError, match=r"holds no config.json, but GGUF files: name one, .*m-q8.gguf"):
+    with pytest.raises(UserError, match=r"contains no config.json, but GGUF files: name one of them, .*m-q8.gguf"):
         targets.load(str(tmp_path), "float32")
 
 
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "imatrix", 3])
 def test_what_is_no_model(tmp_path, kind):
     path = write_whole(tmp_path / "m.gguf", fields=TOKENIZER | {"general.type": kind})
-    with pytest.raises(UserError, match="holds no model: general.type"):
+    with pytest.raises(UserError, match="contains no model: general.type"):
         load_target(path)
 
 
@@ -126,7 +126,7 @@ def test_a_part_of_another_model(tmp_path, parts):
 
 def test_a_damaged_part_is_named(tmp_path, parts):
     parts[2].write_bytes(parts[2].read_bytes()[:-64])
-    with pytest.raises(UserError, match=r"m-00003-of-00005.gguf: not a readable GGUF file \(it ends early"):
+    with pytest.raises(UserError, match=r"m-00003-of-00005.gguf: not a readable GGUF file \(it is truncated"):
         load_target(parts[0])
 
 
@@ -156,7 +156,7 @@ def test_tensors_that_swapped_places(tmp_path):
     a, b = (data[place : place + 8] for place in places)
     data[places[0] : places[0] + 8], data[places[1] : places[1] + 8] = b, a
     path.write_bytes(bytes(data))
-    with pytest.raises(UserError, match=r"tensor blk.0.ffn_\w+.weight lies at byte \d+, must be at \d+"):
+    with pytest.raises(UserError, match=r"tensor blk.0.ffn_\w+.weight is stored at byte \d+, must be at \d+"):
         load_target(path)
 
 

@@ -175,9 +175,9 @@ def test_many_damaged_headers(tmp_path, kind):
 
 
 LIES = {
-    "an endless text": (lambda f: setattr(f.field("general.name"), "length", 2**62), "ends early"),
-    "a long list": (lambda f: setattr(f.field("tokenizer.ggml.tokens"), "length", 2**20), "ends early"),
-    "a long list of numbers": (lambda f: setattr(f.field("tokenizer.ggml.token_type"), "length", 2**20), "ends early"),
+    "an endless text": (lambda f: setattr(f.field("general.name"), "length", 2**62), "truncated"),
+    "a long list": (lambda f: setattr(f.field("tokenizer.ggml.tokens"), "length", 2**20), "truncated"),
+    "a long list of numbers": (lambda f: setattr(f.field("tokenizer.ggml.token_type"), "length", 2**20), "truncated"),
     "an endless list": (lambda f: setattr(f.field("tokenizer.ggml.tokens"), "length", 2**62), "entries, more than"),
     "endless metadata": (lambda f: setattr(f, "num_fields", 2**62), "metadata entries, more than"),
     "endless tensors": (lambda f: setattr(f, "num_tensors", 2**62), "tensors, more than"),

@@ -100,7 +100,7 @@ def test_missing_bytes_are_said(tmp_path, caplog):
         tmp_path / "m.gguf", tokens=tokens, token_type=[1] * 254 + [3, 3], bos_token_id=254, eos_token_id=255
     )
     load_tokenizer(path)
-    assert "2 bytes are no tokens, characters with them are lost: 0x61, 0x62" in caplog.text
+    assert "2 bytes have no token, characters that contain them are lost: 0x61, 0x62" in caplog.text
 
 
 # ---------------------------------------------------------------- special tokens
@@ -138,7 +138,7 @@ def test_two_tokens_of_one_text(tmp_path, caplog):
     assert tokenizer("xy<|end|><|u|>")["input_ids"] == [xy, 257, defined]
     assert tokenizer.decode([again, xy, ordinary, nothing, defined]) == "xyxy<|u|><|u|>"
     assert tokenizer.decode([257, end], skip_special_tokens=True) == ""
-    assert "4 tokens have the text of another or none: 'xy'" in caplog.text
+    assert "4 tokens have the same text as another, or no text: 'xy'" in caplog.text
 
 
 def test_an_end_of_turn_is_special_whatever_its_type(tmp_path):
@@ -192,7 +192,7 @@ def test_sentencepiece_without_ids_finds_them_by_name(tmp_path):
 
 BROKEN = {
     "few scores": ({"scores": [1.0]}, "scores has 1 entries for"),
-    "nan": ({"scores": [float("nan")] * (259 + len(PIECES))}, "scores holds nan"),
+    "nan": ({"scores": [float("nan")] * (259 + len(PIECES))}, "scores contains nan"),
     "texts": ({"scores": ["a"]}, "scores must be a list of numbers"),
     "charsmap": ({"precompiled_charsmap": [1, 2]}, "precompiled_charsmap is not supported"),
     "no bytes, no unknown": (

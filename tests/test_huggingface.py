@@ -141,7 +141,7 @@ def test_all_problems_in_one_message(tmp_path):
         load_target(tmp_path)
     for said in (
         "lm_head.weight: missing",
-        "model.norm.weight: has shape [9], the config asks for [8]",
+        "model.norm.weight: has shape [9], the config requires [8]",
         "model.layers.0.self_attn.q_proj.bias: unknown",
         "model.layers.1.mlp.up_proj.weight: has type I8",
     ):
@@ -163,7 +163,7 @@ def test_lies_among_shards(tmp_path):
     index = json.loads((tmp_path / INDEX).read_text())
     first, last = min(index["weight_map"].values()), max(index["weight_map"].values())
     save_file(load_file(tmp_path / last) | {HEAD: head}, tmp_path / last)
-    with pytest.raises(UserError, match="lm_head.weight: (duplicated|lies in)"):
+    with pytest.raises(UserError, match="lm_head.weight: (duplicated|is in)"):
         load_target(tmp_path)
     (tmp_path / first).unlink()
     with pytest.raises(UserError, match=f"{first}: not a readable safetensors file"):
@@ -183,7 +183,7 @@ def test_bad_index(tmp_path, weight_map):
     ("content", "said"),
     [
         (b'{\n"a": 1,\n}', r"config.json:3: not valid JSON"),
-        (b"[1]", "must hold a JSON object, not list"),
+        (b"[1]", "must contain a JSON object, not list"),
         (b"\xff\xfe\x00", "config.json: cannot be read"),
         (b"[" * 100_000, "config.json"),
         (b'{"vocab_size": ' + b"9" * 5000 + b"}", "config.json: cannot be read"),
@@ -203,7 +203,7 @@ def test_no_weights(tmp_path):
     save(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     (tmp_path / INDEX).unlink()
-    with pytest.raises(UserError, match="holds neither model.safetensors nor"):
+    with pytest.raises(UserError, match="contains neither model.safetensors nor"):
         load_target(tmp_path)
     (tmp_path / WEIGHTS).mkdir()
     with pytest.raises(UserError, match="not a readable safetensors file"):

@@ -23,14 +23,14 @@ from ppow_jax.training import initialise
 from ppow_jax.weights import huggingface, targets
 from ppow_jax.weights.drafters import export_drafter
 
-SAID = "token id 259 ('<extra>') is beyond the target's embedding of 259 rows"
+SAID = "token id 259 ('<extra>') is outside the target's embedding of 259 rows"
 
 
 def test_ids_within_and_beyond():
     require_known([0, 258], 259, "x")
     require_known([], 259, "x")
     for ids, first in (([1, 259], 259), ([-1], -1), (np.array([[300]]).ravel(), 300)):
-        with pytest.raises(UserError, match=f"x: token id {first} is beyond the target's embedding of 259 rows"):
+        with pytest.raises(UserError, match=f"x: token id {first} is outside the target's embedding of 259 rows"):
             require_known(ids, 259, "x")
 
 

@@ -222,7 +222,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {{
 
 
 def test_no_hlo_is_refused():
-    with pytest.raises(ValueError, match="no HLO module"):
+    with pytest.raises(ValueError, match="not an HLO module"):
         hlo.parse("nothing")
 
 
@@ -333,7 +333,7 @@ def test_plans_side_by_side(tmp_path, capsys):
     assert cells[4][5:8] == ["no", "4.0 of 16", ""]
     assert (tmp_path / "scaling.png").stat().st_size > 1000
     (tmp_path / "0.json").write_text("[]")
-    with pytest.raises(UserError, match="0.json: is no plan, it lacks target"):
+    with pytest.raises(UserError, match="0.json: is not a plan, it lacks target"):
         entry.main(PlanSettings(compare=paths))
 
 

@@ -110,18 +110,18 @@ PACKED = gzip.compress((LINES * 500).encode(), mtime=0)
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.jsonl.gz", PACKED[:70], "damaged, or cut short"),
-        ("a.jsonl.gz", PACKED[:40] + bytes(8) + PACKED[48:], "damaged, or cut short"),
-        ("a.jsonl.gz", PACKED[:-8] + bytes(8), "damaged, or cut short"),
-        ("a.jsonl.xz", lzma.compress((LINES * 500).encode())[:90], "damaged, or cut short"),
-        ("a.jsonl.bz2", bz2.compress((LINES * 500).encode())[:90], "damaged, or cut short"),
+        ("a.jsonl.gz", PACKED[:70], "damaged or truncated"),
+        ("a.jsonl.gz", PACKED[:40] + bytes(8) + PACKED[48:], "damaged or truncated"),
+        ("a.jsonl.gz", PACKED[:-8] + bytes(8), "damaged or truncated"),
+        ("a.jsonl.xz", lzma.compress((LINES * 500).encode())[:90], "damaged or truncated"),
+        ("a.jsonl.bz2", bz2.compress((LINES * 500).encode())[:90], "damaged or truncated"),
         ("a.jsonl.zst", zstd((LINES * 500).encode())[:60], "cannot read data file"),
         ("a.jsonl", b'{"prompt": "a"}\n' + b"[" * 100_000, "a.jsonl:2: not readable JSON: nested too deeply"),
         ("a.json", b"[" * 100_000 + b"]" * 100_000, "a.json:1: not readable JSON: nested too deeply"),
         ("a.jsonl", b'{"a":' * 100_000, "a.jsonl:1: not readable JSON: nested too deeply"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "\xe9"}\n', "a.jsonl:2: not UTF-8 text"),
         ("a.json", b'[{"prompt": "a"},\n{"prompt": "\xe9"}]', "a.json:2: not UTF-8 text"),
-        ("a.jsonl", LINES.encode("utf-16")[:-3], "its byte order mark says UTF-16"),
+        ("a.jsonl", LINES.encode("utf-16")[:-3], "its byte order mark indicates UTF-16"),
         ("a.jsonl", b"\x00" * 50, "a.jsonl:1: not JSON"),
         ("a.json", b'{"prompt": "a"}\n{"prompt": \n', "a.json:2: not JSON"),
         ("a.csv", b"prompt,answer\na,b,c,d\n", "Expected 2 fields in line 2, saw 4"),
@@ -134,7 +134,7 @@ PACKED = gzip.compress((LINES * 500).encode(), mtime=0)
         ("a.parquet", b"PAR1 and no more", "a.parquet: ArrowInvalid"),
         ("a.arrow", b"ARROW1 and no more", "a.arrow: "),
         ("a.txt", b"x\xe9\n", "UnicodeDecodeError"),
-        ("a.zip", b"PK\x03\x04 and so on", "it is a zip archive; take one of .json"),
+        ("a.zip", b"PK\x03\x04 and so on", "it is a zip archive; use one of .json"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path, name, data, reason):
@@ -160,7 +160,7 @@ def test_what_is_cut_and_replaced_is_in_the_log(tmp_path, caplog):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert len(chats(tmp_path / "a.jsonl")) == 5
     assert "5 conversations, 0 records skipped" in caplog.text
-    assert "cut: 4 at tool calls or results; half surrogates replaced by U+FFFD in 1 messages" in caplog.text
+    assert "cut: 4 at tool calls or results; unpaired surrogates replaced by U+FFFD in 1 messages" in caplog.text
 
 
 def test_a_pipe_is_read_once(tmp_path):
@@ -197,7 +197,7 @@ def test_directories_by_split(tmp_path):
 
 
 def test_a_directory_without_data(tmp_path):
-    with pytest.raises(UserError, match="it holds no data files"):
+    with pytest.raises(UserError, match="it contains no data files"):
         chats(tmp_path)
     (tmp_path / "prompts.txt").write_text("hi\n")
     assert chats(tmp_path) == [("hi",)]
@@ -221,7 +221,7 @@ def test_patterns(tmp_path):
     for name in "ba":
         line(tmp_path / f"{name}.jsonl", name)
     assert chats(f"{tmp_path}/*.jsonl") == [("a",), ("b",)] and chats(f"{tmp_path}/?.jsonl[1:]") == [("b",)]
-    with pytest.raises(UserError, match="no file has such a name"):
+    with pytest.raises(UserError, match="no file matches it"):
         chats(f"{tmp_path}/*.csv")
     (tmp_path / "odd [1].jsonl").write_text('{"prompt": "odd"}\n')
     (tmp_path / "odd [2].csv").write_text("prompt\nodd\n")

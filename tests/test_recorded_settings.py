@@ -76,7 +76,7 @@ EIGHT_LONG = [{"prompt": str(i) * 150} for i in range(8)]
     ("what", "reason"),
     [
         ({"template": "{{ raise_exception('not me') }}"}, "none of 60 conversations can be asked; the first: .*not me"),
-        ({"template": "{{ messages[0].content | length }}"}, "cannot be used: it leaves out what the user says"),
+        ({"template": "{{ messages[0].content | length }}"}, "cannot be used: it omits the user's text"),
         ({"recorded": [chat("hi"), chat("there")]}, "--recorded=.*none of 2 conversations can be trained; .*:1:"),
         ({"recorded": [chat("hi", "x" * 9), chat("long " * 50, "x")]}, None),
         ({"recorded": [chat("long " * 50, "x")]}, "none of 1 conversations can be trained; .* its first 112 of"),

@@ -156,7 +156,7 @@ def test_records_of_no_use_are_counted(record, reasons):
     ("record", "reason"),
     [
         ({}, "no known field .* in a record with none"),
-        ({"text": "User: hi"}, "in a record with 'text'; a whole text does not say who speaks"),
+        ({"text": "User: hi"}, "in a record with 'text'; a plain text has no roles"),
         ({"role": "user", "content": "hi"}, 'a record is a whole chat: {"messages"'),
         ({f"column {i}": 1 for i in range(99)}, r"'column 7', \.\.\.$"),
         ({"messages": "hi"}, "must be a JSON list of messages"),

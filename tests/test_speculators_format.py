@@ -58,7 +58,7 @@ def test_what_only_this_format_holds(tmp_path, config):
     pass_on(tmp_path / "a", tmp_path / "b", "speculators")
     assert import_drafter(tmp_path / "a").config == config
     assert tensors(tmp_path / "a") == tensors(tmp_path / "b")
-    with pytest.raises(UserError, match="flat format has .*; the speculators format holds this drafter"):
+    with pytest.raises(UserError, match="flat format has .*; the speculators format can represent this drafter"):
         pass_on(tmp_path / "a", tmp_path / "c", "flat")
     assert not (tmp_path / "c").exists()
 
@@ -151,7 +151,7 @@ def test_absent_keys_mean_what_vllm_takes_them_for(drafter, tmp_path):
 def test_sizes_equal_to_the_defaults_may_be_absent(drafter):
     """transformers writes only what differs from its class; here everything differs, and shapes say so."""
     edit_layer(drafter, ("hidden_size", "num_hidden_layers"))
-    with pytest.raises(UserError, match=r"fc.weight: has shape \[8, 24\], the config asks for \[4096, 12288\]"):
+    with pytest.raises(UserError, match=r"fc.weight: has shape \[8, 24\], the config requires \[4096, 12288\]"):
         import_drafter(drafter)
 
 
@@ -173,7 +173,7 @@ def test_other_spellings_and_the_targets_own_tensors(drafter, prefix, scope):
         ({"speculators_model_type": None}, "speculators_model_type = None is not supported"),
         ({"architectures": ["MLPSpeculator"]}, "architectures = .* is not supported, only Eagle3DraftModel"),
         ({"transformer_layer_config": [1]}, "transformer_layer_config = .* must be an object"),
-        ({"draft_vocab_size": 7}, r"lm_head.weight: has shape \[6, 8\], the config asks for \[7, 8\]"),
+        ({"draft_vocab_size": 7}, r"lm_head.weight: has shape \[6, 8\], the config requires \[7, 8\]"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, "three ascending ids"),
         ({"fc_norm": True}, "fc_norm = True, but the weights lack"),
         ({"target_hidden_size": 9}, "fc.weight: has shape"),
@@ -225,7 +225,7 @@ def pickled(drafter) -> Path:
 
 def test_pickled_weights_take_torch(pickled, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pytorch_model.bin: reading it takes torch \(pip install"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin: reading it requires torch \(pip install"):
         import_drafter(pickled)
 
 
@@ -260,7 +260,7 @@ def test_pickled_code_is_never_run(pickled, tmp_path):
     torch = pytest.importorskip("torch")
     for value in (Malice(tmp_path / "ran"), {"fc.weight": Malice(tmp_path / "ran")}, [1], {"fc.weight": 1}):
         torch.save(value, pickled / "pytorch_model.bin")
-        with pytest.raises(UserError, match=r"pytorch_model.bin: (torch cannot read it|must hold a dictionary)"):
+        with pytest.raises(UserError, match=r"pytorch_model.bin: (torch cannot read it|must contain a dictionary)"):
             import_drafter(pickled)
     for junk in (b"", b"PK\x03\x04", b"PK\x03\x04" + bytes(100), bytes(100)):
         (pickled / "pytorch_model.bin").write_bytes(junk)

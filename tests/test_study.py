@@ -157,9 +157,9 @@ def test_arms_and_what_they_change(tmp_path):
     [
         ({"arms": "eagle3,pow"}, "--arms=pow: there is no arm 'pow'"),
         ({"arms": "eagle3,ppow:et=1"}, "'et=1' must be FIELD=VALUE"),
-        ({"arms": "cst"}, "must have eagle3"),
+        ({"arms": "cst"}, "must include eagle3"),
         ({"arms": "eagle3,cst,cst"}, "names an arm twice"),
-        ({"test_answers": 0}, "--test_answers=0: must be 2 at least"),
+        ({"test_answers": 0}, "--test_answers=0: must be at least 2"),
     ],
 )
 def test_refused_before_anything_runs(tmp_path, changes, message):

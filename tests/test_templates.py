@@ -136,8 +136,8 @@ def test_content_as_a_list_of_parts_where_the_template_reads_nothing_else():
         ("{{ messages | nofilter }}", "refuses it: TemplateAssertionError"),
         ("", "renders|has no chat template"),
         ("\n {# nothing #}", "renders nothing"),
-        ("<|im_start|>assistant\n", "cannot be used: it leaves out what the user says"),
-        ("{{ messages[0].content if messages | length == 1 else '-' }}", "leaves out what the user says"),
+        ("<|im_start|>assistant\n", "cannot be used: it omits the user's text"),
+        ("{{ messages[0].content if messages | length == 1 else '-' }}", "omits the user's text"),
         ({"tool_use": CHATML_TEMPLATE}, "multiple chat templates with no default"),
         (17, "cannot be used"),
     ],
@@ -193,13 +193,13 @@ def test_one_token_begins_a_text_that_carries_it_already(caplog):
     with caplog.at_level(logging.WARNING):
         text = render(begins(written), chat("<|endoftext|>hi").messages, True, "here")
     assert text == "<|endoftext|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert "left out of them" in caplog.text
+    assert "it is removed from them" in caplog.text
     assert encode_prompt(begins(written), chat("hi").messages).tolist().count(256) == 1
 
 
 def test_texts_with_half_surrogates_are_refused_by_the_tokenizers_name():
     with pytest.raises(
-        UserError, match="prompt 3: tokenizer 'tiny' cannot read its text: it holds half of a surrogate"
+        UserError, match="prompt 3: tokenizer 'tiny' cannot encode its text: it contains half of a surrogate"
     ):
         encode_text(tiny_tokenizer(), "hi \ud83d", "prompt 3")
     with pytest.raises(UserError, match="here: .*half of a surrogate"):

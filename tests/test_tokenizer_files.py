@@ -50,7 +50,7 @@ BROKEN = {
     "pointer": (POINTER, "Git LFS pointer"),
     "page": (PAGE, "web page"),
     "half": ('{"a": [1,', "not valid JSON"),
-    "list": ("[1]", "must hold a JSON object"),
+    "list": ("[1]", "must contain a JSON object"),
     "noise": ("\x00\x01", "not valid JSON"),
     "deep": ("[" * 100_000, "cannot be read"),
     "digits": ("1" * 5000, "cannot be read"),
@@ -124,4 +124,4 @@ def test_a_template_that_is_no_text(directory):
 def test_tokens_beyond_the_embedding_are_warned_of(directory, caplog):
     edit(directory / "tokenizer_config.json", eos_token="<|new|>")
     assert len(load_tokenizer(directory, 259)) == 260
-    assert "260 tokens, the embedding 259 rows: texts with others, such as '<|new|>', are refused" in caplog.text
+    assert "260 tokens, the embedding 259 rows: texts with other tokens, such as '<|new|>'" in caplog.text

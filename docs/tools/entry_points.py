@@ -1,6 +1,6 @@
 """The programs of `experiments`, with the settings that each command line becomes, found by importing them."""
 
-import importlib
+import ast
 import inspect
 import runpy
 from collections.abc import Mapping
@@ -33,13 +33,13 @@ def entry_points() -> dict[str, EntryPoint]:
     found = {}
     for path in sorted((ROOT / "experiments").glob("*.py")):
         if "__main__" in path.read_text(encoding="utf-8"):
-            for entry in _of(path.stem):
+            for entry in _of(path):
                 found[entry.name] = entry
     return found
 
 
-def _of(program: str) -> list[EntryPoint]:
-    about = inspect.cleandoc(importlib.import_module(f"experiments.{program}").__doc__ or "")
+def _of(path: Path) -> list[EntryPoint]:
+    program, about = path.stem, ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     caught: list[EntryPoint] = []
 
     def run(main, settings, defaults=None, argv=None, command=None):
@@ -53,7 +53,7 @@ def _of(program: str) -> list[EntryPoint]:
 
     with mock.patch.object(cli, "run", run), mock.patch.object(cli, "run_command", run_command):
         try:
-            runpy.run_module(f"experiments.{program}", run_name="__main__")
+            runpy.run_path(str(path), run_name="__main__")
         except _Reached:
             return caught
-    raise RuntimeError(f"experiments/{program}.py: calls neither cli.run nor cli.run_command")
+    raise RuntimeError(f"{path}: calls neither cli.run nor cli.run_command")

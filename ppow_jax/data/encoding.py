@@ -38,7 +38,7 @@ def require_chat_template(tokenizer: Any) -> None:
     """Raises UserError unless the tokenizer has a chat template."""
     if is_plain(tokenizer):
         raise UserError(
-            f"tokenizer {name_of(tokenizer)} has no chat template: take the instruction-tuned model, or add "
+            f"tokenizer {name_of(tokenizer)} has no chat template: use the instruction-tuned model, or add "
             "chat_template.jinja to its directory"
         )
 
@@ -94,7 +94,7 @@ def encode_conversation(
             _warn_rewritten(name_of(tokenizer))
     answer = messages[answers[-1]].content.rpartition("</think>")[2]
     if not holds(whole[slice(*spans[-1])], answer):
-        raise UserError(f"{conversation.source}: the chat template of {name_of(tokenizer)} leaves out the answer")
+        raise UserError(f"{conversation.source}: the chat template of {name_of(tokenizer)} omits the answer")
     tokens, starts, ends = _tokenise(tokenizer, whole, conversation.source)
     mask = np.zeros(len(tokens), bool)
     for first, last in spans:
@@ -106,7 +106,7 @@ def encode_conversation(
         mask[begin : _end_of_turn(tokenizer, tokens, begin, end)] = True
     if not mask[:max_length].any():
         return _no_answer(
-            conversation, f"its first {max_length} of {len(tokens)} tokens hold no answer", strict
+            conversation, f"its first {max_length} of {len(tokens)} tokens contain no answer", strict
         )
     return Example(tokens[:max_length], mask[:max_length], conversation.source)
 
@@ -173,8 +173,8 @@ def _tokens(tokenizer: Any, text: str, special: bool, source: str, **how: Any) -
     try:
         return tokenizer(text, add_special_tokens=special, verbose=False, **how)
     except (TypeError, ValueError) as error:
-        reason = "it holds half of a surrogate pair" if whole_text(text) != text else error
-        raise UserError(f"{source}: tokenizer {name_of(tokenizer)} cannot read its text: {reason}") from None
+        reason = "it contains half of a surrogate pair" if whole_text(text) != text else error
+        raise UserError(f"{source}: tokenizer {name_of(tokenizer)} cannot encode its text: {reason}") from None
 
 
 def _doubled(tokenizer: Any, tokens: Sequence[int]) -> int:
@@ -207,8 +207,8 @@ def _no_answer(conversation: Conversation, why: str, strict: bool) -> Example | 
 @functools.cache
 def _warn_header(name: str, more: str) -> None:
     log.warning(
-        "the chat template of %s ends generation prompts with %r, which finished answers do not continue: "
-        "they are trained as they stand, without it",
+        "the chat template of %s ends generation prompts with %r, which finished answers do not "
+        "contain: they are trained without it",
         name,
         more,
     )
@@ -216,7 +216,7 @@ def _warn_header(name: str, more: str) -> None:
 
 @functools.cache
 def _warn_reasoning(name: str) -> None:
-    log.warning("the chat template of %s leaves out the reasoning of recorded answers: what follows is trained", name)
+    log.warning("the chat template of %s omits the reasoning of recorded answers: the rest is trained", name)
 
 
 @functools.cache

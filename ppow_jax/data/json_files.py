@@ -126,9 +126,10 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"cannot read data file {path}: it is damaged, or cut short ({error})") from None
+        raise UserError(f"cannot read data file {path}: it is damaged or truncated ({error})") from None
     except UnicodeError as error:
-        raise UserError(f"{path}: its byte order mark says UTF-16 or UTF-32, but its text is not ({error})") from None
+        rule = "its byte order mark indicates UTF-16 or UTF-32, but its text is neither"
+        raise UserError(f"{path}: {rule} ({error})") from None
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read data file {path}: {getattr(error, 'strerror', '') or error}") from None
 

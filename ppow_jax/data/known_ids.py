@@ -22,6 +22,6 @@ def require_known(ids: Any, vocab_size: int, place: str, tokenizer: Any = None) 
     token = None if tokenizer is None else tokenizer.convert_ids_to_tokens(int(beyond[0]))
     named = "" if token is None else f" ({token!r})"
     raise UserError(
-        f"{place}: token id {beyond[0]}{named} is beyond the target's embedding of {vocab_size} rows: the tokenizer has"
-        " tokens that the weights have not; take this text out, or take the tokenizer that belongs to the weights"
+        f"{place}: token id {beyond[0]}{named} is outside the target's embedding of {vocab_size} rows: the tokenizer"
+        " has more tokens than the weights; remove this text, or use the tokenizer that belongs to the weights"
     )

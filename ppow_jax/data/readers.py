@@ -67,7 +67,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     head = b"" if is_pipe else json_files.first_bytes(path)
     for magic, kind in _REFUSED.items():
         if head.startswith(magic):
-            raise UserError(f"cannot read data file {path}: it is {kind}; take one of {', '.join(ENDINGS)}")
+            raise UserError(f"cannot read data file {path}: it is {kind}; use one of {', '.join(ENDINGS)}")
     kind = next((known for magic, known in _MAGIC.items() if head.startswith(magic)), ending(path.name))
     if kind in TABLES:
         yield from _read_table(path, kind, json_files.encoding(head))
@@ -86,7 +86,7 @@ def read_place(name: str) -> Iterator[tuple[str, Any]]:
     elif not os.path.exists(path) and glob.has_magic(path):
         files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not files:
-            raise UserError(f"data source {name!r}: no file has such a name")
+            raise UserError(f"data source {name!r}: no file matches it")
         for file in files:
             yield from read_records(Path(file))
     else:
@@ -111,7 +111,7 @@ def read_directory(directory: Path, split: str = "train") -> Iterator[tuple[str,
     if (directory / "dataset_dict.json").is_file():
         splits = {path.parent.name: [] for path in sorted(directory.glob("*/state.json"))}
     if split not in splits:
-        rule = "it holds no data files"
+        rule = "it contains no data files"
         if splits:
             rule = f"no split {split!r}, but {', '.join(splits)}; name one, as in {directory}:{next(iter(splits))}"
         raise UserError(f"cannot read data directory {directory}: {rule}")

@@ -61,7 +61,7 @@ _PAIRS = (("human", "user", "input", "question", "prompt"), ("assistant", "gpt",
 
 # Reasons for dropping the rest of a conversation.
 TOOL, MEDIA, ORDER, EMPTY = "tool calls or results", "images or sound", "turns out of order", "empty turns"
-HALVES, UNUSABLE = "half surrogates", "unusable records"
+HALVES, UNUSABLE = "unpaired surrogates", "unusable records"
 
 
 class _Malformed(Exception):
@@ -134,7 +134,7 @@ def _messages(record: Any) -> Iterator[Message]:
             return  # all null
         known = ", ".join(shape.key for shape in SHAPES)
         hint = '; a record is a whole chat: {"messages": [...]}' if "role" in fields and "content" in fields else ""
-        hint = "; a whole text does not say who speaks" if "text" in fields else hint
+        hint = "; a plain text has no roles" if "text" in fields else hint
         raise _Malformed(f"no known field ({known}) in a record with {_shown(record)}{hint}")
     if any(fields.get(key) for key in _MEDIA):
         raise _Cut(MEDIA)

@@ -64,7 +64,7 @@ def render(tokenizer: Any, messages: Sequence[Message], prompt: bool, source: st
         raise UserError(f"{source}: the chat template of {name_of(tokenizer)} renders nothing")
     last = messages[-1].content if messages else ""
     if prompt and messages[-1].role == "user" and not holds(text, last.removeprefix(begin or "")):
-        raise UserError(f"{source}: the chat template of {name_of(tokenizer)} leaves out what the user says")
+        raise UserError(f"{source}: the chat template of {name_of(tokenizer)} omits the user's text")
     return text
 
 
@@ -142,7 +142,7 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
         if _PROBE in rendered[-1]:
             return parts
     if all(text.strip() for text in rendered):
-        raise UserError("it leaves out what the user says")
+        raise UserError("it omits the user's text")
     return False
 
 
@@ -159,4 +159,4 @@ def _warn_plain(name: str) -> None:
 
 @functools.cache
 def _warn_begin(name: str) -> None:
-    log.warning("texts begin with the token that the chat template of %s writes first: it is left out of them", name)
+    log.warning("texts begin with the token that the chat template of %s writes itself: it is removed from them", name)

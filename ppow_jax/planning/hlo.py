@@ -252,7 +252,7 @@ def parse(text: str) -> Module:
             instruction = _instruction(found[2], found[3], bool(found[1]))
             instructions[instruction.name] = instruction
     if not entry:
-        raise ValueError("this is no HLO module: it has no ENTRY computation")
+        raise ValueError("not an HLO module: it has no ENTRY computation")
     header = text.split("\n", 1)[0]
     devices = re.search(r"num_partitions=(\d+)", header)
     replicas = re.search(r"replica_count=(\d+)", header)

@@ -21,7 +21,7 @@ def read(path: str) -> dict[str, Any]:
         raise UserError(f"--compare={path}: cannot be read as a plan ({error})") from None
     missing = [key for key in _NEEDED if not isinstance(plan, dict) or key not in plan]
     if missing:
-        raise UserError(f"--compare={path}: is no plan, it lacks {', '.join(missing)}")
+        raise UserError(f"--compare={path}: is not a plan, it lacks {', '.join(missing)}")
     return plan
 
 

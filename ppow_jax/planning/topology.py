@@ -48,8 +48,8 @@ def find(topology: str) -> tuple[list[Any], Chip]:
         import libtpu  # noqa: F401
     except ImportError:
         raise UserError(
-            f"--topology={topology}: compiling for a TPU takes libtpu (pip install 'ppow_jax[plan]');"
-            f" --topology={LOCAL} does without"
+            f"--topology={topology}: compiling for a TPU requires libtpu (pip install 'ppow_jax[plan]');"
+            f" --topology={LOCAL} does not"
         ) from None
     jax.config.update("jax_platforms", "cpu")  # for this process's arrays; no TPU is present
     from jax.experimental import topologies
@@ -57,7 +57,8 @@ def find(topology: str) -> tuple[list[Any], Chip]:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # libtpu's own, of several types
-        raise UserError(f"--topology={topology}: libtpu knows no such slice ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--topology={topology}: libtpu does not support this slice ({reason})") from None
     return devices, CHIPS[name].share(len(devices) / _product(grid))
 
 

@@ -43,10 +43,10 @@ _ARMS = (
         "ppow",
         "exact",
         EXACT | {"divide_by_std": True, "rollout_temperature": 1.0, "kl_weight": 0.5},
-        "the expected reward in closed form, at temperature 1, over its deviation",
+        "the expected reward in closed form, at temperature 1, divided by its standard deviation",
     ),
     Arm("exact", "ppow", "exact", EXACT, "the expected reward in closed form, at temperature 0.3"),
-    Arm("recipe", "ppow", "exact", RECIPE, "that at 0.5, beside stage 1's loss"),
+    Arm("recipe", "ppow", "exact", RECIPE, "the expected reward in closed form, at 0.5, plus stage 1's loss"),
     Arm("recipe_no_adaw", "ppow", "exact", RECIPE | {"adaw": False}, "the recipe without ADAW"),
     Arm(
         "recipe_answer",
@@ -61,7 +61,7 @@ _ARMS = (
         "ppow",
         "exact",
         RECIPE | {"rivals": 3, "adaw": False, "horizon": "answer"},
-        "a tree, and the rounds of whole answers",
+        "the recipe, rewarding a tree and the rounds of whole answers",
     ),
 )
 ARMS = {arm.name: arm for arm in _ARMS}

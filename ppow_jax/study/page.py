@@ -19,8 +19,8 @@ def markdown(study: Mapping[str, Any], table: str, plots: Sequence[str]) -> str:
         " nothing was trained or chosen on,"
         f" in mode {study['compared_in']}, rounds replayed exactly. Device: {study['device']}, {study['precision']}.",
         f"Intervals are 95 %, by bootstrap over answers and seeds, paired where arms are compared. tau: tokens per"
-        " verification. Speedup by costs: tau by the measured costs of drafting and verifying, "
-        f"{study['costs']['step']:.3f} plain steps a draft step.",
+        " verification. Speedup by costs: computed from tau and the measured costs of drafting and "
+        f"verifying; a draft step costs {study['costs']['step']:.3f} plain steps.",
         table,
         "## The claims of the paper",
         _claims(arms),

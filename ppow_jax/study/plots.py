@@ -72,7 +72,7 @@ def _differences(ax, study) -> None:
     ax.axvline(0, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
     ax.set_yticks(range(len(rows)), [row["arm"] for row in rows])
     ax.invert_yaxis()
-    ax.set_title(f"Acceptance length ({study['compared_in']}) less cst's, 95 % intervals")
+    ax.set_title(f"Acceptance length ({study['compared_in']}) minus cst's, 95 % intervals")
 
 
 def _switch(ax, workdir: Path, study) -> None:

@@ -178,10 +178,10 @@ def summary_table(study: Mapping[str, Any], style: str = "simple") -> str:
     heads = [
         "arm",
         f"tau ({study['compared_in']})",
-        "less cst",
-        "less the start",
+        "minus cst",
+        "minus the start",
         "speedup by costs",
-        "by cst's",
+        "ratio to cst's",
         "seconds",
     ]
     return tabulate(table, heads, tablefmt=style, disable_numparse=True)

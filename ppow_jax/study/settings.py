@@ -66,10 +66,10 @@ class StudySettings(TrainSettings):
         for arm in self.arms:
             find_arm(arm)
         require(len(set(self.arms)) == len(self.arms), f"--arms={','.join(self.arms)}: names an arm twice")
-        require(len(self.modes) > 0, "--modes: must name one at least")
-        require("eagle3" in self.arms, "--arms: must have eagle3, the start that the others are compared with")
-        require(len(self.seeds) > 0, "--seeds: must name one at least")
+        require(len(self.modes) > 0, "--modes: must name at least one")
+        require("eagle3" in self.arms, "--arms: must include eagle3, the start that the others are compared with")
+        require(len(self.seeds) > 0, "--seeds: must name at least one")
         require(
-            self.test_answers > 1, f"--test_answers={self.test_answers}: must be 2 at least; arms are compared on them"
+            self.test_answers > 1, f"--test_answers={self.test_answers}: must be at least 2; arms are compared on them"
         )
         require(self.answer_temperature == 0, "--answer_temperature: must be 0; rounds are replayed on greedy answers")

@@ -43,7 +43,8 @@ def enlarge(
     """
     V, W = config.vocab_size, config.draft_vocab_size
     if not W < size <= V:
-        raise UserError(f"--size={size}: must be above the present size, {W}, and at most the target's vocabulary, {V}")
+        rule = f"must be larger than the current size, {W}, and at most the target's vocabulary, {V}"
+        raise UserError(f"--size={size}: {rule}")
     old_WxE = np.asarray(params["lm_head"], np.float32)
     if old_WxE.shape[1] != head_VxD.shape[1]:
         widths = f"{old_WxE.shape[1]} and {head_VxD.shape[1]}"

@@ -126,4 +126,4 @@ def _open(directory: Path) -> tuple[dict[str, hf.StoredTensor], list[str]]:
         return torch_file.open_tensors(directory / PICKLED), []
     if (directory / PICKLED_INDEX).exists():
         return hf.open_shards(directory / PICKLED_INDEX, torch_file.open_tensors)
-    raise UserError(f"{directory}: holds none of {hf.WEIGHTS}, {hf.INDEX}, {PICKLED}, {PICKLED_INDEX}")
+    raise UserError(f"{directory}: contains none of {hf.WEIGHTS}, {hf.INDEX}, {PICKLED}, {PICKLED_INDEX}")

@@ -157,7 +157,7 @@ def import_drafter(
         if head is None and not headless:
             raise UserError(
                 f"{directory}: the tensors do not fit the config:\n  {drafter_tensors.LM_HEAD}: missing (the target's"
-                " head serves where the target is at hand)"
+                " head is used if the target is given)"
             )
     else:
         params["lm_head"] = params["lm_head"][order_W]
@@ -180,7 +180,7 @@ def _borrowed_head(
     if head.shape[1] != E or len(head) < config.draft_vocab_size:
         shape = f"{list(head.shape)}, not {[config.draft_vocab_size, E]}"
         raise UserError(f"{where}: {drafter_tensors.LM_HEAD}: missing, and the {what} has shape {shape}")
-    log.warning("%s has no %s: the %s serves as it", where, drafter_tensors.LM_HEAD, what)
+    log.warning("%s has no %s: the %s is used instead", where, drafter_tensors.LM_HEAD, what)
     return head[: config.draft_vocab_size]
 
 

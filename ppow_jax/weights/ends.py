@@ -67,7 +67,7 @@ def of_directory(directory: Path, vocab_size: int, config_ids: Iterable[int], to
             if i < vocab_size:
                 ends[i] = None
             else:
-                log.warning("%s: end token %d is beyond the vocabulary of %d: it ends nothing", place, i, vocab_size)
+                log.warning("%s: end token %d is outside the vocabulary of %d, and is ignored", place, i, vocab_size)
     return tuple(ends)
 
 
@@ -95,13 +95,14 @@ def warn_of_template(name: str, tokenizer: Any, ends: Iterable[int], remedy: str
     """
     ends = set(ends)
     if not ends:
-        log.warning("%s names no end token: its answers go on to max_new_tokens", name)
+        log.warning("%s defines no end token: its answers continue to max_new_tokens", name)
         return
     closing = _closing(tokenizer).strip()
     if closing and ends.isdisjoint(tokenizer(closing, add_special_tokens=False)["input_ids"]):
         known = ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in sorted(ends))
         log.warning(
-            "the chat template of %s ends a turn with %r, which ends no answer (end tokens: %s); name its token in %s",
+            "the chat template of %s ends a turn with %r, which is not an end token (end tokens: %s);"
+            " add its token to %s",
             name,
             closing,
             known,

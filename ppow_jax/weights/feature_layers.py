@@ -72,7 +72,7 @@ def _either(ids: list[int], shift: int, place: str, num_layers: int | None) -> t
         check_feature_layers(usual, num_layers, place)
         log.info("%s are read as %s of the target's layers (inputs of %s)", place, names[shift], _join(usual))
         if shift and num_layers is not None and num_layers >= 7 and tuple(ids) == default_feature_layers(num_layers):
-            log.warning("%s: these are the usual layers if they were meant as inputs; %s", place, VERIFY)
+            log.warning("%s: these are the default layers if they are meant as inputs; %s", place, VERIFY)
         return usual
     log.warning(
         "%s cannot be %s of layers of a target with %s layers: read as %s (inputs of %s)",
@@ -86,12 +86,12 @@ def _guess(num_layers: int | None, where: str) -> tuple[int, ...]:
         return ()
     if num_layers < 7:
         raise UserError(
-            f"{where}: names no target layers ({LAYER_IDS}), and a target of {num_layers} layers has no usual choice"
-            f" (it takes 7 or more); write the three ids, inputs of layers of 0..{num_layers}"
+            f"{where}: does not name the target layers ({LAYER_IDS}), and a target of {num_layers} layers has no"
+            f" default (at least 7 are needed); add the three ids of layer inputs, from 0..{num_layers}"
         )
     layers = default_feature_layers(num_layers)
     log.warning(
-        "%s names no target layers: guessed, inputs of layers %s, the usual choice for %d layers; %s",
+        "%s does not name the target layers: assumed to be the inputs of %s, the default for %d layers; %s",
         where, _join(layers), num_layers, VERIFY,
     )  # fmt: skip
     return layers

@@ -32,7 +32,7 @@ def to_json(config: DrafterConfig, where: str) -> dict[str, Any]:
     """
     reason = reason_against(config)
     if reason is not None:
-        raise UserError(f"{where}: {reason}; the speculators format holds this drafter")
+        raise UserError(f"{where}: {reason}; the speculators format can represent this drafter")
     result: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[0]],
         "model_type": "llama",

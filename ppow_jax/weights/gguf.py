@@ -59,7 +59,7 @@ def _config(file: GgufFile) -> ModelConfig:
     get, where = file.get, file.path
     kind = get("general.type", "model")
     if kind != "model":
-        raise UserError(f"{where}: holds no model: general.type = {kind!r}")
+        raise UserError(f"{where}: contains no model: general.type = {kind!r}")
     name = get("general.architecture")
     if name not in list(_ARCHITECTURES):
         raise UserError(f"{where}: GGUF architecture {name!r} is not supported (supported: {sorted(_ARCHITECTURES)})")

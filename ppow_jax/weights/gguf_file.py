@@ -13,9 +13,9 @@ from ppow_jax.errors import UserError
 MAGIC = b"GGUF"
 _OTHERS = {  # first bytes of other files that are mistaken for GGUF
     b"vers": "a Git LFS pointer: `git lfs pull` fetches the file itself",
-    b"lmgg": "GGML, the form before GGUF: convert the model anew",
-    b"tjgg": "GGML, the form before GGUF: convert the model anew",
-    b"fmgg": "GGML, the form before GGUF: convert the model anew",
+    b"lmgg": "GGML, the form before GGUF: convert the model again",
+    b"tjgg": "GGML, the form before GGUF: convert the model again",
+    b"fmgg": "GGML, the form before GGUF: convert the model again",
     b"<!DO": "a web page: download the file itself",
     b"<!do": "a web page: download the file itself",
     b"<htm": "a web page: download the file itself",
@@ -23,7 +23,7 @@ _OTHERS = {  # first bytes of other files that are mistaken for GGUF
     b"": "the file is empty",
 }
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)?", re.IGNORECASE)
-_CUT = "it ends early: damaged, or not wholly downloaded"
+_CUT = "it is truncated: damaged, or not completely downloaded"
 _MOST = 4_000_000  # limit for entries of lists and metadata, and tensors; large vocabularies have 250,000
 _ABSENT = (-1, 2**32 - 1)  # token ids that mean none
 
@@ -108,7 +108,7 @@ def open_model(path: str | Path) -> GgufFile:
         tensors += reader.tensors
     total = _number(readers[0], paths[0], "split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise UserError(f"{paths[0]}: its {count} parts hold {len(tensors)} tensors, split.tensors.count says {total}")
+        raise UserError(f"{paths[0]}: its {count} parts contain {len(tensors)} tensors, split.tensors.count = {total}")
     return GgufFile(paths[0], readers[0].fields, tensors)
 
 
@@ -122,12 +122,12 @@ class _Reader(gguf.GGUFReader):
 
     def _build_fields(self, offs, count):
         if count > _MOST:
-            raise ValueError(f"it says it has {count} metadata entries, more than {_MOST}")
+            raise ValueError(f"it declares {count} metadata entries, more than {_MOST}")
         return super()._build_fields(offs, count)
 
     def _build_tensor_info(self, offs, count):
         if count > _MOST:
-            raise ValueError(f"it says it has {count} tensors, more than {_MOST}")
+            raise ValueError(f"it declares {count} tensors, more than {_MOST}")
         return super()._build_tensor_info(offs, count)
 
     def _get_field_parts(self, orig_offs, raw_type):
@@ -175,11 +175,11 @@ def _open(path: str | Path) -> _Reader:
 def _check_places(reader: _Reader) -> None:
     """Requires tensors to be stored back to back, as llama.cpp does; other offsets would alias other tensors."""
     if reader.byte_order == "S":
-        raise ValueError("its bytes are in the other order than this machine's")
+        raise ValueError("its byte order differs from this machine's")
     place, alignment = reader.data_offset, int(reader.alignment)
     for tensor in reader.tensors:
         if tensor.data_offset != place:
-            raise ValueError(f"tensor {tensor.name} lies at byte {tensor.data_offset}, must be at {place}")
+            raise ValueError(f"tensor {tensor.name} is stored at byte {tensor.data_offset}, must be at {place}")
         place += -(-tensor.n_bytes // alignment) * alignment
 
 

@@ -84,10 +84,10 @@ def rule_of(file: GgufFile, tokens: list[str]) -> Rule:
     architecture = file.text("general.architecture")
     guess = _FAMILIES.get(architecture) or ("llama-bpe" if any(map(_LLAMA3_TOKENS, tokens)) else "gpt-2")
     log.warning(
-        "%s: tokenizer.ggml.pre is %s: text is cut into words by the rule %r, %s",
+        "%s: tokenizer.ggml.pre is %s: text is split into words by the rule %r, %s",
         file.path,
         "missing" if not name else f"{name!r}, which names no rule",
         guess,
-        f"that of {architecture}" if architecture in _FAMILIES else "a guess: convert the model anew",
+        f"that of {architecture}" if architecture in _FAMILIES else "a guess: convert the model again",
     )
     return RULES[guess]

@@ -34,7 +34,7 @@ def build(file: GgufFile, names: Sequence[str], types: Sequence[int], unknown: i
     if len(scores) != len(names):
         raise UserError(f"{file.path}: tokenizer.ggml.scores has {len(scores)} entries for {len(names)} tokens")
     if any(math.isnan(score) for score in scores):
-        raise UserError(f"{file.path}: tokenizer.ggml.scores holds nan")
+        raise UserError(f"{file.path}: tokenizer.ggml.scores contains nan")
     if file.array("tokenizer.ggml.precompiled_charsmap", int):
         raise UserError(f"{file.path}: tokenizer.ggml.precompiled_charsmap is not supported with tokenizer 'llama'")
     vocabulary = {name: i for i, name in enumerate(names)}
@@ -42,7 +42,7 @@ def build(file: GgufFile, names: Sequence[str], types: Sequence[int], unknown: i
     if unknown is None:
         unknown = next((i for i, kind in enumerate(types) if kind == _UNKNOWN), None)
     if not bytes_ and unknown is None:
-        raise UserError(f"{file.path}: the tokens hold neither all bytes <0x00>..<0xFF> nor an unknown token")
+        raise UserError(f"{file.path}: the tokens contain neither all bytes <0x00>..<0xFF> nor an unknown token")
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,

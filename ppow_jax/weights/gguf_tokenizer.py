@@ -97,7 +97,8 @@ def _byte_level(file: GgufFile, names: list[str], clean: list) -> tuple[bool, To
     missing = [f"0x{byte:02X}" for byte in _TEXT_BYTES if letters[byte] not in vocabulary]
     if missing:
         some = ", ".join(missing[:5])
-        log.warning("%s: %d bytes are no tokens, characters with them are lost: %s", file.path, len(missing), some)
+        told = "%s: %d bytes have no token, characters that contain them are lost: %s"
+        log.warning(told, file.path, len(missing), some)
     pairs = [_pair(file, merge) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=rule.whole_words))
     if rule.nfc:
@@ -123,7 +124,8 @@ def _different(file: GgufFile, tokens: Sequence[str], first: set[int]) -> list[s
         seen.add(tokens[i])
     again = [repr(tokens[i]) for i in range(len(tokens)) if names[i] != tokens[i]]
     if again:
-        log.warning("%s: %d tokens have the text of another or none: %s", file.path, len(again), ", ".join(again[:5]))
+        some = ", ".join(again[:5])
+        log.warning("%s: %d tokens have the same text as another, or no text: %s", file.path, len(again), some)
     return names
 
 
@@ -138,12 +140,12 @@ def _add_begin(file: GgufFile, tokenizer: Any, default: bool, begin: int | None,
     """Makes texts begin with the BOS token, if the file or the default of its kind of tokenizer says so."""
     key = f"{_KEY}add_bos_token"
     if file.flag(f"{_KEY}add_eos_token", False):
-        log.warning("%s: tokenizer.ggml.add_eos_token is not followed: no answer could come after it", file.path)
+        log.warning("%s: tokenizer.ggml.add_eos_token is ignored: no answer could follow it", file.path)
     if not file.flag(key, default):
         return
     if begin is None:
         if key in file:
-            log.warning("%s: %s is true, but no BOS token is named: texts get none", file.path, key)
+            log.warning("%s: %s is true, but no BOS token is defined: none is added", file.path, key)
         return
     token = {"id": "BOS", "ids": [begin], "tokens": [names[begin]]}
     tokenizer.post_processor = processors.TemplateProcessing(single="BOS $A", pair="BOS $A $B", special_tokens=[token])

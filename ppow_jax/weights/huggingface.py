@@ -138,7 +138,7 @@ def find_directory(directory_or_name: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # errors of the hub, its HTTP library and the system share no base class
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: no such directory, and the hub did not give it ({reason})") from None
+        raise UserError(f"{name}: no such directory, and it could not be downloaded from the hub ({reason})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
         raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+        raise UserError(f"{path}: must contain a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -183,7 +183,7 @@ def tensor_problems(
         if tensor is None:
             problems.append(f"{name}: missing")
         elif tensor.shape != shape:
-            problems.append(f"{name}: has shape {list(tensor.shape)}, the config asks for {list(shape)}")
+            problems.append(f"{name}: has shape {list(tensor.shape)}, the config requires {list(shape)}")
         elif tensor.dtype not in permitted:
             problems.append(f"{name}: has type {tensor.dtype}, must be {' or '.join(permitted)}")
     return problems
@@ -281,7 +281,7 @@ def open_directory(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]
     elif (directory / INDEX).exists():
         stored, problems = open_shards(directory / INDEX, open_safetensors)
     else:
-        raise UserError(f"{directory}: holds neither {WEIGHTS} nor {INDEX} (other formats are not read)")
+        raise UserError(f"{directory}: contains neither {WEIGHTS} nor {INDEX} (other formats are not read)")
     return {name: tensor for name, tensor in stored.items() if not is_buffer(name)}, problems
 
 
@@ -299,7 +299,7 @@ def open_shards(
             if name in stored:
                 problems.append(f"{name}: duplicated, in {shard} and an earlier shard")
             elif weight_map.get(name, shard) != shard:
-                problems.append(f"{name}: lies in {shard}, the index says {weight_map[name]}")
+                problems.append(f"{name}: is in {shard}, the index says {weight_map[name]}")
             stored[name] = tensor
     lost = sorted(name for name in weight_map.keys() - stored.keys() if not is_buffer(name))
     return stored, problems + [f"{name}: not in {weight_map[name]}, where the index says it is" for name in lost]

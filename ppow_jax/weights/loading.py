@@ -37,7 +37,7 @@ def find_drafter(name: str | None, target: str) -> Path | None:
     if not path.exists() and name in shipped.SHIPPED:
         return shipped.find(name, flag=name)
     if not path.is_dir():
-        raise UserError(f"--drafter={name}: there is no such directory, and no drafter of that name comes along")
+        raise UserError(f"--drafter={name}: there is no such directory, and no included drafter has that name")
     if not (path / CONFIG).is_file():
         raise UserError(f"--drafter={name}: not a drafter, it has no {CONFIG}")
     return path

@@ -88,7 +88,8 @@ def _directory(name: str) -> Path:
     directory = huggingface.find_directory(name)
     files = [path.name for path in sorted(directory.iterdir()) if path.is_file() and is_gguf(path)]
     if files and not (directory / huggingface.CONFIG).exists():
-        raise UserError(f"{directory}: holds no {huggingface.CONFIG}, but GGUF files: name one, {directory / files[0]}")
+        rule = f"contains no {huggingface.CONFIG}, but GGUF files: name one of them, {directory / files[0]}"
+        raise UserError(f"{directory}: {rule}")
     return directory
 
 

@@ -35,7 +35,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Any:
     if len(tokenizer) > vocab_size:
         first = tokenizer.convert_ids_to_tokens(range(vocab_size, min(vocab_size + 3, len(tokenizer))))
         log.warning(
-            "%s: the tokenizer has %d tokens, the embedding %d rows: texts with others, such as %s, are refused",
+            "%s: the tokenizer has %d tokens, the embedding %d rows: texts with other tokens, such as %s, are refused",
             directory, len(tokenizer), vocab_size, ", ".join(map(repr, first)),
         )  # fmt: skip
     return tokenizer

@@ -33,8 +33,8 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path}: {other}")
     if importlib.util.find_spec("torch") is None:
         raise UserError(
-            f"{path}: reading it takes torch (pip install 'ppow_jax[torch]');"
-            " or save the tensors as model.safetensors, which takes nothing"
+            f"{path}: reading it requires torch (pip install 'ppow_jax[torch]');"
+            " or save the tensors as model.safetensors, which needs no further package"
         )
     import torch
 
@@ -46,7 +46,7 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(value, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
     ):
-        raise UserError(f"{path}: must hold a dictionary of tensors and nothing else")
+        raise UserError(f"{path}: must contain a dictionary of tensors and nothing else")
     return {name: _stored(path, name, tensor) for name, tensor in value.items()}
 
 
