@@ -1,6 +1,5 @@
 """experiments.evaluate and experiments.generate from the command line, on the tiny target."""
 
-import dataclasses
 import io
 import json
 import logging
@@ -10,17 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-import small_configs
+from eagle3_files import make_drafter
 
 from experiments import evaluate, generate
 from ppow_jax import cli
 from ppow_jax.inference import model
-from ppow_jax.models import drafter as drafting
-from ppow_jax.weights import loading, targets, tiny
-from ppow_jax.weights.drafters import export_drafter
+from ppow_jax.weights import loading, targets
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ("--target=tiny", "--dtype=float32", "--max_new_tokens=8")  # compiled once for all tests
@@ -33,13 +28,6 @@ def _logging_as_before():
     before = root.handlers[:], root.level
     yield
     root.handlers[:], root.level = before
-
-
-def make_drafter(directory: Path, vocab_size: int = tiny.CONFIG.vocab_size) -> str:
-    target = dataclasses.replace(tiny.CONFIG, vocab_size=vocab_size)
-    config = small_configs.drafter_config(target, 50, feature_layers=(2, 3, 4), fc_norm=True)
-    export_drafter(directory, config, drafting.init(jax.random.key(0), config), np.arange(50, 100))
-    return str(directory)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import fake_engine
 import numpy as np
 import pytest
-from test_entry_points import make_drafter
+from eagle3_files import make_drafter
 
 from experiments import serve_check
 from ppow_jax import cli

@@ -43,6 +43,7 @@ THROUGH_OTHERS = {
     "ppow_jax.training.recorded": "test_recorded_settings.py",
     "ppow_jax.training.replays": "test_study.py",
     "ppow_jax.training.steps.ppow_exact": "test_study.py",
+    "ppow_jax.weights.conversion": "test_convert.py",
     "ppow_jax.weights.drafter_fields": "test_third_party_drafters.py",
     "ppow_jax.weights.flat": "test_eagle3_format.py",
     "ppow_jax.weights.gguf_sentencepiece": "test_gguf_tokenizer.py",

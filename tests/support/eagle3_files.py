@@ -4,12 +4,16 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import small_configs
 from safetensors.numpy import load_file, save_file
 
+from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter_config import DrafterConfig, parameter_shapes
 from ppow_jax.models.rope import Llama3, Yarn
+from ppow_jax.weights import tiny
+from ppow_jax.weights.drafters import export_drafter
 
 V, W, E = 20, 6, 8
 IDS = np.array([1, 2, 5, 11, 18, 19], np.int32)
@@ -53,3 +57,11 @@ def edit_tensors(directory: Path, rename=lambda name: name, drop: tuple[str, ...
     path = directory / "model.safetensors"
     tensors = {rename(name): tensor for name, tensor in load_file(path).items() if name not in drop}
     save_file(tensors | {name.replace("__", "."): value for name, value in changes.items()}, path)
+
+
+def make_drafter(directory: Path, vocab_size: int = tiny.CONFIG.vocab_size) -> str:
+    """Writes a drafter of random weights for the target `tiny` -> its directory, as flags take it."""
+    target = dataclasses.replace(tiny.CONFIG, vocab_size=vocab_size)
+    config = small_configs.drafter_config(target, 50, feature_layers=(2, 3, 4), fc_norm=True)
+    export_drafter(directory, config, drafting.init(jax.random.key(0), config), np.arange(50, 100))
+    return str(directory)

@@ -1,4 +1,4 @@
-"""Training runs in processes that end at a chosen moment: before their n-th change of a file, or after some time.
+"""Training runs in processes that end at a chosen moment: before their n-th change of a file.
 
 Killing between two steps of writing a file is what finds mistakes, and no clock hits it. Python reports to audit
 hooks every file that it opens for writing, renames or removes, just before it does so: the n-th such report is a moment
@@ -21,11 +21,10 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 @dataclasses.dataclass(frozen=True)
 class Death:
-    """A signal before the n-th change of a file in the workdir (from 1 on) that matches, or after some seconds."""
+    """A signal before the n-th change of a file in the workdir (from 1 on) that matches."""
 
     change: int | None = None
     pattern: str = ""
-    seconds: float | None = None
     signum: int = signal.SIGKILL
 
 
@@ -62,10 +61,6 @@ def _train(argv: list[str], cache: str, place: str, death: Death) -> None:
 
     settings = flags.parse(TrainSettings, argv)
     _watch(settings.workdir, place, death)
-    if death.seconds is not None:
-        timer = threading.Timer(death.seconds, os.kill, (os.getpid(), death.signum))
-        timer.daemon = True
-        timer.start()
     import jax
 
     jax.config.update("jax_platforms", "cpu")
