@@ -30,6 +30,7 @@ LAYERS = (
     "ppow_jax.engines",
     "ppow_jax.training",
     "ppow_jax.planning",
+    "ppow_jax.bench",
     "ppow_jax.study",
     "ppow_jax",
     "experiments",
