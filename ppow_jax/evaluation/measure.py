@@ -376,7 +376,7 @@ def _row(
         "num_verifications": fast.verifications,
         "num_draft_tokens": fast.drafted,
         "draft_acceptance_rate": _ratio(accepted, fast.drafted) if fast.drafted else None,
-        **_by_source(fast),
+        **(_by_source(fast) if shape and mode.speculation.lookup else {}),
         "unique_experts": _ratio(fast.experts, fast.verifications) if fast.experts else None,
         "decode_seconds": fast.decode_seconds,
         "prefill_seconds": fast.prefill_seconds,
@@ -390,13 +390,8 @@ def _row(
 
 
 def _by_source(tally: _Tally) -> dict[str, Any]:
-    """Drafted and accepted tokens by source; nothing for modes of one source.
-
-    Tokens that both sources drafted count for both rates, and in the lookup's share only as `both`.
-    """
+    """Drafted and accepted tokens of a mixture by source. Tokens that both sources drafted count for both rates."""
     drafted, accepted = np.broadcast_to(tally.drafted_S, len(NAMES)), np.broadcast_to(tally.accepted_S, len(NAMES))
-    if not drafted[0] + drafted[2]:  # no drafter
-        return {}
     of = {name: {"drafted": int(d), "accepted": int(a)} for name, d, a in zip(NAMES, drafted, accepted, strict=True)}
     by = {name: (accepted[i] + accepted[2], drafted[i] + drafted[2]) for i, name in enumerate(NAMES[:2])}
     rates = {f"{name}_acceptance_rate": _ratio(int(a), int(d)) for name, (a, d) in by.items()}
