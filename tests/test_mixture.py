@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from twelve_tokens import (
@@ -113,6 +114,17 @@ def test_rounds_without_the_drafter_leave_no_gap_in_its_cache():
     assert going.any() and np.asarray(state.sources.drafted_BxS)[going].sum(0).min() > 0
     found, fresh = drafted_after(state, made)
     np.testing.assert_allclose(found[going], fresh[going], rtol=2e-4, atol=2e-4)
+
+
+def test_a_free_row_without_statistics_disturbs_no_other():
+    """Rows of a server that no request has used yet hold zeros."""
+    rows, made = batches()[0], drafter(True, 1)
+    state = prefill(rows, MIXTURE.window, made)
+    blank = jax.tree.map(lambda x: x.at[0].set(0), state.sources)
+    state = state.replace(sources=blank, done_B=state.done_B.at[0].set(True))
+    how = {"speculation": MIXTURE, "sampling": GREEDY, "prices": prices_of(CHEAP, MIXTURE)}
+    found = answers(generate.decode(PARAMS, CONFIG, made, state, 10_000, **how))
+    assert found[1:] == expected()[1 : len(rows)]
 
 
 def test_lookup_needs_no_drafter_and_no_features():
