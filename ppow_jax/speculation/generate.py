@@ -269,11 +269,11 @@ def decode(
 
     def one_round(carry, drafts: bool):
         step, state = carry
-        draft, speaker = None, drafter if speculation.needs_drafter else None
+        draft, used = None, drafter if speculation.needs_drafter else None
         if drafts:
-            state, draft = draft_window(params, speaker, state, speculation, sampling, prices)
+            state, draft = draft_window(params, used, state, speculation, sampling, prices)
         how: dict[str, Any] = {"draft": draft, "speculation": speculation, "sampling": sampling, "prices": prices}
-        verify = functools.partial(verify_window, params, config, speaker, **how)
+        verify = functools.partial(verify_window, params, config, used, **how)
         if draft is not None and speculation.adaptive:
             state = _at_width(speculation.widths, draft.count_B.max(), verify, state)
         else:
