@@ -48,6 +48,16 @@ class ModelFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class LookupFlags:
+    """Size of an n-gram lookup."""
+
+    ngram_tokens: int = field(
+        15, "Most tokens that an n-gram lookup drafts per round, in the modes ngram and mixture.", low=1, high=64,
+        group="N-gram lookup",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class StoppingFlags:
     """How adaptive windows end."""
 

@@ -15,7 +15,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from experiments.common import ModelFlags, StoppingFlags
+from experiments.common import LookupFlags, ModelFlags, StoppingFlags
 from ppow_jax import cli
 from ppow_jax.files import line_writer
 from ppow_jax.flags import field, require
@@ -23,12 +23,12 @@ from ppow_jax.flags import field, require
 if TYPE_CHECKING:
     from ppow_jax.speculation.settings import Speculation
 
-MODES = ("chain", "adaptive", "tree")
+MODES = ("chain", "adaptive", "tree", "ngram", "mixture")
 DEFAULT_BENCHMARKS = ("human_eval", "sharegpt")  # the ones that need no network
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(StoppingFlags, ModelFlags):
+class Settings(LookupFlags, StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     prompts: str | None = field(None, "JSON Lines file with prompts or chats.", group="Prompts")
@@ -84,7 +84,7 @@ class Settings(StoppingFlags, ModelFlags):
         """Every way to speculate that is asked for. Raises UserError for an impossible tree."""
         from ppow_jax.speculation import settings as ways
 
-        stopping = self.stopping()
+        stopping, tokens = self.stopping(), self.ngram_tokens
         found = []
         for mode in self.modes:
             if mode == "chain":
@@ -92,6 +92,11 @@ class Settings(StoppingFlags, ModelFlags):
             elif mode == "tree":
                 sizes = itertools.product(self.tree_depth, self.tree_nodes)
                 found += [ways.tree(self.tree_branch, depth, nodes) for depth, nodes in sizes]
+            elif mode == "ngram":
+                found.append(ways.ngram(tokens, stopping))
+            elif mode == "mixture":
+                sizes = itertools.product(self.window, self.tree_nodes)
+                found += [ways.mixture(self.tree_branch, depth, nodes, tokens, stopping) for depth, nodes in sizes]
             elif self.adaptive_chain:
                 found += [ways.adaptive(window, self.block, stopping) for window in self.window]
             else:
@@ -139,8 +144,9 @@ def _measure(settings: Settings) -> dict[str, Any]:
 
     speculations = settings.speculations()
     directory = loading.find_drafter(settings.drafter, settings.target)
+    needed = any(way.needs_drafter for way in speculations)
     require(
-        directory is not None,
+        directory is not None or not needed,
         f"--drafter={settings.drafter or 'none'}: name the directory of a drafter for {settings.target}",
     )
     benchmarks = [
@@ -148,7 +154,7 @@ def _measure(settings: Settings) -> dict[str, Any]:
     ]
     target = targets.load(settings.target, settings.dtype)
     dialogues.require_known_texts(target, benchmarks)
-    drafter = loading.load_drafter(directory, target, settings.dtype)
+    drafter = loading.load_drafter(directory, target, settings.dtype) if needed else None
     rows = []
     with line_writer(settings.dump_outputs) as write:
         for temperature, batch_size in itertools.product(settings.temperature, settings.batch_size):
@@ -169,10 +175,10 @@ def _measure(settings: Settings) -> dict[str, Any]:
     return _result(settings, directory, rows)
 
 
-def _result(settings: Settings, directory: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _result(settings: Settings, directory: Path | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from ppow_jax.evaluation import measure as measuring
 
-    used = dataclasses.asdict(settings) | {"drafter": str(directory), "benchmarks": settings.chosen}
+    used = dataclasses.asdict(settings) | {"drafter": directory and str(directory), "benchmarks": settings.chosen}
     return measuring.environment(settings.dtype) | {"settings": used, "results": rows}
 
 

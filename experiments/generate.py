@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from experiments.common import ModelFlags, StoppingFlags
+from experiments.common import LookupFlags, ModelFlags, StoppingFlags
 from ppow_jax import cli
 from ppow_jax.errors import UserError
 from ppow_jax.flags import field, require
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(StoppingFlags, ModelFlags):
+class Settings(LookupFlags, StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     prompt: str | None = field(None, "The prompt.", group="Prompt")
@@ -43,8 +43,8 @@ class Settings(StoppingFlags, ModelFlags):
 
     speculation: str | None = field(
         None,
-        "Speculation mode. By default chain if there is a drafter.",
-        choices=("off", "chain", "tree", "adaptive"),
+        "Speculation mode. By default chain if there is a drafter; ngram needs none.",
+        choices=("off", "chain", "tree", "adaptive", "ngram", "mixture"),
         group="Speculation",
     )
     window: int | None = field(
@@ -83,22 +83,24 @@ class Settings(StoppingFlags, ModelFlags):
             for other in others:
                 both = getattr(self, flag) and getattr(self, other)
                 require(not both, f"--{flag}: cannot be combined with --{other}")
+        without = self.speculation == "ngram"
         require(
-            not self.compare or self.drafter is not None,
+            not self.compare or self.drafter is not None or without,
             "--compare: needs a drafter to compare with, but --drafter=none",
         )
         require(not self.compare or self.speculation != "off", "--compare: needs another mode than --speculation=off")
-        is_tree, adapts = self.speculation == "tree", self.speculation == "adaptive"
+        is_tree, adapts = self.speculation == "tree", self.speculation in ("adaptive", "mixture")
         for name in ("tree_branch", "tree_nodes"):
-            needs = "needs --speculation=tree or adaptive"
+            needs = "needs --speculation=tree, adaptive or mixture"
             require(getattr(self, name) is None or is_tree or adapts, f"--{name}={getattr(self, name)}: {needs}")
         needs = "needs --speculation=tree"
         require(self.tree_depth is None or is_tree, f"--tree_depth={self.tree_depth}: {needs}")
         if self.window is not None:
             require(not is_tree, f"--window={self.window}: a tree has --tree_depth instead")
+            require(not without, f"--window={self.window}: --speculation=ngram has --ngram_tokens instead")
             drafts = self.speculation != "off" and self.drafter is not None
             require(drafts, f"--window={self.window}: needs a drafter, and another mode than --speculation=off")
-        plain = self.speculation in (None, "off") or self.drafter is not None
+        plain = self.speculation in (None, "off", "ngram") or self.drafter is not None
         require(plain, f"--speculation={self.speculation}: needs a drafter, but --drafter=none")
 
     @property
@@ -125,8 +127,9 @@ def _answer(settings: Settings, text: str | None) -> None:
 
     directory = loading.find_drafter(settings.drafter, settings.target)
     mode = settings.speculation or ("off" if directory is None else "chain")
-    wanted = ("compare", settings.compare), (f"window={settings.window}", bool(settings.window))
-    for flag, needed in (*wanted, (f"speculation={mode}", mode != "off")):
+    compares, windows = settings.compare and mode != "ngram", bool(settings.window)
+    wanted = ("compare", compares), (f"window={settings.window}", windows)
+    for flag, needed in (*wanted, (f"speculation={mode}", mode not in ("off", "ngram"))):
         missing = f"--{flag}: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
         require(not needed or directory is not None, missing)
     decoding = settings.decoding | {"speculation": speculation(settings, SPECULATIONS[mode])}
@@ -149,7 +152,8 @@ def _answer(settings: Settings, text: str | None) -> None:
     if settings.compare:
         model.warm_up(prompt, **plain)
     result = answer(model, prompt, decoding, settings.stream)
-    print(f"\n{summary(result, 'without a drafter' if mode == 'off' else 'with the drafter')}")
+    names = {"off": "without a drafter", "ngram": "with n-gram lookup", "mixture": "with drafter and n-gram lookup"}
+    print(f"\n{summary(result, names.get(mode, 'with the drafter'))}")
     if settings.compare:
         print(comparison(model.generate(prompt, **plain)[0], result, settings.temperature))
     return None
@@ -174,11 +178,15 @@ def speculation(settings: Settings, default: "Speculation") -> "Speculation":
     """The flags' sizes in place of the default ones."""
     if default.adaptive:
         default = dataclasses.replace(default, adaptive=settings.stopping())
+    if default.lookup:
+        default = dataclasses.replace(default, lookup=settings.ngram_tokens)
+    if default.lookup and not default.shape:
+        return dataclasses.replace(default, window=default.lookup)
     if default.shape:
         given = {name: getattr(settings, f"tree_{name}") for name in ("branch", "depth", "nodes")}
         given["depth"] = given["depth"] or settings.window
         shape = dataclasses.replace(default.shape, **{name: size for name, size in given.items() if size})
-        return dataclasses.replace(default, window=shape.depth, shape=shape)
+        return dataclasses.replace(default, window=max(shape.depth, default.lookup), shape=shape)
     return dataclasses.replace(default, window=settings.window) if settings.window and default.window else default
 
 

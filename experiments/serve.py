@@ -43,8 +43,8 @@ class Settings(StoppingFlags, ModelFlags):
     )
     speculation: str | None = field(
         None,
-        "Speculation mode. By default chain if there is a drafter.",
-        choices=("off", "chain", "tree", "adaptive"),
+        "Speculation mode. By default chain if there is a drafter; ngram needs none.",
+        choices=("off", "chain", "tree", "adaptive", "ngram", "mixture"),
         group="Speculation",
     )
 
@@ -52,7 +52,7 @@ class Settings(StoppingFlags, ModelFlags):
         super().__post_init__()
         require(bool(self.host), "--host: must not be empty")
         require(self.model_name != "", "--model_name: must not be empty")
-        plain = self.speculation in (None, "off") or self.drafter is not None
+        plain = self.speculation in (None, "off", "ngram") or self.drafter is not None
         require(plain, f"--speculation={self.speculation}: needs a drafter, but --drafter=none")
 
 
@@ -79,8 +79,8 @@ def _serve(settings: Settings, mesh) -> None:
         directory = loading.find_drafter(settings.drafter, settings.target)
         mode = settings.speculation or ("off" if directory is None else "chain")
         missing = f"--speculation={mode}: needs a drafter, but --target={settings.target} has none"
-        require(mode == "off" or directory is not None, f"{missing}; name one: --drafter=DIR")
         speculation = SPECULATIONS[mode]
+        require(not speculation.needs_drafter or directory is not None, f"{missing}; name one: --drafter=DIR")
         if speculation.adaptive:
             speculation = dataclasses.replace(speculation, adaptive=settings.stopping())
         model = load(settings.target, str(directory) if directory else None, settings.dtype)

@@ -40,7 +40,7 @@ from ppow_jax.models.drafter import Prefix
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.propose import Draft, propose
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, adaptive, adaptive_tree, chain, off, tree
+from ppow_jax.speculation.settings import Speculation, adaptive, adaptive_tree, chain, mixture, ngram, off, tree
 
 KEPT = suites.keep([ARMS[1], ARMS[-1]], ARMS)  # one head, two layers
 
@@ -221,10 +221,12 @@ SAMPLED = {
     "adaptive block": adaptive(2),
     "tree": tree(2, 2, 4),
     "adaptive tree": adaptive_tree(2, 2, 4),
+    "ngram": ngram(3),
+    "mixture": mixture(2, 2, 4, 3),
 }
 
 
-@pytest.mark.parametrize("mode", suites.keep(["adaptive tree"], ["tree", "adaptive tree"]))
+@pytest.mark.parametrize("mode", suites.keep(["mixture"], ["tree", "adaptive tree", "ngram", "mixture"]))
 def test_a_sampled_tree_gives_the_text_of_plain_decoding(mode):
     keys = jax.random.split(jax.random.key(1), ROWS)
     same = (sampled(keys, 0, SAMPLED[mode]) == sampled(keys, 0, off())).all(1)

@@ -68,6 +68,13 @@ def test_a_request_does_not_depend_on_its_neighbours(mode):
     assert repr(answers(range(8), mode, batch_size=1)) == repr(list(together(mode)))
 
 
+@pytest.mark.parametrize("mode", suites.keep(["mixture"], ["ngram", "mixture"]))
+def test_how_much_a_batch_drafts_changes_no_answer(mode):
+    """Rows decide together how much they draft, as with adaptive trees: that changes statistics, and no answer."""
+    for alone, found in zip(answers(range(8), mode, batch_size=1), together(mode), strict=True):
+        assert (alone.text, alone.token_ids, alone.finish_reason) == (found.text, found.token_ids, found.finish_reason)
+
+
 @pytest.mark.full
 def test_a_longer_neighbour_changes_nothing():
     prompts = [*PROMPTS[:4], "b" * 70, *PROMPTS[5:]]  # all caches are longer
@@ -86,13 +93,19 @@ def test_adaptive_rows_rest_and_draft_at_their_own_pace():
 def test_greedy_answers_are_the_same_in_every_mode():
     for i in (0, 3, 7):  # the last by top_k = 1
         expected = together("off")[i]
-        for mode in ("chain", "adaptive", "tree"):
+        for mode in set(MODES) - {"off"}:
             found = together(mode)[i]
             assert (found.text, found.token_ids, found.finish_reason) == (
                 expected.text,
                 expected.token_ids,
                 expected.finish_reason,
             )
+
+
+@pytest.mark.parametrize("mode", suites.keep(["mixture"], ["tree", "ngram", "mixture"]))
+def test_sampled_trees_give_the_text_of_plain_decoding(mode):
+    for found, expected in zip(together(mode), together("off"), strict=True):
+        assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
 
 
 def test_limits_and_reasons():
@@ -310,7 +323,7 @@ MISTAKES = [
     ((["a", "b"],), {"temperature": [1, -2]}, "--temperature=-2 (row 1): must be 0 or more"),
     (("a",), {"top_p": 0}, "--top_p=0"),
     (("a",), {"stop": ["x", ""]}, "prompt: stop=('x', ''): must be texts that are not empty"),
-    (("a",), {"speculation": "trees"}, "speculation=trees: must be one of off, chain, adaptive, tree"),
+    (("a",), {"speculation": "trees"}, "speculation=trees: must be one of off, chain, adaptive, tree, ngram"),
     (("a",), {"batch_size": 0}, "batch_size=0: must be at least 1"),
 ]
 

@@ -17,12 +17,13 @@ from ppow_jax.evaluation import measure, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.inference import decoding
 from ppow_jax.inference.batch import bucket
-from ppow_jax.inference.costs import measure_prices
+from ppow_jax.inference.costs import Costs, measure_prices
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.settings import adaptive_tree, chain, tree
+from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.settings import adaptive_tree, chain, mixture, ngram, tree
 from ppow_jax.weights import targets
 
 
@@ -105,6 +106,29 @@ def test_tokens_and_verifications_add_up(greedy):
         assert row["tau"] == row["new_tokens"] / row["num_verifications"] > 1
         assert row["speedup"] == pytest.approx(row["tokens_per_second"] / row["baseline_tokens_per_second"])
         assert row["tokens_per_second"] == pytest.approx(row["new_tokens"] / row["decode_seconds"])
+
+
+def test_a_mixture_reports_its_sources_and_lookup_needs_no_drafter(target, drafter, monkeypatch):
+    def prices(target, drafter, speculation, *_, **__):
+        return Prices.of(0.05, 1 + 0.05 * np.arange(speculation.verified + 1))
+
+    monkeypatch.setattr(measure, "measure_prices", prices)
+    monkeypatch.setattr(measure, "measure_costs", lambda *_, **__: Costs(0.2, 1.0, 0.5, 2))
+    limits = {"max_new_tokens": 20, "batch_size": 3}
+    (alone,) = measure.evaluate(target, None, [TURNS], speculations=[ngram(3)], **limits)
+    lookup, mixed = measure.evaluate(target, drafter, [TURNS], speculations=[ngram(3), mixture(2, 2, 4, 3)], **limits)
+    assert [row["mode"] for row in (alone, lookup, mixed)] == ["ngram", "ngram", "mixture"]
+    assert all(row["identical"] == row["total"] == 5 for row in (alone, lookup, mixed))
+    assert alone["accepted_histogram"] == lookup["accepted_histogram"] and alone["tau"] > 1
+    assert "sources" not in lookup and set(mixed["sources"]) == {"drafter", "ngram", "both"}
+    counts = mixed["sources"].values()
+    assert sum(count["drafted"] for count in counts) == mixed["num_draft_tokens"]
+    accepted = sum(k * n for k, n in enumerate(mixed["accepted_histogram"]))
+    assert sum(count["accepted"] for count in counts) == accepted
+    of, both = mixed["sources"]["ngram"], mixed["sources"]["both"]
+    assert mixed["ngram_share"] == of["accepted"] / accepted
+    assert mixed["ngram_acceptance_rate"] == (of["accepted"] + both["accepted"]) / (of["drafted"] + both["drafted"])
+    assert "n-gram share" in report.console_table([mixed]) and "n-gram share" not in report.console_table([lookup])
 
 
 def test_acceptance_from_a_histogram():

@@ -12,13 +12,13 @@ from twelve_tokens import (
     CHEAP,
     CONFIG,
     DEAR,
-    DRAFTER,
     FREE,
     GREEDY,
     PARAMS,
     B,
     answers,
     batches,
+    drafted_after,
     drafter,
     expected,
     prefill,
@@ -27,11 +27,9 @@ from twelve_tokens import (
     with_mode,
 )
 
-from ppow_jax.models import drafter as drafting
-from ppow_jax.models import transformer
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import TRIAL, Pace, Prices, Stopping, goes_on, kept, update
-from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, off, tree
+from ppow_jax.speculation.settings import adaptive, adaptive_tree, off, tree
 
 
 @pytest.mark.parametrize("shape", suites.keep([(3, 3, 10)], [(1, 3, 3), (3, 3, 10), (2, 4, 14), (4, 1, 3)]), ids=str)
@@ -103,20 +101,6 @@ def test_rounds_without_drafts_leave_no_gap_in_the_drafters_cache(way):
     found, fresh = drafted_after(resting, made)
     np.testing.assert_allclose(found[going], fresh[going], rtol=2e-4, atol=2e-4)
     assert answers(generate.decode(PARAMS, CONFIG, made, resting, 10_000, **how)) == expected()[:B]
-
-
-def drafted_after(state, made):
-    """The drafter's keys of all indices that the next round sees, from the state and from a pass over its tokens."""
-    chain_state, _ = generate.draft_window(PARAMS, made, state, chain(3), GREEDY)
-    tokens_BxL, L = state.tokens_BxL, state.tokens_BxL.shape[1]
-    position_BxL = jnp.broadcast_to(jnp.arange(L), tokens_BxL.shape)
-    mask, layers = transformer.causal_mask(*tokens_BxL.shape), DRAFTER.feature_layers
-    out = transformer.forward(PARAMS, CONFIG, tokens_BxL, position_BxL, mask, feature_layers=layers)
-    g_BxLxE, next_BxL = drafting.fuse(made, out.features_BxSxF), jnp.roll(tokens_BxL, -1, 1)
-    (kv,) = drafting.prefix_keys(made, g_BxLxE, made.embed(PARAMS["embed"], next_BxL), position_BxL, mask)
-    seen_BxL = np.arange(L) < np.asarray(state.length_B)[:, None] - 1
-    keys = (np.asarray(x.k_BxKvxdxL) for x in (*chain_state.drafter_kv, kv))
-    return [np.where(seen_BxL[:, None, None], x, 0.0) for x in keys]
 
 
 @pytest.mark.full

@@ -21,6 +21,8 @@ SETTINGS = {
     "chain": {"temperature": 0.9, "top_p": 0.95, "seed": 3},
     "adaptive": {},
     "tree": {"stop": "b"},
+    "ngram": {"temperature": 0.9, "seed": 3},
+    "mixture": {},
 }
 
 
@@ -122,8 +124,12 @@ def test_the_page_holds_the_answer_and_every_step(mode, tmp_path):
     ids = [attributes["id"] for _, attributes in reader.tags if attributes.get("id", "").startswith("s")]
     assert ids == [f"s{n}" for n in range(1, len(found.steps) + 1)]
     drafted = [token for step in found.steps for token in step.drafted]
-    assert kinds.count("c ok") == sum(token.accepted for token in drafted) + 1  # one in the legend
-    assert kinds.count("c no") == sum(not token.accepted for token in drafted) + 1
+    for kind, accepted in (("c ok", True), ("c no", False)):
+        sources = {"drafter": kind, "ngram": f"{kind} ngram", "both": f"{kind} ngram both"}
+        for source, name in sources.items():
+            shown = sum(token.accepted == accepted and token.source == source for token in drafted)
+            assert kinds.count(name) == shown + (source == "drafter")  # one in the legend
+    assert ("t ok ngram" in kinds) == bool(found.speculation.lookup)
     assert kinds.count("c own") == len(found.steps) + 1
     assert not re.search(r"https?:|//\w|url\(|@import", text)  # nothing from elsewhere
     assert not {"src", "href"} & {name for _, attributes in reader.tags for name in attributes}

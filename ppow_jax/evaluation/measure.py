@@ -28,7 +28,8 @@ from ppow_jax.inference.decoding import Decoded, Decoding, decode, top2_margin
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
 from ppow_jax.speculation.adaptive import Prices
-from ppow_jax.speculation.settings import Speculation, off
+from ppow_jax.speculation.settings import Speculation, chain, off
+from ppow_jax.speculation.sources import NAMES
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class _Tally:
     decode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     accepted_K1: Any = 0
+    drafted_S: Any = 0
+    accepted_S: Any = 0
     experts: float = 0.0
 
     def add(self, other: "_Tally") -> None:
@@ -87,6 +90,8 @@ class _Tally:
             decoded.decode_seconds,
             decoded.prefill_seconds,
             decoded.accepted_BxK1.sum(0),
+            decoded.drafted_S,
+            decoded.accepted_S,
             decoded.experts,
         )
 
@@ -123,7 +128,7 @@ class _Arm:
 
 def evaluate(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     benchmarks: Sequence[Benchmark],
     *,
     speculations: Sequence[Speculation],
@@ -142,6 +147,7 @@ def evaluate(
     cache length; the cost tables of adaptive windows before that.
 
     Args:
+      drafter: may be None if no mode needs one.
       speculations: speculation modes; each is an arm.
       temperature: 0 is greedy.
       batch_size: prompts decoded at once.
@@ -275,7 +281,7 @@ def _cpu_name() -> str:
 class _Comparison:
     """Decodes batches plainly and in all modes. Holds which programs have run, and the measured cost tables."""
 
-    def __init__(self, target: Target, drafter: Drafter, modes: Sequence[Decoding]):
+    def __init__(self, target: Target, drafter: Drafter | None, modes: Sequence[Decoding]):
         self.target, self.drafter, self.modes = target, drafter, modes
         self.widest = max(modes, key=lambda mode: mode.window)
         self.warm: set[tuple[Speculation, int, int]] = set()
@@ -286,8 +292,8 @@ class _Comparison:
         longest = max(len(turn.tokens) for turn in batch)
         arms = self._arms(seed)
         programs = [
-            (mode.speculation if drafter else off(), mode.cache_length(longest), bucket(longest))
-            for drafter, mode in arms
+            (mode.speculation if arm else off(), mode.cache_length(longest), bucket(longest))
+            for arm, (_, mode) in enumerate(arms)
         ]
         if not self.warm.issuperset(programs) and make_room():
             self.warm.clear()
@@ -318,16 +324,16 @@ class _Comparison:
         ]
 
     def _arms(self, seed: int) -> list[tuple[Drafter | None, Decoding]]:
-        """Plain decoding, then all speculation modes."""
+        """Plain decoding (a chain whose drafter is missing), then all speculation modes."""
         seeded = [dataclasses.replace(mode, seed=seed) for mode in self.modes]
-        return [(None, seeded[0]), *((self.drafter, mode) for mode in seeded)]
+        plain = dataclasses.replace(seeded[0], speculation=chain(seeded[0].window))
+        return [(None, plain), *((self.drafter, mode) for mode in seeded)]
 
     def _run(
         self, drafter: Drafter | None, mode: Decoding, batch: Sequence[Turn], rounds: int = TO_THE_END
     ) -> Decoded:
         prompts, ids = [turn.tokens for turn in batch], [turn.id for turn in batch]
-        adapts = drafter is not None and mode.speculation.adaptive
-        prices = self._prices_of(mode) if adapts else None
+        prices = self._prices_of(mode) if mode.speculation.adaptive else None
         return decode(self.target, drafter, prompts, mode, ids, rounds, prices)
 
     def _prices_of(self, mode: Decoding) -> Prices:
@@ -370,6 +376,7 @@ def _row(
         "num_verifications": fast.verifications,
         "num_draft_tokens": fast.drafted,
         "draft_acceptance_rate": _ratio(accepted, fast.drafted) if fast.drafted else None,
+        **(_by_source(fast) if shape and mode.speculation.lookup else {}),
         "unique_experts": _ratio(fast.experts, fast.verifications) if fast.experts else None,
         "decode_seconds": fast.decode_seconds,
         "prefill_seconds": fast.prefill_seconds,
@@ -380,6 +387,16 @@ def _row(
         "acceptance_by_position": conditional,
         "marginal_acceptance_by_position": marginal,
     }
+
+
+def _by_source(tally: _Tally) -> dict[str, Any]:
+    """Drafted and accepted tokens of a mixture by source. Tokens that both sources drafted count for both rates."""
+    drafted, accepted = np.broadcast_to(tally.drafted_S, len(NAMES)), np.broadcast_to(tally.accepted_S, len(NAMES))
+    of = {name: {"drafted": int(d), "accepted": int(a)} for name, d, a in zip(NAMES, drafted, accepted, strict=True)}
+    by = {name: (accepted[i] + accepted[2], drafted[i] + drafted[2]) for i, name in enumerate(NAMES[:2])}
+    rates = {f"{name}_acceptance_rate": _ratio(int(a), int(d)) for name, (a, d) in by.items()}
+    shares = {f"{name}_share": _ratio(int(a), int(accepted.sum())) for name, a in zip(NAMES, accepted, strict=True)}
+    return {"sources": of, **rates, **shares}
 
 
 def _intervals(plain_arm: _Arm, fast_arm: _Arm, resamples: int = 1000) -> dict[str, list[float] | None]:

@@ -127,6 +127,8 @@ def read_tables(
     for speculation in speculations:
         if speculation.window < 1:
             raise UserError("a replay without drafts has nothing to count: its window must be at least 1")
+        if speculation.lookup:
+            raise UserError(f"a replay knows chains and trees of a drafter only, not {speculation.mode}")
     if features is not None and features.batches is not batches:
         raise UserError("the features were made of other batches than those to replay")
     for example, anchors in zip(batches.examples, batches.anchors, strict=True):

@@ -42,6 +42,10 @@ COLUMNS = {
     "tokens_per_second": "token/s",
     "baseline_tokens_per_second": "plain token/s",
     "identical": "identical",
+    "drafter_acceptance_rate": "drafter acc.",
+    "ngram_acceptance_rate": "n-gram acc.",
+    "ngram_share": "n-gram share",
+    "both_share": "both",
     "gamma": "gamma",
     "verify_cost_ratio": "verify cost",
 }

@@ -22,6 +22,7 @@ from ppow_jax.speculation.generate import Prompts, Round, State
 from ppow_jax.speculation.propose import Draft
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, off
+from ppow_jax.speculation.sources import Drafts
 from ppow_jax.speculation.tree import Tree
 
 TO_THE_END = 1 << 30  # rounds: no limit
@@ -84,9 +85,10 @@ def keys_of(key: jax.Array, numbers: Sequence[int], B: int) -> jax.Array:
 
 @dataclasses.dataclass
 class Generation:
-    """Prompts that are decoded together: models, settings, and the state so far. drafter: None decodes plainly.
+    """Prompts that are decoded together: models, settings, and the state so far.
 
-    prices: cost table of an adaptive window, see `costs.measure_prices`.
+    drafter: None decodes plainly, or by n-gram lookup. prices: cost table of an adaptive window, see
+    `costs.measure_prices`.
     """
 
     params: dict
@@ -110,8 +112,8 @@ class Generation:
         prices: Any = None,
     ) -> Self:
         """Prefills the prompts, with caches of L slots; the first new token of each is committed."""
-        speculation = speculation if drafter else off()
-        drafter = drafter if speculation.window else None
+        speculation = speculation if drafter or not speculation.needs_drafter else off()
+        drafter = drafter if speculation.needs_drafter else None
         state = generate.prefill(params, config, drafter, *prompts, K=speculation.window, sampling=sampling, L=L)
         prices = prices if speculation.adaptive else None
         return cls(params, config, drafter, speculation, sampling, prices, state)
@@ -121,9 +123,9 @@ class Generation:
         settings = {"speculation": self.speculation, "sampling": self.sampling, "prices": self.prices}
         self.state = generate.decode(self.params, self.config, self.drafter, self.state, rounds, **settings)
 
-    def draft(self) -> Draft | Tree | None:
-        """Runs the first half of a round as a program of its own: drafts, where there is a drafter."""
-        if self.drafter is None:
+    def draft(self) -> Draft | Tree | Drafts | None:
+        """Runs the first half of a round as a program of its own: drafts, unless decoding is plain."""
+        if not self.speculation.window:
             return None
         settings = {"speculation": self.speculation, "sampling": self.sampling, "prices": self.prices}
         kv, small = self.state.drafter_kv, self.state.replace(target_kv=(), drafter_kv=None)
@@ -131,7 +133,7 @@ class Generation:
         self.state = small.replace(target_kv=self.state.target_kv, drafter_kv=kv)
         return draft
 
-    def verify(self, draft: Draft | Tree | None, width: int | None = None) -> Round:
+    def verify(self, draft: Draft | Tree | Drafts | None, width: int | None = None) -> Round:
         """Runs the second half: verifies, and commits tokens. width: see `generate.verify_window`."""
         settings = {"speculation": self.speculation, "sampling": self.sampling, "prices": self.prices, "width": width}
         kv, small = self.state.target_kv, self.state.replace(target_kv=(), drafter_kv=None)
@@ -143,14 +145,14 @@ class Generation:
 @functools.partial(jax.jit, static_argnames=("speculation",), donate_argnames=("kv",))
 def draft_round(
     params: dict,
-    drafter: Drafter,
-    kv: tuple[KV, ...],
+    drafter: Drafter | None,
+    kv: tuple[KV, ...] | None,
     state: State,
     *,
     speculation: Speculation,
     sampling: Sampling,
     prices: Any = None,
-) -> tuple[tuple[KV, ...], State, Draft | Tree]:
+) -> tuple[tuple[KV, ...] | None, State, Draft | Tree | Drafts]:
     """Drafts the windows of a round -> (the drafter's cache, the state without caches, the draft).
 
     kv: the drafter's cache, kept apart from the state: it is donated, and updated in place.
@@ -166,7 +168,7 @@ def verify_round(
     drafter: Drafter | None,
     kv: tuple[KV | StackedKV, ...],
     state: State,
-    draft: Draft | Tree | None,
+    draft: Draft | Tree | Drafts | None,
     *,
     speculation: Speculation,
     sampling: Sampling,

@@ -19,7 +19,7 @@ from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, chain, off
+from ppow_jax.speculation.settings import Speculation, chain, ngram, off
 from ppow_jax.speculation.state import State
 from ppow_jax.weights.targets import Target
 
@@ -50,7 +50,7 @@ class Costs:
 
 def measure_costs(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     speculation: Speculation,
     L: int,
     batch: int = 1,
@@ -63,9 +63,10 @@ def measure_costs(
     The work depends on shapes alone, so the state is synthetic: half full caches, random features. The three
     measurements alternate, so that a slow phase of the machine affects them equally; the median of `repetitions`
     counts. The caches are donated and fed back, so that they stay in place as in a generation. L must be at least
-    K + 3. An adaptive window is measured at its full width.
+    K + 3. An adaptive window is measured at its full width. drafter: may be None for n-gram lookup.
     """
     K = speculation.window
+    drafter = drafter if speculation.needs_drafter else None
     if K < 1 or L < K + 3:
         raise ValueError(f"a cache of length {L} is too short for a window of {K}")
     speculation = dataclasses.replace(speculation, adaptive=None)
@@ -75,7 +76,7 @@ def measure_costs(
     drafter_kv, _, draft = draft_round(params, drafter, drafter_kv, state, **settings)
 
     def draft_once(kv):
-        return draft_round(params, drafter, kv, state, **settings)[0]
+        return jax.block_until_ready(draft_round(params, drafter, kv, state, **settings))[0]
 
     def verify_once(kv):
         return verify_round(params, config, drafter, kv, state, draft, **settings)[0]
@@ -89,12 +90,13 @@ def measure_costs(
         target_kv = _timed(plain_once, target_kv, seconds["plain"])
         drafter_kv = _timed(draft_once, drafter_kv, seconds["draft"])
     median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    return Costs(median["draft"], median["verify"], median["plain"], K)
+    steps = speculation.shape.depth if speculation.shape else K
+    return Costs(median["draft"], median["verify"], median["plain"], steps)
 
 
 def measure_prices(
     target: Target,
-    drafter: Drafter,
+    drafter: Drafter | None,
     speculation: Speculation,
     L: int,
     batch: int = 1,
@@ -113,7 +115,7 @@ def measure_prices(
     near = {int(widths[np.argmin(np.abs(widths[1:] - N / part)) + 1]) for part in (1, 2, 4)}
 
     def measured(nodes: int) -> Costs:
-        sized = chain(nodes)
+        sized = chain(nodes) if speculation.needs_drafter else ngram(nodes)
         if shape:
             sized = dataclasses.replace(speculation, shape=dataclasses.replace(shape, nodes=nodes))
         return measure_costs(target, drafter, sized, L, batch, sampling=sampling, repetitions=repetitions)
@@ -133,8 +135,8 @@ def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:
 
 
 def synthetic_state(
-    target: Target, drafter: Drafter, K: int, L: int, B: int
-) -> tuple[State, tuple[KV, ...], tuple[KV | StackedKV, ...]]:
+    target: Target, drafter: Drafter | None, K: int, L: int, B: int
+) -> tuple[State, tuple[KV, ...] | None, tuple[KV | StackedKV, ...]]:
     """A synthetic mid-generation state, and its drafter's and target's caches, kept apart."""
     config = target.config
     tokens_key, features_key, key = jax.random.split(jax.random.key(0), 3)
@@ -156,4 +158,5 @@ def synthetic_state(
     )
     empty = cache.empty(B, config.num_kv_heads, L, config.head_dim, transformer.cache_dtype(target.params))
     target_kv = stack.like(target.params["layers"], empty)
-    return sharding.place((state, drafting.empty_cache(drafter, B, L), target_kv))
+    drafter_kv = drafting.empty_cache(drafter, B, L) if drafter else None
+    return sharding.place((state, drafter_kv, target_kv))

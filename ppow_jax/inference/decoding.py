@@ -65,8 +65,10 @@ class Decoded:
 
     answers: per prompt, its new token ids; the first comes from the prefill, and an end token is kept.
     accepted_BxK1: per prompt, numbers of verifications that accepted k drafted tokens; K = 0 without a drafter.
-    drafted: tokens drafted for all prompts. prefill_seconds, decode_seconds: times of the whole batch. experts:
-    distinct experts touched (the mean over layers), summed over verifications; 0 for targets without experts.
+    drafted: tokens drafted for all prompts. prefill_seconds, decode_seconds: times of the whole batch. drafted_S,
+    accepted_S: drafted and accepted tokens by source (`speculation.sources.NAMES`), in n-gram lookup and mixtures, else
+    zeros. experts: distinct experts touched (the mean over layers), summed over verifications; 0 for targets without
+    experts.
     """
 
     answers: list[np.ndarray]
@@ -74,6 +76,8 @@ class Decoded:
     drafted: int
     prefill_seconds: float
     decode_seconds: float
+    drafted_S: np.ndarray
+    accepted_S: np.ndarray
     experts: float = 0.0
 
     @property
@@ -106,7 +110,7 @@ def decode(
     rounds: int = TO_THE_END,
     prices: Prices | None = None,
 ) -> Decoded:
-    """Answers up to `batch_size` prompts (token ids [T]), speculatively, or plainly without a drafter.
+    """Answers up to `batch_size` prompts (token ids [T]), speculatively, or plainly where the drafter is missing.
 
     Rows beyond the prompts are dummies that are done from the start. ids: one number per prompt, which together with
     the seed makes its random key. rounds: maximum number of rounds (one round compiles every program). prices: cost
@@ -135,10 +139,13 @@ def decode(
     end = time.perf_counter()
     read = state.tokens_BxL, state.prompt_B, state.length_B, state.histogram_BxK1, state.drafted_B, state.experts_B
     tokens_BxL, prompt_B, length_B, histogram_BxK1, drafted_B, experts_B = sharding.fetch(read)
+    by_source = sharding.fetch((state.sources.drafted_BxS, state.sources.accepted_BxS))
+    drafted_S, accepted_S = (x_BxS[: len(prompts)].sum(0) for x_BxS in by_source)
     answers = [tokens_BxL[b, prompt_B[b] : length_B[b]] for b in range(len(prompts))]
     drafted = int(drafted_B[: len(prompts)].sum())
     experts = 0.0 if experts_B is None else float(experts_B[: len(prompts)].sum())
-    return Decoded(answers, histogram_BxK1[: len(prompts)], drafted, middle - begin, end - middle, experts)
+    times = middle - begin, end - middle
+    return Decoded(answers, histogram_BxK1[: len(prompts)], drafted, *times, drafted_S, accepted_S, experts)
 
 
 def top2_margin(target: Target, tokens: np.ndarray) -> float:

@@ -33,7 +33,7 @@ from ppow_jax.programs import make_room
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, adaptive_tree, chain, off, tree
+from ppow_jax.speculation.settings import TOKENS, Speculation, adaptive_tree, chain, mixture, ngram, off, tree
 from ppow_jax.weights import loading, targets
 from ppow_jax.weights.targets import Target
 
@@ -47,6 +47,8 @@ SPECULATIONS = {
     "chain": chain(4),
     "adaptive": adaptive_tree(branch=3, depth=7, nodes=15),
     "tree": tree(branch=4, depth=3, nodes=7),
+    "ngram": ngram(tokens=TOKENS),
+    "mixture": mixture(branch=3, depth=7, nodes=15, tokens=TOKENS),
 }
 LOOK = 4  # rounds between two reads of the text by the host, when it streams or waits for a stop text
 ROLES = ("system", "user", "assistant")
@@ -105,8 +107,9 @@ class Model:
           stop: a text, or several, that end an answer; or one list of texts per prompt. The text of a special token
             stops at that token; a stop text that contains one beside other text is refused.
           seed: seed of sampling. The same prompt with the same seed and settings gets the same answer.
-          speculation: "off", "chain", "adaptive", "tree" (sizes: SPECULATIONS), or a `Speculation`; by default "chain"
-            if there is a drafter. The answers are the same, or have the same distribution, in all modes.
+          speculation: "off", "chain", "adaptive", "tree", "mixture", "ngram" (which needs no drafter; sizes:
+            SPECULATIONS), or a `Speculation`; by default "chain" if there is a drafter. The answers are the same, or
+            have the same distribution, in all modes.
           batch_size: prompts decoded at once.
 
         Raises:
@@ -170,7 +173,8 @@ class Model:
             require(speculation in SPECULATIONS, f"speculation={speculation}: must be one of {names}")
             speculation = SPECULATIONS[speculation]
         given = f"speculation={speculation.mode}"
-        require(not speculation.window or self.drafter is not None, f"{given}: needs a drafter, but there is none")
+        available = not speculation.needs_drafter or self.drafter is not None
+        require(available, f"{given}: needs a drafter, but there is none")
         return speculation
 
     def prices_of(self, speculation: Speculation, rows: int, greedy: bool) -> Prices | None:

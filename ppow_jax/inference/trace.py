@@ -12,7 +12,8 @@ from ppow_jax.inference.requests import Batch, Text
 from ppow_jax.inference.trace_page import Drafted, Step, Trace
 from ppow_jax.models import transformer
 from ppow_jax.speculation.generate import Round
-from ppow_jax.speculation.propose import NONE, Draft
+from ppow_jax.speculation.propose import Draft
+from ppow_jax.speculation.sources import NAMES, Drafts
 from ppow_jax.speculation.tree import Tree
 
 LIKELY = 4  # number of the target's most probable tokens that are recorded
@@ -41,7 +42,7 @@ def record(model: Model, prompt: Text, **settings: Any) -> Trace:
 class _Timed(NamedTuple):
     """A round, and the seconds of its parts."""
 
-    draft: Draft | Tree | None
+    draft: Draft | Tree | Drafts | None
     result: Round
     draft_seconds: float
     verify_seconds: float
@@ -66,13 +67,13 @@ def _step(model: Model, batch: Batch) -> Step:
     length = int(batch.generation.state.length_B[0])
     root = int(batch.generation.state.tokens_BxL[0, length - 1])
     draft, result, *seconds = _round(batch)
-    token_N, parent_N, drafter_N = _drafts(draft)
+    token_N, parent_N, drafter_N, source_N = _drafts(draft)
     p_N1xV = np.asarray(_probabilities(model.target.params, result.hidden_BxN1xD[0]))
     accepted, index_K1 = int(result.accepted_B[0]), np.asarray(result.index_BxK1[0])
     path = set(index_K1[1 : accepted + 1].tolist())
     drafted = tuple(
-        Drafted(int(token), int(parent), float(q), float(p_N1xV[parent, token]), n + 1 in path)
-        for n, (token, parent, q) in enumerate(zip(token_N, parent_N, drafter_N, strict=True))
+        Drafted(int(token), int(parent), float(q), float(p_N1xV[parent, token]), n + 1 in path, source)
+        for n, (token, parent, q, source) in enumerate(zip(token_N, parent_N, drafter_N, source_N, strict=True))
     )
     own, p_V = int(result.token_BxK1[0, accepted]), p_N1xV[index_K1[accepted]]
     likely = tuple((int(token), float(p_V[token])) for token in np.argsort(-p_V)[:LIKELY])
@@ -80,17 +81,19 @@ def _step(model: Model, batch: Batch) -> Step:
     return Step(root, drafted, own, float(p_V[own]), likely, gained, *seconds)
 
 
-def _drafts(draft: Draft | Tree | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(token_N, parent_N, the drafter's probability of each given its parents)."""
+def _drafts(draft: Draft | Tree | Drafts | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """(token_N, parent_N, the drafter's probability of each given its parents, the sources)."""
     if draft is None:
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0)
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0), []
+    count = int(draft.count_B[0])
+    if isinstance(draft, Drafts):
+        return *_drafts(draft.tree)[:3], [NAMES[source - 1] for source in np.asarray(draft.source_BxN[0, :count])]
     if isinstance(draft, Tree):
-        draft = draft.cut(int(draft.count_B[0]))
+        draft = draft.cut(count)
         token_N, parent_N, logp_N = (np.asarray(x[0]) for x in (draft.token_BxN, draft.parent_BxN, draft.logp_BxN))
-        return token_N, parent_N, np.exp(logp_N - np.r_[0.0, logp_N][parent_N])
+        return token_N, parent_N, np.exp(logp_N - np.r_[0.0, logp_N][parent_N]), count * [NAMES[0]]
     token_K = np.asarray(draft.token_BxMxK[0, 0])
-    count = int((token_K != NONE).sum())
-    return token_K[:count], np.arange(count), np.exp(np.asarray(draft.logp_BxMxK[0, 0, :count]))
+    return token_K[:count], np.arange(count), np.exp(np.asarray(draft.logp_BxMxK[0, 0, :count])), count * [NAMES[0]]
 
 
 @jax.jit

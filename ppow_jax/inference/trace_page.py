@@ -15,7 +15,9 @@ from ppow_jax.speculation.settings import Speculation
 class Drafted:
     """A drafted token. parent: index in the window of the token that it follows, 0 for the root, n + 1 for drafted[n].
 
-    drafter, target: the probability that each gives to it there, at temperature 1.
+    drafter, target: the probability that each gives to it there, at temperature 1. source: one of
+    `speculation.sources.NAMES`; where an n-gram lookup drafted the token, `drafter` is the probability that its
+    statistics, and those of the drafter, give to it.
     """
 
     token: int
@@ -23,6 +25,7 @@ class Drafted:
     drafter: float
     target: float
     accepted: bool
+    source: str = "drafter"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +83,19 @@ def page(trace: Trace) -> str:
         totals=_totals(trace),
         prompt=escape(trace.prompt),
         answer=_answer(trace),
+        copied=_COPIED if trace.speculation.lookup else "",
         steps="\n".join(_step(trace, number) for number in range(1, len(trace.steps) + 1)),
     )
 
 
 def _facts(trace: Trace) -> str:
     speculation = trace.speculation
-    if speculation.shape:
+    if speculation.lookup and not speculation.shape:
+        size = f"n-gram lookup of up to {speculation.lookup} tokens"
+    elif speculation.shape:
         size = f"{speculation.shape.nodes} nodes, depth {speculation.shape.depth}, branch {speculation.shape.branch}"
         size = f"adaptive tree of up to {size}" if speculation.adaptive else f"tree of {size}"
+        size += f", shared with n-gram lookup of up to {speculation.lookup} tokens" if speculation.lookup else ""
     else:
         size = f"{'adaptive chain of up to' if speculation.adaptive else 'chain of'} {speculation.window}"
         size = size if speculation.window else "no speculation"
@@ -126,7 +133,7 @@ def _answer(trace: Trace) -> str:
     ids, decode = trace.result.token_ids, trace.tokenizer.decode
     origins = [("first", 0, "from reading the prompt")]
     for number, step in enumerate(trace.steps, 1):
-        made = [("ok", number, _drafted_tip(trace, step, n)) for n in step.accepted]
+        made = [(_accepted(step, n), number, _drafted_tip(trace, step, n)) for n in step.accepted]
         origins += [*made, ("own", number, _own_tip(trace, step))][: step.gained]
     spans, shown = [], 0
     for n, (kind, number, tip) in enumerate(origins[: len(ids)], 1):
@@ -140,6 +147,11 @@ def _answer(trace: Trace) -> str:
         written = escape(piece).replace("\r", "&#13;")  # browsers would turn it into a line break
         spans.append(f"<span {about}>{written}</span>")
     return "".join(spans)
+
+
+def _accepted(step: Step, n: int) -> str:
+    """CSS classes of an accepted token."""
+    return "ok" if step.drafted[n].source == "drafter" else "ok ngram"
 
 
 def _step(trace: Trace, number: int) -> str:
@@ -173,6 +185,7 @@ def _children(trace: Trace, step: Step, index: int) -> str:
         if kind == "no":  # struck through, except for leading blanks
             word = label.lstrip()
             label = f"{label[: len(label) - len(word)]}<s>{word}</s>"
+        kind += {"drafter": "", "ngram": " ngram", "both": " ngram both"}[token.source]
         shown.append(_node(kind, label, _drafted_tip(trace, step, n), _children(trace, step, n + 1)))
     return f'<div class="kids">{"".join(shown)}</div>' if shown else ""
 
@@ -184,7 +197,8 @@ def _node(kind: str, label: str, tip: str, children: str) -> str:
 def _drafted_tip(trace: Trace, step: Step, n: int) -> str:
     token = step.drafted[n]
     verdict = "accepted" if token.accepted else "rejected"
-    chances = f"drafter {_percent(token.drafter)} · target {_percent(token.target)}"
+    name = {"drafter": "drafter", "ngram": "n-gram lookup", "both": "drafter and n-gram lookup"}[token.source]
+    chances = f"{name} {_percent(token.drafter)} · target {_percent(token.target)}"
     return f"drafted, {verdict}\n{chances}\ntoken {token.token}"
 
 
@@ -207,6 +221,7 @@ def _percent(p: float) -> str:
     return f"{100 * p:.0f} %" if p >= 0.0995 else f"{100 * p:.1f} %" if p >= 0.001 else "under 0.1 %"
 
 
+_COPIED = ' <span class="t ok ngram">dotted: from n-gram lookup</span> (in the steps, dashed where the drafter agrees)'
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -222,7 +237,8 @@ _PAGE = Template("""<!DOCTYPE html>
 <section>
 <h2>Answer</h2>
 <p class="note"><span class="t ok">drafted and accepted</span> <span class="t own">added by the target</span>
-<span class="t first">from reading the prompt</span> · point at a token for probabilities, click it for its step</p>
+<span class="t first">from reading the prompt</span>$copied · point at a token for probabilities, click it for its
+step</p>
 <div class="answer">$answer</div>
 <details><summary>Prompt</summary><pre>$prompt</pre></details>
 </section>
@@ -266,6 +282,7 @@ i.draft{background:var(--draft)}i.verify{background:var(--verify)}
 .t{border-radius:3px;padding:2px 0;box-decoration-break:clone;-webkit-box-decoration-break:clone}
 .note .t,.note .c{padding:1px 5px}.answer .t{cursor:pointer;box-shadow:inset 1px 0 var(--card)}
 .t.ok{background:var(--ok-bg)}.t.own{background:var(--own-bg)}.t.first{background:var(--first-bg)}
+.t.ngram{border-bottom:2px dotted var(--ok)}.c.ngram{border-style:dotted}.c.both{border-style:dashed}
 .t.hidden{font-size:12px;opacity:.65}.t:hover,.c:hover{outline:1.5px solid currentColor}
 details{margin-top:14px;color:var(--muted);font-size:13px}summary{cursor:pointer}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:6px 0 0}

@@ -50,7 +50,7 @@ class Machine:
 
     def __init__(self, model: Model, speculation: Speculation, B: int, context: int, rounds: int):
         self.model, self.speculation, self.context, self.rounds = model, speculation, context, rounds
-        self.drafter = model.drafter if speculation.window else None
+        self.drafter = model.drafter if speculation.needs_drafter else None
         self.lengths, self.buckets = slots.cache_tokens(context), slots.prompt_buckets(context)
         self.prices = {greedy: model.prices_of(speculation, B, greedy) for greedy in (True, False)}
         self.live_B = np.zeros(B, bool)

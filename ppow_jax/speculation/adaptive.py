@@ -173,18 +173,21 @@ def update(
     expected_B: Array,
     cost_B: Array,
     live_B: Array | None = None,
+    gained_B: Array | None = None,
 ) -> Pace:
     """Updates the statistics after a round, from its accepted drafts and its cost in steps of plain decoding.
 
     steps_B: draft steps. depth_B: the most drafts that could be accepted. expected_B: sum of the drafts' path
-    probabilities. live_B: the rows that decide together, see `together`.
+    probabilities. live_B: the rows that decide together, see `together`. gained_B: tokens that the round committed; by
+    default the accepted drafts and the target's own token.
     """
     drafts_B = steps_B > 0
+    gained_B = accepted_B + 1 if gained_B is None else gained_B
 
     def fade(sum_B, new_B):
         return jnp.where(drafts_B, MEMORY * sum_B + new_B, sum_B)
 
-    tokens_B, spent_B = fade(pace.tokens_B, accepted_B + 1), fade(pace.cost_B, cost_B)
+    tokens_B, spent_B = fade(pace.tokens_B, gained_B), fade(pace.cost_B, cost_B)
     tried = 1 if live_B is None else live_B.sum(dtype=jnp.int32)  # windows drafted under one joint decision
     trial_B = jnp.where(drafts_B, jnp.maximum(pace.trial_B - tried, 0), pace.trial_B)
     lost_B = together(spent_B - tokens_B, live_B)
@@ -192,7 +195,7 @@ def update(
     earned_B = jnp.ceil(jnp.minimum(lost_B / SHARE, LONGEST_REST)).astype(jnp.int32)
     pause_B = jnp.maximum(pace.pause_B, earned_B)
     rest_B = jnp.where(tired_B, pause_B, jnp.maximum(pace.rest_B - 1, 0))
-    back_B = ~drafts_B & (rest_B == 0)  # a cooldown ends: statistics start afresh
+    back_B = ~drafts_B & (pace.rest_B > 0) & (rest_B == 0)  # a cooldown ends: statistics start afresh
     longer_B = jnp.minimum(2 * pause_B, LONGEST_REST)
     return Pace(
         jnp.where(back_B, 1.0, tokens_B),

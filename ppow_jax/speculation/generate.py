@@ -17,14 +17,16 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
+from ppow_jax.speculation import mixture, ngram
 from ppow_jax.speculation.adaptive import Pace, Prices, goes_on, kept, update
 from ppow_jax.speculation.judge import Round, judge
 from ppow_jax.speculation.prefill import prefill
 from ppow_jax.speculation.propose import NONE, Draft, propose
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation
+from ppow_jax.speculation.settings import THROUGHPUT, Speculation
+from ppow_jax.speculation.sources import Drafts
 from ppow_jax.speculation.state import Prompts, State, cache_length, commit_tokens, row_keys
-from ppow_jax.speculation.tree import Tree, propose_tree
+from ppow_jax.speculation.tree import Tree, draft_candidates, propose_tree
 
 __all__ = ["Prompts", "Round", "State", "cache_length", "decode", "draft_window", "prefill", "verify_window"]
 
@@ -32,12 +34,19 @@ Array = jax.Array
 
 
 def draft_window(
-    params, drafter: Drafter, state: State, speculation: Speculation, sampling: Sampling, prices: Prices | None = None
-) -> tuple[State, Draft | Tree]:
+    params,
+    drafter: Drafter | None,
+    state: State,
+    speculation: Speculation,
+    sampling: Sampling,
+    prices: Prices | None = None,
+) -> tuple[State, Draft | Tree | Drafts]:
     """Drafts after each row's root, and writes the pending features into the drafter's cache.
 
-    prices: cost table that adaptive windows decide by.
+    drafter: None for n-gram lookup, which has no cache. prices: cost table that adaptive windows decide by.
     """
+    if drafter is None:
+        return state, _looked_up(state, speculation, prices)
     start_B, g_BxK1xE, following_BxK1, new = _pending_keys(params, drafter, state)
     K1, L = g_BxK1xE.shape[1], state.tokens_BxL.shape[1]
     last_Bx1 = (state.pending_B - 1)[:, None]
@@ -50,8 +59,11 @@ def draft_window(
     anchor_Bx1 = state.length_B[:, None] - 2
     anchored = drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix
     how = _decisions(state, speculation, sampling, prices) if speculation.adaptive else {}
-    draft: Draft | Tree
-    if speculation.shape:
+    draft: Draft | Tree | Drafts
+    if speculation.lookup:
+        draft = _mixed(anchored, state, speculation, prices)
+        first_B = draft.tree.token_BxN.min(-1)
+    elif speculation.shape:
         draft = tree = propose_tree(*anchored, speculation.shape, **how)
         first_B = tree.token_BxN.min(-1)  # minimum over all, which orders the cache write after every read
     else:
@@ -59,6 +71,27 @@ def draft_window(
         first_B = chain.token_BxMxK[:, 0].min(-1) - NONE  # not negative
     drafter_kv = _written(state.drafter_kv, new, cache.after(start_B, first_B))
     return state.replace(drafter_kv=drafter_kv, pending_B=jnp.zeros_like(state.pending_B)), draft
+
+
+def _looked_up(state: State, speculation: Speculation, prices: Prices | None) -> Drafts:
+    """N-gram lookup by itself."""
+    match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup)
+    return mixture.lookup(state.pace, state.sources, speculation.adaptive or THROUGHPUT, prices, match, ~state.done_B)
+
+
+def _mixed(anchored: tuple, state: State, speculation: Speculation, prices: Prices | None) -> Drafts:
+    """A tree of the drafter and the lookup; without prices, of its full size. anchored: see `draft_candidates`."""
+    pace, found, live_B = state.pace, state.sources, ~state.done_B
+    shape, stopping = speculation.shape, speculation.adaptive or THROUGHPUT
+    match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup)
+    log_q_BxN = ngram.log_chances(found.counts, match)
+    alone_B = mixture.worth(pace, found, stopping, prices, log_q_BxN, live_B)
+    go_on, keep = None, None
+    if prices is not None:
+        go_on = mixture.decisions(pace, found, stopping, prices, shape, log_q_BxN, alone_B, state.done_B)
+        keep = mixture.keeping(pace, found, stopping, prices, live_B)
+    drafted = draft_candidates(*anchored, shape, go_on)
+    return mixture.merge(drafted, match, log_q_BxN, pace.trust_B, shape, speculation.window, keep, alone_B)
 
 
 def _pending_keys(params, drafter: Drafter, state: State) -> tuple[Array, Array, Array, tuple[KV, ...]]:
@@ -114,7 +147,7 @@ def verify_window(
     config: ModelConfig,
     drafter: Drafter | None,
     state: State,
-    draft: Draft | Tree | None,
+    draft: Draft | Tree | Drafts | None,
     speculation: Speculation,
     sampling: Sampling,
     prices: Prices | None = None,
@@ -126,7 +159,8 @@ def verify_window(
     """
     root_B = state.length_B - 1
     drafted_B = jnp.zeros_like(root_B) if draft is None else draft.count_B
-    seen = draft if width is None else draft.cut(width) if width else None
+    tokens = draft.tree if isinstance(draft, Drafts) else draft
+    seen = tokens if width is None else tokens.cut(width) if width else None
     result = judge(params, config, drafter, state, speculation, sampling, seen)
     start_B = cache.after(root_B, result.token_BxK1[:, 0])
     target_kv = stack.each_layer(functools.partial(cache.write, start_B=start_B), state.target_kv, result.kv)
@@ -134,8 +168,12 @@ def verify_window(
     K1 = state.histogram_BxK1.shape[1]
     accepted_BxK1 = jax.nn.one_hot(result.accepted_B, K1, dtype=jnp.int32)
     before_B = state.length_B
-    pace = state.pace
-    if speculation.adaptive:
+    pace, found = state.pace, state.sources
+    if isinstance(draft, Drafts):
+        if prices is not None:
+            judged = result.token_BxK1, result.index_BxK1, result.accepted_B
+            pace, found = mixture.settle(pace, found, draft, *judged, prices, ~state.done_B)
+    elif speculation.adaptive:
         live_B = _deciding(state, speculation, sampling)
         pace = _updated(pace, draft, drafted_B, result.accepted_B, prices, live_B)
     healthy_B = state.healthy_B & (state.done_B | result.healthy_B)
@@ -149,6 +187,7 @@ def verify_window(
         histogram_BxK1=state.histogram_BxK1 + counted_B[:, None] * accepted_BxK1,
         drafted_B=state.drafted_B + counted_B * drafted_B,
         pace=pace,
+        sources=found,
         experts_B=experts_B,
     )
     state = commit_tokens(state, result.token_BxK1, result.accepted_B + 1, config)
@@ -156,6 +195,8 @@ def verify_window(
         index_BxL = jnp.broadcast_to(jnp.arange(state.own_BxL.shape[1]), state.own_BxL.shape)
         added_BxL = (index_BxL == (before_B + result.accepted_B)[:, None]) & (index_BxL < state.length_B[:, None])
         state = state.replace(own_BxL=jnp.where(index_BxL < before_B[:, None], state.own_BxL, added_BxL))
+    if not speculation.needs_drafter:
+        return state, result
     gained_B = jnp.maximum(state.length_B - before_B, 1)
     features, pending_B = result.features_BxK1xF, gained_B
     if speculation.adaptive:  # appended to those of cooldown rounds, which wait for a round that drafts
@@ -228,12 +269,11 @@ def decode(
 
     def one_round(carry, drafts: bool):
         step, state = carry
-        draft = None
+        draft, used = None, drafter if speculation.needs_drafter else None
         if drafts:
-            state, draft = draft_window(params, drafter, state, speculation, sampling, prices)
-        speaker = drafter if speculation.window else None
+            state, draft = draft_window(params, used, state, speculation, sampling, prices)
         how: dict[str, Any] = {"draft": draft, "speculation": speculation, "sampling": sampling, "prices": prices}
-        verify = functools.partial(verify_window, params, config, speaker, **how)
+        verify = functools.partial(verify_window, params, config, used, **how)
         if draft is not None and speculation.adaptive:
             state = _at_width(speculation.widths, draft.count_B.max(), verify, state)
         else:
@@ -254,7 +294,7 @@ def decode(
         return step, _absorb(params, drafter, state)
 
     start = 0, state
-    if speculation.adaptive:
+    if speculation.adaptive and not speculation.lookup:
         _, state = jax.lax.while_loop(unfinished, draft_and_rest, start)
     else:
         _, state = spell(bool(speculation.window), unfinished, start)

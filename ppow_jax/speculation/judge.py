@@ -74,7 +74,9 @@ def judge(params, config, drafter, state: State, speculation: Speculation, sampl
     if isinstance(draft, Tree):
         accepted_B, index_BxK1, token_BxK1 = _accept_tree(state, draft, logits, sampling, speculation)
         kv = stack.each_layer(functools.partial(compact, index_BxD1=index_BxK1), out.kv)
-        features = jnp.take_along_axis(out.features_BxSxF, index_BxK1[..., None], 1)
+        features = out.features_BxSxF
+        if features is not None:
+            features = jnp.take_along_axis(features, index_BxK1[..., None], 1)
     else:
         accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
         index_BxK1 = jnp.broadcast_to(jnp.arange(token_BxK1.shape[1]), token_BxK1.shape)

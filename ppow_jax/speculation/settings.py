@@ -1,4 +1,4 @@
-"""Speculation modes of a round: none, a chain, a chain of adaptive length, or a tree."""
+"""Speculation modes of a round: none, a chain, a tree, each of fixed or adaptive size; n-gram lookup; or both."""
 
 import dataclasses
 
@@ -8,29 +8,35 @@ from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.tree import TreeShape
 
 THROUGHPUT = Stopping()
-MODES = ("chain", "adaptive", "tree")
+MODES = ("chain", "adaptive", "tree")  # of the drafter
+LOOKUP_MODES = ("ngram", "mixture")
 BRANCH, NODES = 3, 15  # size of a tree: nodes expanded per level, and nodes verified
+TOKENS = 15  # most tokens that an n-gram lookup drafts
 
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """Speculation mode and its sizes. Hashable: static in every program. See `off`, `chain`, `adaptive` and `tree`.
+    """Speculation mode and its sizes. Hashable: static in every program. See `off`, `chain`, `tree`, ...
 
     window: K, the most drafted tokens that a round can accept; 0 is plain autoregressive decoding.
     block: sampled chains are verified block-wise, not token-wise; the output distribution is the same, more is
       accepted.
     adaptive: the rule by which the drafter decides, before each further token or level of a tree, whether to continue,
       and how much of a tree is verified; None for windows of fixed size.
-    shape: sizes of the tree, the maximum where it adapts; None for a chain.
+    shape: sizes of the drafter's tree, the maximum where it adapts; None for a chain, and without a drafter. In a
+      mixture its nodes are those of both sources.
+    lookup: most tokens drafted by n-gram lookup (`speculation.ngram`), 0 for none.
     """
 
     window: int
     block: bool = True
     adaptive: Stopping | None = None
     shape: TreeShape | None = None
+    lookup: int = 0
 
     def __post_init__(self):
         require(self.window >= 0, f"--window={self.window}: must be at least 1, or 0 without speculation")
+        require(self.lookup >= 0, f"--ngram_tokens={self.lookup}: must be at least 1")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -46,7 +52,12 @@ class Speculation:
 
     def decides_together(self, sampling: Sampling) -> bool:
         """True if the rows of a batch decide together about an adaptive window (see `speculation.adaptive`)."""
-        return self.shape is not None or sampling.greedy
+        return self.shape is not None or self.lookup > 0 or sampling.greedy
+
+    @property
+    def needs_drafter(self) -> bool:
+        """True if tokens are drafted by a drafter: in all modes but plain decoding and n-gram lookup."""
+        return self.window > 0 and (self.shape is not None or self.lookup == 0)
 
     @property
     def verified(self) -> int:
@@ -58,6 +69,8 @@ class Speculation:
         """Name of the mode in flags and results."""
         if self.window == 0:
             return "off"
+        if self.lookup:
+            return "mixture" if self.shape else "ngram"
         return "adaptive" if self.adaptive else "tree" if self.shape else "chain"
 
 
@@ -86,9 +99,26 @@ def tree(branch: int, depth: int, nodes: int) -> Speculation:
     return Speculation(depth, shape=TreeShape(branch, depth, nodes))
 
 
+def ngram(tokens: int, stopping: Stopping = THROUGHPUT) -> Speculation:
+    """N-gram lookup of up to `tokens` tokens, without a drafter; fewer where more are not worth their cost."""
+    require(tokens >= 1, f"--ngram_tokens={tokens}: must be at least 1")
+    return Speculation(tokens, adaptive=stopping, lookup=tokens)
+
+
+def mixture(branch: int, depth: int, nodes: int, tokens: int, stopping: Stopping = THROUGHPUT) -> Speculation:
+    """An adaptive tree that shares its up to `nodes` nodes with an n-gram lookup of up to `tokens` tokens."""
+    require(tokens >= 1, f"--ngram_tokens={tokens}: must be at least 1")
+    shape = TreeShape(branch, depth, nodes)
+    return Speculation(max(depth, tokens), adaptive=stopping, shape=shape, lookup=tokens)
+
+
 def of_mode(mode: str, window: int) -> Speculation:
-    """Builds a mode of MODES by name, with `window` drafted tokens or levels, and trees of the default size."""
+    """Builds a mode of MODES or LOOKUP_MODES by name, with `window` drafted tokens or levels, and default sizes."""
     if mode == "chain":
         return chain(window)
+    if mode == "ngram":
+        return ngram(TOKENS)
     nodes = min(NODES, TreeShape(BRANCH, window, 1).candidates)
+    if mode == "mixture":
+        return mixture(BRANCH, window, nodes, TOKENS)
     return adaptive_tree(BRANCH, window, nodes) if mode == "adaptive" else tree(BRANCH, window, nodes)

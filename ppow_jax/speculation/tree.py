@@ -130,7 +130,9 @@ def propose_tree(
     best nodes, descending, -inf in empty slots -> number of nodes that each row keeps. By default all are kept.
     """
     anchored = g_Bx1xE, root_Bx1, position_Bx1, prefix
-    return _best(*draft_candidates(drafter, embed_VxD, *anchored, shape, go_on), shape, keep)
+    drafted = draft_candidates(drafter, embed_VxD, *anchored, shape, go_on)
+    chosen_BxN = choose(drafted.logp_BxC, shape.nodes, keep)
+    return assemble(chosen_BxN, drafted.logp_BxC, drafted.token_BxC, drafted.parent_BxC, drafted.steps_B, shape.depth)
 
 
 def draft_candidates(
@@ -208,29 +210,32 @@ def _beams(x_BxMxX: Array, beam_BxM: Array) -> Array:
     return jnp.take_along_axis(x_BxMxX, index, 1)
 
 
-def _best(
-    logp_BxC: Array,
-    token_BxC: Array,
-    parent_BxC: Array,
-    steps_B: Array,
-    shape: TreeShape,
-    keep: Callable[[Array], Array] | None,
-) -> Tree:
-    """Selects the best candidates, in the order in which they were drafted: parents first, empty slots last."""
-    B, C = logp_BxC.shape
-    best_BxN, chosen_BxN = jax.lax.top_k(logp_BxC, shape.nodes)  # ties go to the first: a parent before its child
+def choose(logp_BxC: Array, nodes: int, keep: Callable[[Array], Array] | None) -> Array:
+    """Indices [B, nodes] of the best candidates, as they were drafted (parents first), then C in empty slots.
+
+    keep: see `propose_tree`.
+    """
+    C = logp_BxC.shape[1]
+    best_BxN, chosen_BxN = jax.lax.top_k(logp_BxC, nodes)  # ties go to the first: a parent before its child
     if keep is not None:
-        kept_BxN = (jnp.arange(shape.nodes) < keep(best_BxN)[:, None]) & (best_BxN > -jnp.inf)
+        kept_BxN = (jnp.arange(nodes) < keep(best_BxN)[:, None]) & (best_BxN > -jnp.inf)
         chosen_BxN = jnp.where(kept_BxN, chosen_BxN, C)
-    chosen_BxN = jnp.sort(chosen_BxN, axis=1)
+    return jnp.sort(chosen_BxN, axis=1)
+
+
+def assemble(
+    chosen_BxN: Array, logp_BxC: Array, token_BxC: Array, parent_BxC: Array, steps_B: Array, depth: int
+) -> Tree:
+    """The tree of chosen candidates, of at most `depth` levels; chosen_BxN: see `choose`, the others: `Candidates`."""
+    (B, C), nodes = logp_BxC.shape, chosen_BxN.shape[1]
     absent_BxN = chosen_BxN == C
     row_Bx1 = jnp.arange(B)[:, None]
     window_BxC1 = jnp.zeros((B, C + 1), jnp.int32)  # candidate index, root first -> window index
-    window_BxC1 = window_BxC1.at[row_Bx1, chosen_BxN + 1].set(1 + jnp.arange(shape.nodes), mode="drop")
+    window_BxC1 = window_BxC1.at[row_Bx1, chosen_BxN + 1].set(1 + jnp.arange(nodes), mode="drop")
     chosen_BxN = jnp.minimum(chosen_BxN, C - 1)
     parent_BxN = jnp.take_along_axis(window_BxC1, jnp.take_along_axis(parent_BxC, chosen_BxN, 1), 1)
     parent_BxN = jnp.where(absent_BxN, ABSENT, parent_BxN)
-    seen = ancestors(parent_BxN, shape.depth)
+    seen = ancestors(parent_BxN, depth)
     return Tree(
         jnp.take_along_axis(token_BxC, chosen_BxN, 1),
         parent_BxN,
@@ -239,6 +244,11 @@ def _best(
         jnp.where(absent_BxN, -jnp.inf, jnp.take_along_axis(logp_BxC, chosen_BxN, 1)),
         steps_B,
     )
+
+
+def depths_of(tree: Tree) -> Array:
+    """[B, N]: levels of the nodes, from 1; 0 in empty slots."""
+    return tree.depth_BxN1[:, 1:]
 
 
 def ancestors(parent_BxN: Array, depth: int) -> Array:

@@ -8,7 +8,7 @@ from ppow_jax import files, mesh_shape
 from ppow_jax.flags import check_fields, field, require, specs
 from ppow_jax.models import precision
 from ppow_jax.objectives.expected import HORIZONS
-from ppow_jax.speculation.settings import MODES
+from ppow_jax.speculation.settings import LOOKUP_MODES, MODES
 
 # Settings that an estimator does not support: a value other than the default is refused.
 IGNORED = {
@@ -292,7 +292,7 @@ class TrainSettings:
     modes: tuple[str, ...] = field(
         ("adaptive",),
         "Speculation modes to measure, with windows of --window tokens.",
-        choices=MODES,
+        choices=(*MODES, *LOOKUP_MODES),
         may_change=True,
         group="Measuring",
     )

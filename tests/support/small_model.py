@@ -14,7 +14,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation.adaptive import Prices
-from ppow_jax.speculation.settings import adaptive, chain, off, tree
+from ppow_jax.speculation.settings import adaptive, chain, mixture, ngram, off, tree
 from ppow_jax.training import initialise
 from ppow_jax.weights.targets import Target
 
@@ -22,8 +22,16 @@ POSITIONS, NEW = 1200, 30
 CONFIG = dataclasses.replace(
     small_world.CONFIG, vocab_size=259, num_layers=2, max_position_embeddings=POSITIONS, eos_token_ids=(258,)
 )
-MODES = {"off": off(), "chain": chain(2), "adaptive": adaptive(2), "tree": tree(3, 2, 8)}
+MODES = {
+    "off": off(),
+    "chain": chain(2),
+    "adaptive": adaptive(2),
+    "tree": tree(3, 2, 8),
+    "ngram": ngram(2),
+    "mixture": mixture(2, 2, 4, 3),
+}
 DEAR = Prices.of(0.05, np.array([1.0, 1.1, 1.1]))  # so that some adaptive rows rest while others draft
+WIDE = Prices.of(0.05, 1 + 0.05 * np.arange(5))
 
 
 @functools.cache
@@ -40,5 +48,11 @@ def model() -> Model:
     params["lm_head"] = params["lm_head"] * np.where(often_V, 1.5, 0.0)[:, None].astype(np.float32)
     config = initialise.drafter_config(CONFIG, len(written), (0, 1, 2), fc_norm=True)
     drafter = Drafter(config, drafting.init(jax.random.key(2), config, scale=0.2), jnp.array(written))
-    prices = {(MODES["adaptive"], rows, greedy): DEAR for rows in (1, 2, 4, 8) for greedy in (True, False)}
+    tables = {"adaptive": DEAR, "ngram": DEAR, "mixture": WIDE}
+    prices = {
+        (MODES[mode], rows, greedy): table
+        for mode, table in tables.items()
+        for rows in (1, 2, 4, 8)
+        for greedy in (True, False)
+    }
     return Model(Target("small", CONFIG, params, tokenizer()), drafter, prices)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden import models
 
+from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
@@ -145,3 +146,17 @@ def with_mode(speculation: Speculation, price: float | None = None, make: Callab
         found += answers(state)
         histogram.append(np.asarray(state.histogram_BxK1)), drafted.append(np.asarray(state.drafted_B))
     return found, np.concatenate(histogram), np.concatenate(drafted)
+
+
+def drafted_after(state, made):
+    """The drafter's keys of all indices that the next round sees, from the state and from a pass over its tokens."""
+    chain_state, _ = generate.draft_window(PARAMS, made, state, chain(3), GREEDY)
+    tokens_BxL, L = state.tokens_BxL, state.tokens_BxL.shape[1]
+    position_BxL = jnp.broadcast_to(jnp.arange(L), tokens_BxL.shape)
+    mask, layers = transformer.causal_mask(*tokens_BxL.shape), DRAFTER.feature_layers
+    out = transformer.forward(PARAMS, CONFIG, tokens_BxL, position_BxL, mask, feature_layers=layers)
+    g_BxLxE, next_BxL = drafting.fuse(made, out.features_BxSxF), jnp.roll(tokens_BxL, -1, 1)
+    (kv,) = drafting.prefix_keys(made, g_BxLxE, made.embed(PARAMS["embed"], next_BxL), position_BxL, mask)
+    seen_BxL = np.arange(L) < np.asarray(state.length_B)[:, None] - 1
+    keys = (np.asarray(x.k_BxKvxdxL) for x in (*chain_state.drafter_kv, kv))
+    return [np.where(seen_BxL[:, None, None], x, 0.0) for x in keys]
