@@ -47,7 +47,7 @@ tiny: setup
 	$(RUN) -m experiments.train --flagfile=experiments/configs/tiny.flags --workdir=runs/tiny
 
 test: setup
-	$(RUN) -m pytest -q -n 2 --dist=worksteal
+	$(RUN) -m pytest -q -n 2 --dist=worksteal --durations=15
 
 test-rest: setup
 	$(RUN) tests/support/run_rest.py --minutes=$(MINUTES)

@@ -22,6 +22,7 @@ THROUGH_OTHERS = {
     "experiments.drafter_parity": "test_flags_in_messages.py",  # needs torch: its flags alone
     "experiments.parity": "test_flags_in_messages.py",  # likewise
     "experiments.reproduce": "test_flags_in_messages.py",
+    "ppow_jax.bench.timing": "test_bench.py",
     "ppow_jax.corpus.token_counts": "test_draft_vocabulary.py",
     "ppow_jax.cpu.norm": "test_cpu_attention.py",
     "ppow_jax.data.code": "test_conversations.py",

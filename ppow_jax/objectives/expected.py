@@ -96,7 +96,7 @@ def remaining_rounds(chance_KxBxM: Array, valid_BxM: Array, last_BxM: Array) -> 
     """
     exact_K1xBxM = _exactly(chance_KxBxM)
 
-    def back(ahead_K1xB, now):
+    def back(ahead_K1xB: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         exact_K1xB, valid_B, last_B = now
         ahead_K1xB = jnp.where(last_B, 0.0, ahead_K1xB)
         rounds_B = jnp.where(valid_B, 1.0 + jnp.sum(exact_K1xB * ahead_K1xB, 0), 0.0)
@@ -112,7 +112,7 @@ def visits(chance_KxBxM: Array, valid_BxM: Array, last_BxM: Array) -> Array:
     exact_K1xBxM = _exactly(chance_KxBxM)
     first_BxM = valid_BxM & jnp.pad(last_BxM | ~valid_BxM, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
 
-    def forth(coming_K1xB, now):
+    def forth(coming_K1xB: Array, now: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         exact_K1xB, valid_B, first_B = now
         visit_B = jnp.where(first_B, 1.0, jnp.where(valid_B, coming_K1xB[0], 0.0))
         later_K1xB = jnp.where(first_B, 0.0, jnp.roll(coming_K1xB, -1, 0).at[-1].set(0.0))
@@ -176,7 +176,7 @@ def window_loss(
     for step, soft_BxM, hard_BxM in zip(steps, soft_KxBxM, hard_KxBxM, strict=True):
         total += supervised.score_step(drafter, step, soft_BxM, hard_BxM, rule).total
 
-    def mean(x_BxM):
+    def mean(x_BxM: Array) -> Array:
         return jnp.sum(x_BxM * counted_BxM) / whole
 
     mean_reward = mean(expected.mean_x)

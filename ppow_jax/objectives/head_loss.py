@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ppow_jax import sharding
 from ppow_jax.models.layers import inner, input_gradient, linear, weight_gradient
@@ -68,7 +69,7 @@ def head_loss(
     soft_BxM: Array,
     hard_BxM: Array | None,
     rule: DraftRule,
-    dtype,
+    dtype: DTypeLike,
 ) -> HeadLoss:
     """sum of soft * (-sum_v p_v log softmax(h w^T)_v) + hard * (-log a(label)) over anchors, and its parts.
 
@@ -93,7 +94,7 @@ def _together(rows: Sequence[Array]) -> Array:
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
-def _row(h_PxMxE, w_WxE, wanted: Wanted, rule: DraftRule, dtype):
+def _row(h_PxMxE: Array, w_WxE: Array, wanted: Wanted, rule: DraftRule, dtype: DTypeLike) -> tuple[Array, ...]:
     p_PxMxW, mass_PxM, label_PxM = wanted
     z_PxMxW = linear(h_PxMxE, w_WxE.astype(dtype))
     q_PxMxW, logsumexp_PxM, top_PxM = _softmax(z_PxMxW)
@@ -115,7 +116,9 @@ def _softmax(z_PxMxW: Array) -> tuple[Array, Array, Array]:
     return e_PxMxW / total_PxM[..., None], top_PxM + jnp.log(total_PxM), top_PxM
 
 
-def _acceptance(z_PxMxW, q_PxMxW, logsumexp_PxM, label_PxM, label_z_PxM, rule: DraftRule) -> tuple[Array, Array]:
+def _acceptance(
+    z_PxMxW: Array, q_PxMxW: Array, logsumexp_PxM: Array, label_PxM: Array, label_z_PxM: Array, rule: DraftRule
+) -> tuple[Array, Array]:
     """(log a_PxM, the gradient of -log a by the logits), see `DraftRule`."""
     T, token_W = rule.temperature, jnp.arange(z_PxMxW.shape[-1])
     label_PxMxW = token_W == label_PxM[..., None]
@@ -130,7 +133,7 @@ def _acceptance(z_PxMxW, q_PxMxW, logsumexp_PxM, label_PxM, label_z_PxM, rule: D
     return label_z_PxM / T - logsumexp_PxM, (q_PxMxW - label_PxMxW) / T
 
 
-def _gather(rows, soft_BxM, hard_BxM):
+def _gather(rows: Sequence[Sequence[Array]], soft_BxM: Array, hard_BxM: Array | None) -> HeadLoss:
     loss_BxM, match_BxM, overlap_BxM, log_a_BxM = (_together(x) for x in zip(*rows, strict=True))
     total = jnp.sum(jnp.where(soft_BxM > 0, soft_BxM * loss_BxM, 0.0))
     if hard_BxM is not None:
@@ -138,7 +141,15 @@ def _gather(rows, soft_BxM, hard_BxM):
     return HeadLoss(total, loss_BxM, match_BxM, overlap_BxM, log_a_BxM)
 
 
-def _forward(h_BxMxE, w_WxE, wanted: Wanted, soft_BxM, hard_BxM, rule: DraftRule, dtype):
+def _forward(
+    h_BxMxE: Array,
+    w_WxE: Array,
+    wanted: Wanted,
+    soft_BxM: Array,
+    hard_BxM: Array | None,
+    rule: DraftRule,
+    dtype: DTypeLike,
+) -> tuple[HeadLoss, tuple[Array, Array]]:
     rows, dh, dw_PxWxE = [], [], jnp.zeros(())
     weights = (soft_BxM,) if hard_BxM is None else (soft_BxM, hard_BxM)
     for h_PxMxE, p, mass, label, soft_PxM, *hard in _rows(h_BxMxE, *wanted, *weights):
@@ -153,7 +164,9 @@ def _forward(h_BxMxE, w_WxE, wanted: Wanted, soft_BxM, hard_BxM, rule: DraftRule
     return _gather(rows, soft_BxM, hard_BxM), (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
 
 
-def _backward(rule, dtype, saved, cotangent):
+def _backward(
+    rule: DraftRule, dtype: DTypeLike, saved: tuple[Array, Array], cotangent: HeadLoss
+) -> tuple[Array, Array, None, None, None]:
     dh_BxMxE, dw_WxE = saved
     c = cotangent.total
     return c * dh_BxMxE, c * dw_WxE, None, None, None

@@ -83,7 +83,7 @@ def clipped_surrogate(
     gain_N = jnp.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
     count = jnp.maximum(valid_N.sum() if count is None else count, 1)
 
-    def mean(x_N):
+    def mean(x_N: Array) -> Array:
         return jnp.sum(jnp.where(valid_N, x_N, 0.0)) / count
 
     return Surrogate(mean(gain_N), mean((bounded_N * advantage_N < ratio_N * advantage_N) * 1.0), mean(ratio_N))

@@ -198,7 +198,7 @@ class Totals(NamedTuple):
     def of(cls, scores: StepScores) -> "Totals":
         """Sums over one batch of rows."""
 
-        def total(x_SxBxM, mask_SxBxM):
+        def total(x_SxBxM: Array | int, mask_SxBxM: Array) -> Array:
             return jnp.sum(jnp.where(mask_SxBxM, x_SxBxM, 0), (1, 2), dtype=jnp.float32)
 
         known = scores.valid & scores.known
