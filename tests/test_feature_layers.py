@@ -51,7 +51,7 @@ def test_the_reading_is_said(outputs, inputs, num_layers, found, said, logged):
         (None, [-1, 3, 5], None, (0, 4, 6), "read as outputs"),
         ([2, 3, 4], None, 7, (3, 4, 5), "these are the default layers if they are meant as inputs; `python -m"),
         (None, None, 30, (2, 15, 27), "assumed to be the inputs of 2, 15, 27, the default for 30 layers; `python"),
-        ([], [], 7, (2, 3, 4), "guessed, inputs of layers 2, 3, 4"),
+        ([], [], 7, (2, 3, 4), "assumed to be the inputs of 2, 3, 4"),
     ],
 )
 def test_what_is_guessed_is_warned_of(outputs, inputs, num_layers, found, said, logged):

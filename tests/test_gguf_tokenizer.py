@@ -121,7 +121,7 @@ def test_texts_begin_with_bos_where_the_file_says_so(tmp_path, pre, says, begins
 def test_bos_that_is_not_named(tmp_path, caplog, none):
     tokenizer = load_tokenizer(byte_level(tmp_path / "m.gguf", add_bos_token=True, bos_token_id=none))
     assert len(tokenizer("hi")["input_ids"]) == 2 and tokenizer.bos_token is None
-    assert "no BOS token is named" in caplog.text
+    assert "no BOS token is defined" in caplog.text
 
 
 def test_no_end_token_is_put_behind_a_prompt(tmp_path, caplog):

@@ -110,7 +110,7 @@ def test_reasoning_goes_to_the_template(caplog):
     assert trained(tokenizer, chat("hi", "hello")) == ["hello<|im_end|>"]
     with caplog.at_level(logging.WARNING):
         assert trained(tiny_tokenizer(), chat("hi", "hello", reasoning="hm")) == ["hello<|im_end|>"]
-    assert "leaves out the reasoning" in caplog.text
+    assert "omits the reasoning" in caplog.text
 
 
 def test_content_as_a_list_of_parts_where_the_template_reads_nothing_else():

@@ -77,18 +77,31 @@ def _split(source: str) -> Iterator[list[str]]:
 
     A command line in the quotes of another is given after it, without the quotes.
     """
-    for line in source.replace("\\\n", " ").split("\n"):
-        words = shlex.split(line, comments=True)
+    for words in _lines(source):
         command: list[str] = []
         for word in [*words, "&&"]:
             if word != "&&":
                 command.append(word)
                 continue
-            while command and re.fullmatch(r"[A-Z_]+=\S*", command[0]):
-                command = command[1:]  # an environment variable
+            while command and re.fullmatch(r"[A-Z_]+=\S*|srun", command[0]):
+                command = command[1:]  # an environment variable, or Slurm's launcher
             if command:
                 yield command
             command = []
         for word in words:
             if " -m experiments." in word:
                 yield from _split(word.partition("=")[2])
+
+
+def _lines(source: str) -> Iterator[list[str]]:
+    """The words of every line; a line ends within no quotes."""
+    begun = ""
+    for line in source.replace("\\\n", " ").split("\n"):
+        begun += line
+        try:
+            yield shlex.split(begun, comments=True)
+        except ValueError:  # no closing quotation yet
+            begun += "\n"
+        else:
+            begun = ""
+    assert not begun, f"a quotation is not closed: {begun}"
