@@ -14,7 +14,7 @@ from ppow_jax.serving.app import Endpoint, make_app
 log = logging.getLogger(__name__)
 
 CLOSE = 5  # seconds for connections to end after the last answer
-KEEP = 75  # seconds that idle connections stay open: longer than clients keep theirs, which would else meet a closed one
+KEEP = 75  # seconds that idle connections stay open, longer than clients keep theirs: none asks on a closed one
 
 
 def bind(host: str, port: int) -> socket.socket:
