@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from small_model import MODES
-from small_server import NAME, patient, serving, until
+from small_server import NAME, WAIT, patient, serving, until
 
 MODE = "chain"
 PROMPTS = ["a", "Once upon a time", "b" * 30, "é€ and more", "zz top", "The end?", "x = 3", "d" * 20]
@@ -98,7 +98,7 @@ def test_streams_are_the_same_text_and_tell_who_proposed_it(client):
 
 def test_a_whole_answer_tells_its_pieces_too(server):
     body = {"model": NAME, "prompt": "a", "ppow": True} | SAMPLED
-    reply = httpx.post(f"{server[1]}/v1/completions", json=body, timeout=60).json()
+    reply = httpx.post(f"{server[1]}/v1/completions", json=body, timeout=WAIT).json()
     (told,) = reply["ppow"]
     assert "".join(text for text, _ in told["pieces"]) == reply["choices"][0]["text"]
 
@@ -131,7 +131,7 @@ def test_models_and_health(client, server):
     ],
 )  # fmt: skip
 def test_errors_have_the_form_of_the_api(server, method, path, body, status, code, part):
-    reply = httpx.request(method, f"{server[1]}{path}", content=body, timeout=60)
+    reply = httpx.request(method, f"{server[1]}{path}", content=body, timeout=WAIT)
     error = reply.json()["error"]
     assert (reply.status_code, error["code"]) == (status, code) and part in error["message"]
     assert error["type"] == "invalid_request_error" and "param" in error
@@ -165,7 +165,7 @@ def test_a_full_queue_is_told(server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_frees_its_row(server, stream):
     cancelled = metric(server[1], "ppow:request_error_total")
-    with httpx.Client(timeout=httpx.Timeout(60, read=0.5)) as client, contextlib.suppress(httpx.ReadTimeout):
+    with httpx.Client(timeout=httpx.Timeout(WAIT, read=0.5)) as client, contextlib.suppress(httpx.ReadTimeout):
         with client.stream("POST", f"{server[1]}/v1/completions", json=LONG | {"n": 3, "stream": stream}) as reply:
             next(reply.iter_lines(), None)
     until(lambda: free(server))
@@ -175,9 +175,9 @@ def test_a_client_that_goes_frees_its_row(server, stream):
 
 def test_a_request_that_takes_too_long_ends_with_an_error():
     with serving(MODE, seconds=0.01) as (_, address):
-        reply = httpx.post(f"{address}/v1/completions", json=LONG | {"n": 3}, timeout=60)
+        reply = httpx.post(f"{address}/v1/completions", json=LONG | {"n": 3}, timeout=WAIT)
         assert (reply.status_code, reply.json()["error"]["code"]) == (504, "time_limit")
-        with httpx.stream("POST", f"{address}/v1/completions", json=LONG | {"stream": True}, timeout=60) as stream:
+        with httpx.stream("POST", f"{address}/v1/completions", json=LONG | {"stream": True}, timeout=WAIT) as stream:
             lines = [line for line in stream.iter_lines() if line]
         assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "time_limit"
         assert lines[-1] == "data: [DONE]"
@@ -230,7 +230,7 @@ def test_two_hundred_clients_of_which_a_third_go():
         return None
 
     async def everything(address: str) -> list:
-        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=600) as client:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=WAIT) as client:
             return await asyncio.gather(*(one(client, i) for i in range(200)))
 
     with serving(MODE, queue=200) as (found, address):
@@ -246,7 +246,7 @@ def test_the_end_waits_for_answers_and_refuses_new_requests():
     replies: list = []
     with serving(MODE) as (found, address):
         url = f"{address}/v1/completions"
-        ask = threading.Thread(target=lambda: replies.append(httpx.post(url, json=LONG | {"n": 4}, timeout=120)))
+        ask = threading.Thread(target=lambda: replies.append(httpx.post(url, json=LONG | {"n": 4}, timeout=WAIT)))
         with httpx.Client() as kept:
             kept.get(f"{address}/health")
             ask.start()
@@ -267,7 +267,7 @@ def test_the_end_comes_after_its_limit():
     with serving(MODE, drain=0.0) as (found, address):
         replies: list = []
         url = f"{address}/v1/completions"
-        ask = threading.Thread(target=lambda: replies.append(httpx.post(url, json=LONG | {"n": 20}, timeout=120)))
+        ask = threading.Thread(target=lambda: replies.append(httpx.post(url, json=LONG | {"n": 20}, timeout=WAIT)))
         ask.start()
         until(lambda: found._engine._running)
         found.handle_exit(signal.SIGTERM, None)

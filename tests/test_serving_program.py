@@ -11,7 +11,7 @@ import threading
 
 import httpx
 import pytest
-from small_server import until
+from small_server import WAIT, until
 
 from experiments import serve
 from ppow_jax import cli
@@ -70,7 +70,7 @@ def test_a_process_ends_with_its_answers_at_sigterm():
         body = {"prompt": "a", "max_tokens": 500, "temperature": 1, "seed": 1, "n": 2}
         replies: list = []
         url = f"{found[1]}/v1/completions"
-        ask = threading.Thread(target=lambda: replies.append(httpx.post(url, json=body, timeout=300)))
+        ask = threading.Thread(target=lambda: replies.append(httpx.post(url, json=body, timeout=WAIT)))
         ask.start()
         until(lambda: 'vllm:num_requests_running{model_name="tiny"} 2.0' in httpx.get(f"{found[1]}/metrics").text)
         process.send_signal(signal.SIGTERM)

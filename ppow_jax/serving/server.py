@@ -14,6 +14,7 @@ from ppow_jax.serving.app import Endpoint, make_app
 log = logging.getLogger(__name__)
 
 CLOSE = 5  # seconds for connections to end after the last answer
+KEEP = 75  # seconds that idle connections stay open, longer than clients keep theirs: none asks on a closed one
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -43,7 +44,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, endpoint: Endpoint, drain: float):
         how = {"log_config": None, "log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
-        super().__init__(uvicorn.Config(make_app(endpoint), timeout_graceful_shutdown=CLOSE, **how))  # type: ignore[arg-type]
+        how |= {"timeout_graceful_shutdown": CLOSE, "timeout_keep_alive": KEEP}
+        super().__init__(uvicorn.Config(make_app(endpoint), **how))  # type: ignore[arg-type]
         self._engine, self._drain_seconds = endpoint.engine, drain
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task | None = None

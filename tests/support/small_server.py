@@ -17,7 +17,7 @@ from ppow_jax.serving.machine import Machine, Numbers
 from ppow_jax.serving.metrics import Metrics
 
 NAME = "small"
-WAIT = 120  # seconds
+WAIT = 900  # seconds, also for what must be compiled
 
 
 @functools.cache
