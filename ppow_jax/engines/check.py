@@ -25,7 +25,7 @@ from ppow_jax.flags import require
 from ppow_jax.inference.decoding import Decoding, require_room
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation.settings import chain
-from ppow_jax.weights import drafters, flat, huggingface
+from ppow_jax.weights import drafters, flat, huggingface, targets
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,7 @@ def encode(target: Target, benchmarks: Sequence[Benchmark], plan: Plan) -> list[
 
 def target_directory(target: Target, directory: Path) -> Path:
     """The directory of a target in the Hugging Face format, written if it comes from elsewhere."""
-    from_elsewhere = Path(target.name).is_file() or ("/" not in target.name and not Path(target.name).is_dir())
-    if not from_elsewhere:
+    if targets.in_directory(target.name):
         return huggingface.find_directory(target.name).absolute()
     log.info("writing the target to %s", directory)
     huggingface.save_target(directory, target.config, target.params)
