@@ -22,6 +22,7 @@ from ppow_jax.flags import require
 
 log = logging.getLogger(__name__)
 DRIVERS = Path(__file__).parent / "drivers"
+REQUIREMENTS = Path(__file__).parent / "requirements"  # of the environments that `make engines` builds
 ENVIRONMENTS = Path(".engines")
 NOT_INSTALLED = 3  # exit code of a driver
 
