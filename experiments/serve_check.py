@@ -8,7 +8,7 @@ The target (if it is no Hugging Face directory) and the drafter, in every format
 below --workdir. The engine runs in an environment of its own (.engines/ENGINE, or --engine_python), in float32, one
 request at a time, plainly and with the drafter. At temperature 0 all tokens must be ours, up to ties of two logits, and
 the acceptance length and each position's acceptance must be within 3 % of ours. Above it, the acceptance length must be
-within 3 %, or its difference within noise (95 % bootstrap interval over prompts). See docs/serving.md.
+within 3 %, or its difference within noise (95 % bootstrap interval over prompts). See docs/engines.md.
 Exit codes: 0 if everything agrees, 1 if something does not, 2 for wrong input or an engine that does not run.
 """
 

@@ -25,7 +25,7 @@ from ppow_jax.flags import require
 from ppow_jax.inference.decoding import Decoding, require_room
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation.settings import chain
-from ppow_jax.weights import drafters, flat, huggingface
+from ppow_jax.weights import drafters, flat, huggingface, targets
 from ppow_jax.weights.targets import Target
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Plan:
 
 
 def run(plan: Plan, target: Target, drafter: Drafter, directory: Path, benchmarks: Sequence[Benchmark]) -> Report:
-    """Runs the check -> what `experiments.serve_check --output` writes (docs/serving.md).
+    """Runs the check -> what `experiments.serve_check --output` writes (docs/engines.md).
 
     Raises:
       UserError: for prompts that do not fit, a drafter that no format of the engine can represent, and the errors of
@@ -137,8 +137,7 @@ def encode(target: Target, benchmarks: Sequence[Benchmark], plan: Plan) -> list[
 
 def target_directory(target: Target, directory: Path) -> Path:
     """The directory of a target in the Hugging Face format, written if it comes from elsewhere."""
-    from_elsewhere = Path(target.name).is_file() or ("/" not in target.name and not Path(target.name).is_dir())
-    if not from_elsewhere:
+    if targets.in_directory(target.name):
         return huggingface.find_directory(target.name).absolute()
     log.info("writing the target to %s", directory)
     huggingface.save_target(directory, target.config, target.params)

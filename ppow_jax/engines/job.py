@@ -22,6 +22,7 @@ from ppow_jax.flags import require
 
 log = logging.getLogger(__name__)
 DRIVERS = Path(__file__).parent / "drivers"
+REQUIREMENTS = Path(__file__).parent / "requirements"  # of the environments that `make engines` builds
 ENVIRONMENTS = Path(".engines")
 NOT_INSTALLED = 3  # exit code of a driver
 
@@ -53,7 +54,14 @@ ENGINES = {
     engine.name: engine
     for engine in (
         Engine("vllm", "vllm_driver.py", ("flat", "speculators"), greedy_drafts=True, makes=True),
-        Engine("eagle", "eagle_driver.py", ("flat",), greedy_drafts=True, needs_code=True, makes=True),
+        Engine(
+            "eagle",
+            "eagle_driver.py",
+            ("flat",),
+            greedy_drafts=True,
+            needs_code=True,
+            note="pip install torch transformers==4.53.3 safetensors, in an environment of its own",
+        ),
         Engine("sglang", "sglang_driver.py", ("flat",), greedy_drafts=True, note="pip install sglang, and a GPU"),
         Engine("sglang-jax", "sglang_jax_driver.py", ("flat",), greedy_drafts=True, note="its repository, and a TPU"),
     )
@@ -83,9 +91,12 @@ def find_python(engine: Engine, named: str | None) -> Path:
     path = engine.python if named is None else Path(named).expanduser()
     if path.is_file() and os.access(path, os.X_OK):
         return path.absolute()  # not resolved: a link's own place decides which packages it sees
-    how = "`make engines` builds it (a few minutes)" if engine.makes else f"it takes {engine.note}"
-    where = f"--engine_python={path}: there is no such program"
-    raise UserError(f"{where}; {how}, or name a Python that has {engine.name}: --engine_python=PATH")
+    raise UserError(f"--engine_python={path}: there is no such program; {how_to_get(engine)}, or name another Python")
+
+
+def how_to_get(engine: Engine) -> str:
+    """The way to an environment of the engine."""
+    return "`make engines` builds it (a few minutes)" if engine.makes else f"it takes {engine.note}"
 
 
 def check_code(engine: Engine, code: str | None) -> str | None:
@@ -132,7 +143,7 @@ def run(engine: Engine, python: Path, job: Job, directory: Path, what: str, time
                 process.wait()
     last = last_line(paths["log"])
     if code == NOT_INSTALLED:
-        raise UserError(f"--engine_python={python}: has no {engine.name} ({last}); `make engines` builds one that has")
+        raise UserError(f"--engine_python={python}: has no {engine.name} ({last}); {how_to_get(engine)}")
     if code:
         raise UserError(f"--engine={engine.name}: failed with exit code {code} ({what}): {last} [{paths['log']}]")
     return read_answers(engine, paths["answers.json"], job)

@@ -102,9 +102,14 @@ def _reach(endpoint: str) -> None:
 
 @contextmanager
 def _one_line(what: str, endpoint: str) -> Iterator[None]:
-    """Turns every error of the hub's library into a UserError that says what to do."""
-    from huggingface_hub import errors
+    """Turns every error of the hub's library into a UserError that says what to do.
 
+    Its progress bars are off: an error would end up on the line of one.
+    """
+    from huggingface_hub import errors
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()
     try:
         yield
     except UserError:
@@ -120,8 +125,13 @@ def _one_line(what: str, endpoint: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise UserError(f"{what}: {_refusal(error)}") from None
     except Exception as error:  # errors of its HTTP library, of the system and of the hub share no class
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise UserError(f"{what}: the hub {endpoint} does not answer ({type(error).__name__}: {reason})") from None
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        if isinstance(cause, errors.HfHubHTTPError):
+            raise UserError(f"{what}: {_refusal(cause)}") from None
+        reason = (str(cause).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{what}: the hub {endpoint} does not answer ({type(cause).__name__}: {reason})") from None
+    finally:
+        enable_progress_bars()
 
 
 def _refusal(error: Any) -> str:

@@ -56,6 +56,11 @@ def load(name: str, dtype: str = "bfloat16", put: Put | None = None) -> Target:
     return dataclasses.replace(target, params=sharding.place(target.params, target.config))
 
 
+def in_directory(name: str) -> bool:
+    """True for a target that `load` reads from a Hugging Face directory, or from the hub."""
+    return name not in _NAMED and not is_gguf(name) and Path(name).suffix.lower() != ".gguf"
+
+
 def stacked(target: Target) -> Target:
     """The target with its layers stacked, so that programs hold one layer's code; see `models.stack`."""
     return dataclasses.replace(target, params=stack.stack(target.params, target.config))

@@ -63,7 +63,8 @@ def decode(model, module, job, prompt, temperature, seed):
     torch.manual_seed(seed)
     random.seed(seed)
     module.evaluate_posterior = counted
-    how = {"temperature": temperature, "max_new_tokens": job["max_new_tokens"], "max_length": job["max_length"] + 64}
+    room = job["max_length"] + 4 * job["window"] + 64  # it goes on for a round after the last token
+    how = {"temperature": temperature, "max_new_tokens": job["max_new_tokens"], "max_length": room}
     generate = model.naivegenerate if job["plain"] else model.eagenerate
     begin, cpu = time.perf_counter(), time.process_time()
     try:
@@ -89,7 +90,7 @@ def main(job_path, answers_path):
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
     model, module = start(job)
-    decode(model, module, job, job["prompts"][0], 0.0, 0)
+    decode(model, module, job | {"max_new_tokens": 4}, job["prompts"][0], 0.0, 0)
     runs = []
     for temperature in job["temperatures"]:
         for seed in job["seeds"] if temperature else job["seeds"][:1]:

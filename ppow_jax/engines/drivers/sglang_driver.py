@@ -60,7 +60,7 @@ def main(job_path, answers_path):
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
     engine = start(job)
-    decode(engine, job, job["prompts"][0], 0.0, 0)
+    decode(engine, job | {"max_new_tokens": 4}, job["prompts"][0], 0.0, 0)
     runs = []
     for temperature in job["temperatures"]:
         for seed in job["seeds"] if temperature else job["seeds"][:1]:

@@ -82,7 +82,7 @@ def main(job_path, answers_path):
     with open(job_path, encoding="utf-8") as file:
         job = json.load(file)
     llm = start(job)
-    decode(llm, job, job["prompts"][0], 0.0, 0)
+    decode(llm, job | {"max_new_tokens": 4}, job["prompts"][0], 0.0, 0)
     runs = []
     for temperature in job["temperatures"]:
         for seed in job["seeds"] if temperature else job["seeds"][:1]:
