@@ -9,8 +9,8 @@ import hub_stand_in
 import huggingface_hub
 import pytest
 import yaml
+from eagle3_files import make_drafter
 from huggingface_hub.utils import close_session
-from test_entry_points import make_drafter
 
 from experiments import convert
 from ppow_jax import cli
