@@ -42,7 +42,7 @@ def free(server) -> bool:
 
 
 def metric(address: str, name: str) -> float:
-    page = httpx.get(f"{address}/metrics").text
+    page = httpx.get(f"{address}/metrics", timeout=WAIT).text
     return sum(float(value) for value in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE))
 
 
@@ -109,7 +109,7 @@ def test_models_and_health(client, server):
     assert client.models.retrieve(NAME).id == NAME
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve("other")
-    assert httpx.get(f"{server[1]}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server[1]}/health", timeout=WAIT).json() == {"status": "ok"}
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,12 @@ def test_a_full_queue_is_told(server):
     """Four in slots, one waits, one more is refused, with the seconds after which to try again."""
     with serving(MODE, queue=1) as (found, address), contextlib.ExitStack() as stack:
         url = f"{address}/v1/completions"
-        streams = [stack.enter_context(httpx.stream("POST", url, json=LONG | {"stream": True})) for _ in range(5)]
+        streams = [
+            stack.enter_context(httpx.stream("POST", url, json=LONG | {"stream": True}, timeout=WAIT)) for _ in range(5)
+        ]
         assert [stream.status_code for stream in streams] == [200] * 5
         until(lambda: len(found._engine._running) == 4)
-        reply = httpx.post(url, json=LONG)
+        reply = httpx.post(url, json=LONG, timeout=WAIT)
         assert reply.status_code == 429 and int(reply.headers["Retry-After"]) >= 1
         assert reply.json()["error"]["code"] == "queue_full"
         with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
@@ -193,7 +195,7 @@ def test_metrics_count_under_the_names_of_vllm(server, client):
     new = {name: metric(server[1], f"vllm:{name}_total") - before[name] for name in names}
     accepted, stats = want.stats.num_accepted_draft_tokens, want.stats
     assert list(new.values()) == [16, 20, stats.num_spec_steps, stats.num_draft_tokens, accepted, accepted, 1]
-    page = httpx.get(f"{server[1]}/metrics")
+    page = httpx.get(f"{server[1]}/metrics", timeout=WAIT)
     assert page.headers["content-type"].startswith("text/plain")
     assert 'finished_reason="length"' in page.text and f'model_name="{NAME}",position="1"' in page.text
     for name in ("time_to_first_token_seconds_count", "e2e_request_latency_seconds_count"):
@@ -247,7 +249,7 @@ def test_the_end_waits_for_answers_and_refuses_new_requests():
     with serving(MODE) as (found, address):
         url = f"{address}/v1/completions"
         ask = threading.Thread(target=lambda: replies.append(httpx.post(url, json=LONG | {"n": 4}, timeout=WAIT)))
-        with httpx.Client() as kept:
+        with httpx.Client(timeout=WAIT) as kept:
             kept.get(f"{address}/health")
             ask.start()
             until(lambda: found._engine._running)
@@ -276,7 +278,7 @@ def test_the_end_comes_after_its_limit():
 
 
 def test_the_chat_page_needs_nothing_from_elsewhere(server):
-    reply = httpx.get(f"{server[1]}/")
+    reply = httpx.get(f"{server[1]}/", timeout=WAIT)
     assert reply.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert not re.search(r"https?://|src=|href=|@import|url\(", reply.text)
