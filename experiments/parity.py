@@ -294,11 +294,11 @@ def speed(settings: Settings) -> list[dict[str, Any]]:
     n, arms = settings.max_new_tokens, {}
     target = targets.load(settings.target, "float32")
     prompt = encode_prompt(target.tokenizer, [Message("user", questions(1)[0])])
-    settings = decoding.Decoding(chain(1), max_new_tokens=n)
+    plain = decoding.Decoding(chain(1), max_new_tokens=n)
     for dtype in targets.DTYPES:
         ours = target if dtype == "float32" else targets.load(settings.target, dtype)
         ours = dataclasses.replace(ours, config=dataclasses.replace(ours.config, eos_token_ids=()))
-        arms["ppow_jax", dtype] = lambda ours=ours: decoding.decode(ours, None, [prompt], settings).decode_seconds
+        arms["ppow_jax", dtype] = lambda ours=ours: decoding.decode(ours, None, [prompt], plain).decode_seconds
         with torch_model(target.config, target.params, dtype) as model:
             arms["transformers", dtype] = lambda model=model: torch_seconds(model, prompt, n)
     rates: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}

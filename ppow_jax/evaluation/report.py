@@ -109,7 +109,7 @@ def winners(results: Sequence[Row]) -> list[dict[str, Any]]:
 def acceptance_table(rows: Sequence[Row]) -> str:
     """Table of the acceptance of each position, given that all before it were accepted."""
     positions = {str(j): str(j) for j in range(1, max(row["window"] for row in rows) + 1)}
-    table = [row | dict(zip(positions, row["acceptance_by_position"], strict=False)) for row in rows]
+    table = [dict(row) | dict(zip(positions, row["acceptance_by_position"], strict=False)) for row in rows]
     about = ("benchmark", "mode", "temperature", "batch_size", "window")
     return console_table(table, {key: COLUMNS[key] for key in about} | positions)
 

@@ -38,7 +38,7 @@ FIRST, FACTOR = 512, 4  # tokens of the shortest caches, and the ratio of one le
 
 def cache_tokens(context: int) -> tuple[int, ...]:
     """Numbers of tokens that caches are made for, ascending; the last is `context`, the most of any request."""
-    lengths = []
+    lengths: list[int] = []
     while FIRST * FACTOR ** len(lengths) < context:
         lengths.append(FIRST * FACTOR ** len(lengths))
     return (*lengths, context)

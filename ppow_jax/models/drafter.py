@@ -251,7 +251,8 @@ def unroll(drafter: Drafter, embed_VxD: Array, anchors: Anchors, token_BxM: Iter
 
     The first token is the one after the anchor. From the second step on, features are the drafter's own outputs.
     """
-    g_BxMxE, chain = anchors.g_BxMxE, ()
+    g_BxMxE = anchors.g_BxMxE
+    chain: tuple[Any, ...] = ()
     for s, token in enumerate(token_BxM):
         embed_BxMxE = drafter.embed(embed_VxD, token)
         position_BxM = anchors.position_BxM + s

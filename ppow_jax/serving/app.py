@@ -39,7 +39,7 @@ class Stream(StreamingResponse):
     """A stream of a call's chunks, which closes the call however it ends."""
 
     def __init__(self, call: Call, *args: Any, **kwargs: Any):
-        super().__init__(*args, media_type="text/event-stream", **kwargs)
+        super().__init__(*args, **kwargs | {"media_type": "text/event-stream"})
         self._call = call
 
     async def __call__(self, *asgi: Any) -> None:

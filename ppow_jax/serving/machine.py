@@ -140,7 +140,7 @@ class Machine:
         target = self.model.target
         P = P or slots.least(self.buckets, len(prompt_ids))
         temperature, top_k, top_p = numbers
-        sampling = Sampling(np.float32([temperature]), np.int32([top_k]), np.float32([top_p]))
+        sampling = Sampling(*map(np.array, ([np.float32(temperature)], [np.int32(top_k)], [np.float32(top_p)])))
         L = self._slots(slots.least(self.lengths, P))
         how = {"K": self.speculation.window, "P": P, "L": L}
         return slots.read(target.params, target.config, self.drafter, prompt_ids, limit, seed, sampling, **how)

@@ -79,7 +79,7 @@ def _looked_up(state: State, speculation: Speculation, prices: Prices | None) ->
     return mixture.lookup(state.pace, state.sources, speculation.adaptive or THROUGHPUT, prices, match, ~state.done_B)
 
 
-def _mixed(anchored: tuple, state: State, speculation: Speculation, prices: Prices | None) -> Drafts:
+def _mixed(anchored: tuple[Any, ...], state: State, speculation: Speculation, prices: Prices | None) -> Drafts:
     """A tree of the drafter and the lookup; without prices, of its full size. anchored: see `draft_candidates`."""
     pace, found, live_B = state.pace, state.sources, ~state.done_B
     shape, stopping = speculation.shape, speculation.adaptive or THROUGHPUT
@@ -90,7 +90,7 @@ def _mixed(anchored: tuple, state: State, speculation: Speculation, prices: Pric
     if prices is not None:
         go_on = mixture.decisions(pace, found, stopping, prices, shape, log_q_BxN, alone_B, state.done_B)
         keep = mixture.keeping(pace, found, stopping, prices, live_B)
-    drafted = draft_candidates(*anchored, shape, go_on)
+    drafted = draft_candidates(*anchored, shape=shape, go_on=go_on)
     return mixture.merge(drafted, match, log_q_BxN, pace.trust_B, shape, speculation.window, keep, alone_B)
 
 

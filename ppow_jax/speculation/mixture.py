@@ -144,7 +144,8 @@ def merge(
             log_own_B = jnp.where(same_B, own_B, log_own_B)
         joined_B &= same_B
         place_B, above_B = jnp.where(same_B, shared_B, C + 1 + i), above_B + log_cond_B
-        places.append(place_B), joins.append(same_B), chances.append(above_B)
+        for found, value_B in ((places, place_B), (joins, same_B), (chances, above_B)):
+            found.append(value_B)
     place_BxN, joined_BxN, log_u_BxN = (jnp.stack(x, 1) for x in (places, joins, chances))
     shared_BxN = jnp.where(joined_BxN, place_BxN - 1, C)
     logp_BxC = logp_BxC.at[row_Bx1, shared_BxN].set(log_u_BxN, mode="drop")

@@ -156,7 +156,7 @@ def complete(directory: Path, *, format: str, base_model: str | None, license: s
     path = directory / "README.md"
     try:
         card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=False)
-        data = card.data
+        data: Any = card.data
         data.tags = list(dict.fromkeys([*(data.tags or []), *_TAGS[format]]))
     except Exception as error:  # errors of YAML, of the system and of the library share no class
         reason = (str(error).strip().splitlines() or [""])[0][:200]
