@@ -1,12 +1,12 @@
 """No text advises a flag that no program has: every `--flag` of a string in the sources is one."""
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from docs.tools.entry_points import entry_points
 from ppow_jax.flags import specs
 
 ROOT = Path(__file__).parents[1]
@@ -25,24 +25,15 @@ OTHERS = {  # programs of others, and their flags that texts may name
         "speculative-num-draft-tokens",
     },
 }
-SETTINGS = {
-    "convert": tuple(f"{name}Settings" for name in ("Inspect", "Verify", "Convert", "Card", "Push", "Fetch")),
-    "plan": ("PlanSettings",),
-    "reproduce": ("StudySettings",),
-    "train": ("TrainSettings",),
-}
 
 
 def programs() -> dict[str, set[str]]:
-    """Program -> its flags."""
-    found = {}
-    for path in sorted((ROOT / "experiments").glob("*.py")):
-        if "__main__" in path.read_text():
-            module = importlib.import_module(f"experiments.{path.stem}")
-            classes = [getattr(module, name) for name in SETTINGS.get(path.stem, ("Settings",))]
-            flags = [spec for cls in classes for spec in specs(cls) if not spec.positional]
-            switches = {f"no{spec.name}" for spec in flags if spec.kind is bool and not spec.many}
-            found[path.stem] = {spec.name for spec in flags} | switches
+    """Program -> its flags, of all its commands."""
+    found: dict[str, set[str]] = {}
+    for name, entry in entry_points().items():
+        flags = [spec for spec in specs(entry.settings) if not spec.positional]
+        switches = {f"no{spec.name}" for spec in flags if spec.kind is bool and not spec.many}
+        found.setdefault(name.split()[0], set()).update({spec.name for spec in flags} | switches)
     return found
 
 
