@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.common import LookupFlags, ModelFlags, StoppingFlags
-from ppow_jax import cli
+from ppow_jax import cli, flags
 from ppow_jax.files import line_writer
 from ppow_jax.flags import field, require
 
@@ -111,9 +111,10 @@ def main(settings: Settings) -> None:
         cli.check_output(f"--{name}", getattr(settings, name))
     cli.keep_compiled(settings.compilation_cache)
 
-    from ppow_jax.evaluation import report  # what is slow to import comes after the settings' checks
+    from ppow_jax.evaluation import plots, report  # what is slow to import comes after the settings' checks
 
     results = measure(settings)
+    print(f"{results['headline']}\n")
     print(report.console_table(results["results"]))
     print("\nacceptance by position, given that all before were accepted:")
     print(report.acceptance_table(results["results"]))
@@ -123,7 +124,7 @@ def main(settings: Settings) -> None:
     if settings.output:
         report.write_json(settings.output, results)
     if settings.plot:
-        report.plot_results(settings.plot, results | {"arms": report.arms_by_mode(results["results"])})
+        plots.plot_results(settings.plot, results | {"arms": report.arms_by_mode(results["results"])})
     written = {"results": settings.output, "tokens": settings.dump_outputs, "plot": settings.plot}
     for what, path in written.items():
         if path:
@@ -177,9 +178,11 @@ def _measure(settings: Settings) -> dict[str, Any]:
 
 def _result(settings: Settings, directory: Path | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from ppow_jax.evaluation import measure as measuring
+    from ppow_jax.evaluation import report
 
+    about = {"headline": report.opening(rows), "command": flags.command("experiments.evaluate", settings)}
     used = dataclasses.asdict(settings) | {"drafter": directory and str(directory), "benchmarks": settings.chosen}
-    return measuring.environment(settings.dtype) | {"settings": used, "results": rows}
+    return about | measuring.environment(settings.dtype) | {"settings": used, "results": rows}
 
 
 def command_line() -> NoReturn:

@@ -61,7 +61,8 @@ def test_evaluate(run, drafter, tmp_path):
     assert all(str(path) in out and path.exists() for path in paths.values())
 
     result = json.loads(paths["output"].read_text())
-    assert set(result) == {"schema", "device", "precision", "versions", "settings", "results"}
+    assert set(result) == {"headline", "command", "schema", "device", "precision", "versions", "settings", "results"}
+    assert out.startswith(result["headline"] + "\n") and result["command"].startswith("python -m experiments.evaluate ")
     assert result["schema"] == 1 and result["precision"] == "float32"
     assert result["settings"]["window"] == [2] and result["settings"]["benchmarks"] == [prompts]
     assert [row["benchmark"] for row in result["results"]] == ["mine"]

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "ppow_jax.errors",
     "ppow_jax.files",
+    "ppow_jax.compiling",
     "ppow_jax.progress",
     "ppow_jax.flags",
     "ppow_jax.cli",

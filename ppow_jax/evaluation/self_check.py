@@ -117,7 +117,7 @@ def self_check(target: Target, drafter: Drafter, window: int = 4, max_new_tokens
     def decode(drafter_: Drafter | None) -> decoding.Decoded:
         return decoding.decode(target, drafter_, prompts, settings, range(len(prompts)))
 
-    log.info("decoding %d prompts plainly and with the drafter (compiling comes first)", len(prompts))
+    log.info("decoding %d prompts without and with the drafter; programs are compiled first", len(prompts))
     plain, speculative = decode(None), decode(drafter)
     coverage = float(np.isin(np.concatenate(plain.answers), np.asarray(drafter.target_ids_W)).mean())
     otherwise: dict[str, float] = {}
@@ -128,7 +128,7 @@ def self_check(target: Target, drafter: Drafter, window: int = 4, max_new_tokens
             enough = max(LEAST_TAU, CLEARLY * _tau(speculative))
             if what not in readings and max(otherwise.values(), default=0.0) >= enough:
                 break  # the layers explain it; all of their readings are tried and compared
-            log.info("tau is %.2f; trying %s", _tau(speculative), what)
+            log.info("tau is %.2f tokens per verification; trying the drafter with %s", _tau(speculative), what)
             otherwise[what] = _tau(decode(drafter.replace(config=config)))
     pairs = zip(plain.answers, speculative.answers, strict=True)
     return SelfCheck(

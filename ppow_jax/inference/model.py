@@ -187,7 +187,7 @@ class Model:
         sampling = Sampling.of(0.0 if greedy else 1.0)
         key = speculation, rows if speculation.decides_together(sampling) else 1, greedy
         if key not in self.prices:
-            log.info("measuring what drafting and verifying cost here, once")
+            log.info("measuring the times of drafting and verifying on this device, once (adaptive windows need them)")
             L = generate.cache_length(256, 256, speculation.window)
             self.prices[key] = measure_prices(self.target, self.drafter, speculation, L, key[1], sampling=sampling)
         return self.prices[key]
