@@ -55,22 +55,42 @@ def off_the_clock(bar: "Bar") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def activity(text: str, every: float = ACTIVITY_SECONDS) -> Iterator[None]:
+def activity(text: str, every: float = ACTIVITY_SECONDS, hidden: bool = False) -> Iterator[None]:
     """Shows what is being done and for how long, where the end is not known: `loading the target... 7 s`.
 
     One line that is redrawn in a terminal, and removed at the end; otherwise a log line at once and every few seconds.
+    hidden: only what takes long is shown.
     """
     if SILENT:
         yield
         return
     if sys.stderr.isatty():
-        with tqdm(bar_format="{desc}", desc=text, leave=False) as line:
-            with _ticking(1.0, lambda s: line.set_description_str(f"{text}... {s:.0f} s")):
-                yield
+        yield from _line(text, hidden)
         return
-    logger.info("%s", text)
+    if not hidden:
+        logger.info("%s", text)
     with _ticking(every, lambda s: logger.info("%s... %.0f s", text, s)):
         yield
+
+
+def _line(text: str, hidden: bool) -> Iterator[None]:
+    """An activity in a terminal."""
+    lines: list[tqdm] = []
+
+    def draw(text: str) -> None:
+        if lines:
+            lines[0].set_description_str(text)
+        else:
+            lines.append(tqdm(bar_format="{desc}", desc=text, leave=False))
+
+    if not hidden:
+        draw(text)
+    try:
+        with _ticking(1.0, lambda s: draw(f"{text}... {s:.0f} s")):
+            yield
+    finally:
+        for line in lines:
+            line.close()
 
 
 @contextlib.contextmanager

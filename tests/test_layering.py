@@ -12,6 +12,7 @@ LAYERS = (
     "ppow_jax.files",
     "ppow_jax.compiling",
     "ppow_jax.progress",
+    "ppow_jax.defaults",
     "ppow_jax.flags",
     "ppow_jax.cli",
     "ppow_jax.mesh_shape",

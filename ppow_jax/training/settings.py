@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import re
 
-from ppow_jax import files, mesh_shape
+from ppow_jax import defaults, files, mesh_shape
 from ppow_jax.flags import check_fields, field, require, specs
 from ppow_jax.models import precision
 from ppow_jax.objectives.expected import HORIZONS
@@ -193,7 +193,11 @@ class TrainSettings:
         high=0.9999,
         group="Stage 2, PPOW",
     )
-    window: int = field(7, "Drafted tokens per window, K; also used for measuring.", group="Stage 2, PPOW")
+    window: int = field(
+        defaults.WINDOWS["adaptive"],
+        "Drafted tokens per window, K; also for measuring: length of a chain, levels of a tree.",
+        group="Stage 2, PPOW",
+    )
     group: int = field(8, "Windows sampled per prefix, G.", group="Stage 2, PPOW")
     windows: int = field(6, "Prefixes per row and step.", low=1, group="Stage 2, PPOW")
     rollout_temperature: float = field(
@@ -290,8 +294,8 @@ class TrainSettings:
         group="Measuring",
     )
     modes: tuple[str, ...] = field(
-        ("adaptive",),
-        "Speculation modes to measure, with windows of --window tokens.",
+        (defaults.MODE,),
+        f"Speculation modes to measure, with windows of --window tokens and trees of up to {defaults.NODES} nodes.",
         choices=(*MODES, *LOOKUP_MODES),
         may_change=True,
         group="Measuring",
