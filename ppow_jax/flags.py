@@ -294,9 +294,13 @@ def command(program: str, config: Any) -> str:
 
     program: the module, as in `python -m experiments.train`.
     """
-    changed = [spec for spec in specs(type(config)) if getattr(config, spec.name) != spec.default]
-    flags = [shlex.quote(f"--{spec.name}={spec.format(getattr(config, spec.name))}") for spec in changed]
-    return " \\\n  ".join([f"python -m {program}", *flags])
+    return " \\\n  ".join([f"python -m {program}", *map(shlex.quote, changed(config))])
+
+
+def changed(config: Any) -> list[str]:
+    """The settings that are not the defaults, as flags."""
+    found = [spec for spec in specs(type(config)) if getattr(config, spec.name) != spec.default]
+    return [f"--{spec.name}={spec.format(getattr(config, spec.name))}" for spec in found]
 
 
 def read_flagfile(cls: type[T], path: str | os.PathLike) -> T:

@@ -83,7 +83,12 @@ def test_any_answer_counts():
 
 def test_silence_ends_in_time(monkeypatch):
     over = threading.Event()
-    monkeypatch.setattr(hub_access.urllib.request, "urlopen", lambda *args, **kwargs: over.wait())
+
+    def silent(*args, **kwargs):
+        over.wait()
+        raise TimeoutError
+
+    monkeypatch.setattr(hub_access.urllib.request, "urlopen", silent)
     begin = time.monotonic()
     assert hub_access.failure("https://silent.example", wait=0.1) == "no answer within 0.1 s"
     assert time.monotonic() - begin < 30

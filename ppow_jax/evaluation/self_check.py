@@ -64,6 +64,10 @@ class SelfCheck:
         """True if the drafter helps, and no other reading of it helps more."""
         return self.helps and not self.better
 
+    def within_noise(self, tau: float) -> bool:
+        """True if a tau differs from the drafter's by no more than the few prompts of the check can tell apart."""
+        return max(tau, self.tau) < CLEARLY * min(tau, self.tau)
+
     def lines(self) -> list[tuple[str, str]]:
         """The result as (what, found), to be printed as a table."""
         lines = [
@@ -73,8 +77,10 @@ class SelfCheck:
             ("vocabulary", f"holds {self.coverage:.0%} of the tokens that the target wrote"),
             ("identical", f"{self.identical} of {self.prompts} answers are those of plain decoding"),
         ]
-        other = self.otherwise.items()
-        return lines + [("otherwise", f"tau would be {tau:.2f} with {what.rstrip(',')}") for what, tau in other]
+        for what, tau in self.otherwise.items():
+            noise = ", within noise" if self.within_noise(tau) else ""
+            lines.append(("otherwise", f"tau would be {tau:.2f} with {what.rstrip(',')}{noise}"))
+        return lines
 
     def refusals(self, exact: bool) -> list[str]:
         """Reasons to refuse the drafter, with advice; none if it passed. exact: all answers have to be identical."""

@@ -21,6 +21,7 @@ from ppow_jax.training.run.preemption import Stopped
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.card import write_card
 from ppow_jax.weights.drafters import best_format, export_drafter
+from ppow_jax.weights.targets import base_model
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def export_arm(context: RunContext, arm: str, drafter: Drafter, name: str) -> No
             drafter.config,
             params,
             ids_W,
-            target_name=s.target,
+            target_name=s.base_model or base_model(s.target) or s.target,
             target_architecture=context.target.config.architecture,
             embed_VxE=embed_VxE,
         )
@@ -122,8 +123,9 @@ def export_arm(context: RunContext, arm: str, drafter: Drafter, name: str) -> No
             directory,
             title=f"EAGLE-3 drafter for {s.target}",
             target=s.target,
+            base_model=s.base_model,
             figures=figures,
-            command=f"python -m experiments.train --flagfile={workdir.name}/flags.txt",
+            command=flags.command("experiments.train", s),
             format=best_format(drafter.config),
         )
 

@@ -31,6 +31,12 @@ class TrainSettings:
     target: str = field(
         "smollm2-135m", "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Run"
     )
+    base_model: str | None = field(
+        None,
+        "The target's OWNER/MODEL on the hub, for the exported config and card; by default that of --target, if known.",
+        may_change=True,
+        group="Run",
+    )
     dtype: str = field("bfloat16", "Dtype of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
     precision: str = field("auto", precision.HELP, choices=precision.CHOICES, group="Run")
     scan_layers: bool = field(
