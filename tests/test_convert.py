@@ -283,7 +283,8 @@ def test_help(capsys):
         assert f"\n  {word}" in said
         assert run(word, "--help") == 0
         said_of_word = capsys.readouterr().out
-        assert f"usage: python -m experiments.convert {word} DIRECTORY [--name=value ...]" in said_of_word
+        what = "NAME" if word == "fetch" else "DIRECTORY"
+        assert f"usage: python -m experiments.convert {word} {what} [--name=value ...]" in said_of_word
         assert said_of_word.startswith(convert.COMMANDS[word][0].__doc__.splitlines()[0])
 
 

@@ -26,7 +26,9 @@ OTHERS = {  # programs of others, and their flags that texts may name
     },
 }
 SETTINGS = {
-    "convert": tuple(f"{name}Settings" for name in ("Inspect", "Verify", "Convert", "Card", "Push", "Fetch")),
+    "convert": tuple(
+        f"{name}Settings" for name in ("Inspect", "Verify", "Convert", "Card", "Push", "Fetch", "Vocabulary")
+    ),
     "plan": ("PlanSettings",),
     "reproduce": ("StudySettings",),
     "train": ("TrainSettings",),
