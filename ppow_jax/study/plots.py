@@ -31,15 +31,19 @@ def draw(workdir: Path, study: Mapping[str, Any], curves: Curves) -> list[str]:
 
 
 def _curves(ax, study, curves: Curves) -> None:
-    """The mean over seeds, and each seed faintly."""
+    """The mean over seeds, and each seed faintly; the common start as a line."""
+    start = None
     for i, (name, by_seed) in enumerate(curves.items()):
         lines = [dict(curve) for curve in by_seed if curve]
         if not lines:
             continue
         steps = sorted(set.intersection(*(set(line) for line in lines)))
         values_SxN = np.array([[line[step] for step in steps] for line in lines])
+        start = values_SxN[:, 0].mean() if start is None and steps[:1] == [0] else start
         ax.plot(steps, values_SxN.mean(0), color=plots.colour(i), label=name, linewidth=1.8)
         ax.plot(steps, values_SxN.T, color=plots.colour(i), alpha=0.2, linewidth=0.8)
+    if start is not None:
+        ax.axhline(start, color="#444444", linewidth=0.9, linestyle=(0, (1, 2)), label="start")
     ax.set(title="Held-out simulated acceptance length", xlabel="step")
     ax.legend(fontsize=8)
 
