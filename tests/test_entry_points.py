@@ -83,7 +83,7 @@ def test_generate(run, drafter, tmp_path):
     assert number and 1 <= int(number[1]) <= 8
 
     path = write(tmp_path / "prompt.txt", "What is 3 + 4?\n")
-    flags = (*SHAPES, f"--drafter={drafter}", f"--prompt_file={path}")
+    flags = (*SHAPES, "--speculation=chain", f"--drafter={drafter}", f"--prompt_file={path}")
     code, both, _ = run(generate, *flags, "--compare")
     assert code == 0 and "the outputs are identical" in both and "speedup" in both
     told = r"with the drafter: \d tokens, .*, tau \d\.\d\d, \d+ of \d+ drafted tokens accepted \(prefill .*\n"

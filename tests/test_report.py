@@ -125,8 +125,8 @@ def test_wide_tables_are_cut_to_the_width():
         assert all(len(line) <= report.WIDTH for table in tables for line in table.splitlines())
         assert all(table.count("gsm8k") == table.count("start") == 2 for table in tables)
         headings = [word for table in tables for word in table.splitlines()[0].replace("|", " ").split()]
-        for heading in report.COLUMNS.values():
-            if heading not in ("mode", "temp.", "batch", "window"):
+        for key, heading in report.COLUMNS.items():
+            if key in rows[0] and heading not in ("mode", "temp.", "batch", "window"):
                 assert heading.split()[0] in headings
         first = tables[0].splitlines()[0]
         assert first.index("tau") < first.index("95 %") < first.index("speedup")  # an interval follows its value
