@@ -35,7 +35,7 @@ from ppow_jax.programs import make_room
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, of_mode, off
+from ppow_jax.speculation.settings import LOOKUP_MODES, MODES, Speculation, of_mode, off
 from ppow_jax.weights import loading, targets
 from ppow_jax.weights.targets import Target
 
@@ -46,8 +46,7 @@ log = logging.getLogger(__name__)
 # Modes given by name, with the sizes of `ppow_jax.defaults`.
 SPECULATIONS = {
     "off": off(),
-    **{mode: of_mode(mode, window) for mode, window in defaults.WINDOWS.items()},
-    "ngram": of_mode("ngram", 0),
+    **{mode: of_mode(mode, defaults.WINDOWS.get(mode, 0)) for mode in (*MODES, *LOOKUP_MODES)},
 }
 LOOK = 4  # rounds between two reads of the text by the host, when it streams or waits for a stop text
 ROLES = ("system", "user", "assistant")
