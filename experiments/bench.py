@@ -115,7 +115,8 @@ def measure(settings: Settings) -> dict[str, Any]:
     with settings.in_use() as mesh:
         chip = devices.limits(jax.devices())
         bench = Bench(chip, mesh.size, settings.repetitions)
-        result: dict[str, Any] = {"bench": 1, "target": settings.target, "dtype": settings.dtype, "mesh": str(sharding.shape_of(mesh))}
+        result: dict[str, Any] = {"bench": 1, "target": settings.target, "dtype": settings.dtype}
+        result |= {"mesh": str(sharding.shape_of(mesh))}
         result |= {"devices": mesh.size, "peak": dataclasses.asdict(chip)} | environment(settings.dtype)
         result |= {"policy": precision.current().name, "settings": dataclasses.asdict(settings), "results": []}
         for row in _rows(settings, bench):

@@ -43,20 +43,20 @@ def _check_output(output: str | None, source: Path) -> None:
 class InspectSettings:
     """The flags of `inspect`."""
 
-    directory: str | None = _directory("Directory of a drafter, or of a target in the Hugging Face format.")
+    directory: str | None = _directory(
+        "Directory of a drafter, a target or a training run; or a target as in --target: smollm2-135m, a .gguf file."
+    )
 
     def __post_init__(self):
         check_fields(self)
-        _check_directory(self.directory)
+        require(self.directory is not None, "DIRECTORY: must be named")
 
 
 def inspect(settings: InspectSettings) -> None:
-    """Checks all files of a drafter or a target, and prints a summary."""
-    from ppow_jax.weights import huggingface, summary
+    """Checks all files of a drafter or a target, and prints a summary; of a training run, what it holds."""
+    from experiments import inspecting
 
-    directory = _check_directory(settings.directory)
-    drafter = summary.is_drafter(huggingface.read_json(directory / huggingface.CONFIG))
-    print(summary.table((summary.drafter_lines if drafter else summary.target_lines)(directory)))
+    print(inspecting.text(settings.directory))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +111,19 @@ class ConvertSettings:
         None,
         "The target; needed only to omit a copy of its embedding, or to write layer ids that the files do not contain.",
     )
+    base_model: str | None = field(
+        None, "The target's OWNER/MODEL on the hub, for the new files; by default that of the target, if known."
+    )
     push_to_hub: str | None = field(None, "Also upload the new files, as this OWNER/NAME; see `push`.")
 
     def __post_init__(self):
         check_fields(self)
         require(self.format is not None, "--format: must be named, flat or speculators")
         _check_output(self.output, _check_directory(self.directory))
+        if self.base_model is not None:
+            from ppow_jax.weights import hub
+
+            hub.check_name("--base_model=", self.base_model)
         if self.push_to_hub is not None:
             _check_upload(self.push_to_hub)
 
@@ -126,7 +133,9 @@ def convert(settings: ConvertSettings) -> None:
     from ppow_jax.weights import conversion
 
     source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
-    conversion.convert(source, output, settings.format, settings.dtype, settings.target)
+    conversion.convert(
+        source, output, settings.format, settings.dtype, settings.target, base_model=settings.base_model
+    )
     print(f"{output}: the {settings.format} format of {source}")
     if settings.push_to_hub is not None:
         push(PushSettings(directory=settings.output, push_to_hub=settings.push_to_hub))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.common import LookupFlags, ModelFlags, StoppingFlags
-from ppow_jax import cli
+from ppow_jax import cli, defaults, flags
 from ppow_jax.files import line_writer
 from ppow_jax.flags import field, require
 
@@ -34,8 +34,8 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
     prompts: str | None = field(None, "JSON Lines file with prompts or chats.", group="Prompts")
     benchmarks: tuple[str, ...] = field(
         (),
-        "mt_bench, gsm8k, human_eval, translation, summarization, sharegpt, builtin, or files. By default"
-        f" {','.join(DEFAULT_BENCHMARKS)}, unless --prompts is given.",
+        "human_eval, sharegpt, arithmetic, chat, builtin; from the hub mt_bench, gsm8k, translation, summarization; or"
+        f" files. By default {','.join(DEFAULT_BENCHMARKS)}, unless --prompts is given.",
         group="Prompts",
     )
     benchmark_dir: str | None = field(None, "Directory to search first for BENCHMARK*.jsonl.", group="Prompts")
@@ -43,19 +43,13 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
     skip_long_prompts: bool = field(False, "Skip prompts that do not fit into the target's positions.", group="Prompts")
     seed: int = field(0, "Seed for the selection of prompts.", low=0, high=2**31 - 1, group="Prompts")
 
-    modes: tuple[str, ...] = field(("chain",), "Speculation modes.", choices=MODES, group="Decoding")
-    window: tuple[int, ...] = field(
-        (5,), "Drafted tokens per round, K; the maximum in adaptive mode.", low=1, high=64, group="Decoding"
-    )
+    modes: tuple[str, ...] = field((defaults.MODE,), "Speculation modes.", choices=MODES, group="Decoding")
+    window: tuple[int, ...] = field((), defaults.WINDOW_HELP, low=1, high=64, group="Decoding")
     block: bool = field(True, "Verify sampled chains block-wise; otherwise token-wise.", group="Decoding")
     adaptive_chain: bool = field(False, "Draft chains instead of trees in adaptive mode.", group="Decoding")
-    tree_depth: tuple[int, ...] = field(
-        (4,), "Levels of a tree; adaptive trees have up to --window.", low=1, high=64, group="Decoding"
-    )
-    tree_branch: int = field(3, "Nodes expanded per level, and children per node.", low=1, group="Decoding")
-    tree_nodes: tuple[int, ...] = field(
-        (15,), "Verified nodes of a tree; the maximum in adaptive mode.", low=1, group="Decoding"
-    )
+    tree_depth: tuple[int, ...] = field((), defaults.DEPTH_HELP, low=1, high=64, group="Decoding")
+    tree_branch: int = field(defaults.BRANCH, defaults.BRANCH_HELP, low=1, group="Decoding")
+    tree_nodes: tuple[int, ...] = field((), defaults.NODES_HELP, low=1, group="Decoding")
     temperature: tuple[float, ...] = field(
         (0.0,), "Sampling temperature; 0 is greedy.", low=0, high=100, group="Decoding"
     )
@@ -71,7 +65,7 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
         super().__post_init__()
         plot_rule = f"--plot={self.plot}: must end in .png"
         require(self.plot is None or self.plot.endswith(".png"), plot_rule)
-        for name in ("modes", "window", "tree_depth", "tree_nodes", "temperature", "batch_size", "seeds"):
+        for name in ("modes", "temperature", "batch_size", "seeds"):
             require(bool(getattr(self, name)), f"--{name}=: must name one at least")
 
     @property
@@ -83,25 +77,27 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
     def speculations(self) -> "list[Speculation]":
         """Every way to speculate that is asked for. Raises UserError for an impossible tree."""
         from ppow_jax.speculation import settings as ways
+        from ppow_jax.speculation.tree import most_nodes
 
-        stopping, tokens = self.stopping(), self.ngram_tokens
+        stopping, branch, tokens = self.stopping(), self.tree_branch, self.ngram_tokens
         found = []
         for mode in self.modes:
-            if mode == "chain":
-                found += [ways.chain(window, self.block) for window in self.window]
-            elif mode == "tree":
-                sizes = itertools.product(self.tree_depth, self.tree_nodes)
-                found += [ways.tree(self.tree_branch, depth, nodes) for depth, nodes in sizes]
-            elif mode == "ngram":
+            if mode == "ngram":
                 found.append(ways.ngram(tokens, stopping))
-            elif mode == "mixture":
-                sizes = itertools.product(self.window, self.tree_nodes)
-                found += [ways.mixture(self.tree_branch, depth, nodes, tokens, stopping) for depth, nodes in sizes]
-            elif self.adaptive_chain:
-                found += [ways.adaptive(window, self.block, stopping) for window in self.window]
-            else:
-                sizes = itertools.product(self.window, self.tree_nodes)
-                found += [ways.adaptive_tree(self.tree_branch, depth, nodes, stopping) for depth, nodes in sizes]
+                continue
+            windows = (self.tree_depth if mode == "tree" else ()) or self.window or (defaults.WINDOWS[mode],)
+            for window in windows:
+                sizes = self.tree_nodes or (most_nodes(branch, window, defaults.NODES),)
+                if mode == "chain":
+                    found.append(ways.chain(window, self.block))
+                elif mode == "tree":
+                    found += [ways.tree(branch, window, nodes) for nodes in sizes]
+                elif mode == "mixture":
+                    found += [ways.mixture(branch, window, nodes, tokens, stopping) for nodes in sizes]
+                elif self.adaptive_chain:
+                    found.append(ways.adaptive(window, self.block, stopping))
+                else:
+                    found += [ways.adaptive_tree(branch, window, nodes, stopping) for nodes in sizes]
         return found
 
 
@@ -111,9 +107,10 @@ def main(settings: Settings) -> None:
         cli.check_output(f"--{name}", getattr(settings, name))
     cli.keep_compiled(settings.compilation_cache)
 
-    from ppow_jax.evaluation import report  # what is slow to import comes after the settings' checks
+    from ppow_jax.evaluation import plots, report  # what is slow to import comes after the settings' checks
 
     results = measure(settings)
+    print(f"{results['headline']}\n")
     print(report.console_table(results["results"]))
     print("\nacceptance by position, given that all before were accepted:")
     print(report.acceptance_table(results["results"]))
@@ -123,7 +120,7 @@ def main(settings: Settings) -> None:
     if settings.output:
         report.write_json(settings.output, results)
     if settings.plot:
-        report.plot_results(settings.plot, results | {"arms": report.arms_by_mode(results["results"])})
+        plots.plot_results(settings.plot, results | {"arms": report.arms_by_mode(results["results"])})
     written = {"results": settings.output, "tokens": settings.dump_outputs, "plot": settings.plot}
     for what, path in written.items():
         if path:
@@ -177,9 +174,11 @@ def _measure(settings: Settings) -> dict[str, Any]:
 
 def _result(settings: Settings, directory: Path | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from ppow_jax.evaluation import measure as measuring
+    from ppow_jax.evaluation import report
 
+    about = {"headline": report.opening(rows), "command": flags.command("experiments.evaluate", settings)}
     used = dataclasses.asdict(settings) | {"drafter": directory and str(directory), "benchmarks": settings.chosen}
-    return measuring.environment(settings.dtype) | {"settings": used, "results": rows}
+    return about | measuring.environment(settings.dtype) | {"settings": used, "results": rows}
 
 
 def command_line() -> NoReturn:

@@ -8,24 +8,19 @@ A drafter for --target=smollm2-135m is included (drafters/smollm2-135m); --draft
 """
 
 import dataclasses
-import io
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from experiments.chat import QUIT, Chat
 from experiments.common import LookupFlags, ModelFlags, StoppingFlags
-from ppow_jax import cli
+from ppow_jax import cli, defaults, progress
 from ppow_jax.errors import UserError
 from ppow_jax.flags import field, require
 
 if TYPE_CHECKING:
     from ppow_jax.inference.model import Model, Result
     from ppow_jax.speculation.settings import Speculation
-
-QUIT = "/quit"
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +33,19 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
     )
     raw: bool = field(False, "Continue the prompt itself, without chat template.", group="Prompt")
     chat: bool = field(
-        False, f"Chat: read each line of standard input and answer it; {QUIT} ends the chat.", group="Prompt"
+        False, f"Chat: answer each line of standard input; /help shows the commands, {QUIT} ends it.", group="Prompt"
     )
 
     speculation: str | None = field(
         None,
-        "Speculation mode. By default chain if there is a drafter; ngram needs none.",
+        defaults.MODE_HELP,
         choices=("off", "chain", "tree", "adaptive", "ngram", "mixture"),
         group="Speculation",
     )
-    window: int | None = field(
-        None, "Drafted tokens per round, K; the maximum in adaptive mode.", low=1, high=64, group="Speculation"
-    )
-    tree_branch: int | None = field(
-        None, "Nodes expanded per level, and children per node.", low=1, group="Speculation"
-    )
-    tree_depth: int | None = field(
-        None, "Levels of a tree; adaptive trees have up to --window.", low=1, high=64, group="Speculation"
-    )
-    tree_nodes: int | None = field(
-        None, "Verified nodes of a tree; the maximum in adaptive mode.", low=1, group="Speculation"
-    )
+    window: int | None = field(None, defaults.WINDOW_HELP, low=1, high=64, group="Speculation")
+    tree_branch: int | None = field(None, defaults.BRANCH_HELP, low=1, group="Speculation")
+    tree_depth: int | None = field(None, defaults.DEPTH_HELP, low=1, high=64, group="Speculation")
+    tree_nodes: int | None = field(None, defaults.NODES_HELP, low=1, group="Speculation")
     compare: bool = field(False, "Also use plain decoding, and compare.", group="Speculation")
 
     max_new_tokens: int = field(256, "Maximum number of tokens of the answer.", low=1, group="Decoding")
@@ -89,14 +76,15 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
             "--compare: needs a drafter to compare with, but --drafter=none",
         )
         require(not self.compare or self.speculation != "off", "--compare: needs another mode than --speculation=off")
-        is_tree, adapts = self.speculation == "tree", self.speculation in ("adaptive", "mixture")
+        is_tree, adapts = self.speculation == "tree", self.speculation in (None, "adaptive", "mixture")
         for name in ("tree_branch", "tree_nodes"):
             needs = "needs --speculation=tree, adaptive or mixture"
             require(getattr(self, name) is None or is_tree or adapts, f"--{name}={getattr(self, name)}: {needs}")
         needs = "needs --speculation=tree"
         require(self.tree_depth is None or is_tree, f"--tree_depth={self.tree_depth}: {needs}")
         if self.window is not None:
-            require(not is_tree, f"--window={self.window}: a tree has --tree_depth instead")
+            both = f"--window={self.window} and --tree_depth={self.tree_depth}: name the levels of the tree once"
+            require(self.tree_depth is None, both)
             require(not without, f"--window={self.window}: --speculation=ngram has --ngram_tokens instead")
             drafts = self.speculation != "off" and self.drafter is not None
             require(drafts, f"--window={self.window}: needs a drafter, and another mode than --speculation=off")
@@ -126,32 +114,33 @@ def _answer(settings: Settings, text: str | None) -> None:
     from ppow_jax.weights import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)
-    mode = settings.speculation or ("off" if directory is None else "chain")
+    mode = settings.speculation or ("off" if directory is None else defaults.MODE)
     compares, windows = settings.compare and mode != "ngram", bool(settings.window)
     wanted = ("compare", compares), (f"window={settings.window}", windows)
     for flag, needed in (*wanted, (f"speculation={mode}", mode not in ("off", "ngram"))):
         missing = f"--{flag}: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
         require(not needed or directory is not None, missing)
     decoding = settings.decoding | {"speculation": speculation(settings, SPECULATIONS[mode])}
-    model = load(settings.target, str(directory) if directory else None, settings.dtype)
+    with progress.activity(f"loading {settings.target}{' and its drafter' if directory else ''}"):
+        model = load(settings.target, str(directory) if directory else None, settings.dtype)
     if settings.chat:
-        return chat(model, decoding)
+        return Chat(model, decoding).run()
 
     prompt = text if settings.raw else model.chat_prompt(text)
     if settings.trace is not None:
         from ppow_jax.inference import trace
 
-        log.info("compiling")
-        traced = trace.record(model, prompt, **decoding)
+        with progress.activity("compiling, then decoding round by round"):
+            traced = trace.record(model, prompt, **decoding)
         traced.write(settings.trace)
         print(f"{traced.result.text}\n\n{settings.trace}: open it in a browser")
         return None
     plain = decoding | {"speculation": "off"}
-    log.info("compiling")
-    model.warm_up(prompt, **decoding)
-    if settings.compare:
-        model.warm_up(prompt, **plain)
-    result = answer(model, prompt, decoding, settings.stream)
+    with progress.activity("compiling"):
+        model.warm_up(prompt, **decoding)
+        if settings.compare:
+            model.warm_up(prompt, **plain)
+    result = answer(model, prompt, decoding, settings.stream, settings.compare)
     names = {"off": "without a drafter", "ngram": "with n-gram lookup", "mixture": "with drafter and n-gram lookup"}
     print(f"\n{summary(result, names.get(mode, 'with the drafter'))}")
     if settings.compare:
@@ -183,18 +172,23 @@ def speculation(settings: Settings, default: "Speculation") -> "Speculation":
     if default.lookup and not default.shape:
         return dataclasses.replace(default, window=default.lookup)
     if default.shape:
-        given = {name: getattr(settings, f"tree_{name}") for name in ("branch", "depth", "nodes")}
-        given["depth"] = given["depth"] or settings.window
-        shape = dataclasses.replace(default.shape, **{name: size for name, size in given.items() if size})
-        return dataclasses.replace(default, window=max(shape.depth, default.lookup), shape=shape)
+        from ppow_jax.speculation.tree import TreeShape, most_nodes
+
+        depth = settings.tree_depth or settings.window or default.shape.depth
+        branch = settings.tree_branch or default.shape.branch
+        nodes = settings.tree_nodes or most_nodes(branch, depth, default.shape.nodes)
+        return dataclasses.replace(default, window=max(depth, default.lookup), shape=TreeShape(branch, depth, nodes))
     return dataclasses.replace(default, window=settings.window) if settings.window and default.window else default
 
 
-def answer(model: "Model", prompt: Any, decoding: dict[str, Any], stream: bool) -> "Result":
-    """Prints the answer, at once or as it is written."""
+def answer(model: "Model", prompt: Any, decoding: dict[str, Any], stream: bool, origin: bool = False) -> "Result":
+    """Prints the answer, at once or as it is written. origin: a terminal shows which tokens were drafted."""
+    from ppow_jax.inference import shown
+
     if not stream:
         result = model.generate(prompt, **decoding)[0]
-        print(result.text)
+        coloured = origin and shown.colours(sys.stdout)
+        print(f"{shown.coloured(result)}\n({shown.LEGEND})" if coloured else result.text)
         return result
     pieces = model.stream(prompt, **decoding)
     for piece in pieces:
@@ -203,33 +197,11 @@ def answer(model: "Model", prompt: Any, decoding: dict[str, Any], stream: bool) 
     return pieces.result
 
 
-def chat(model: "Model", decoding: dict[str, Any]) -> None:
-    """Answers line after line of standard input, each with all that was said before, until `/quit` or its end."""
-    messages: list[dict[str, str]] = []
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
-    if sys.stdin.isatty():
-        print(f"{QUIT} ends the chat; the first answers take longer, they compile.")
-    while True:
-        if sys.stdin.isatty():
-            print("\n> ", end="", flush=True)
-        line = sys.stdin.readline()
-        if not line or line.strip() == QUIT:
-            return
-        if "\ufffd" in line:
-            log.warning("the line is not UTF-8 text: what cannot be read is replaced by U+FFFD")
-        if line.strip():
-            messages.append({"role": "user", "content": line.strip()})
-            result = answer(model, model.chat_prompt(messages), decoding, stream=True)
-            messages.append({"role": "assistant", "content": result.text.strip()})
-
-
 def summary(result: "Result", name: str) -> str:
-    """One line: tokens, speed, and tau where tokens were drafted. The first token is the prefill's, and not counted."""
-    gained, steps = len(result.token_ids) - 1, result.stats.num_spec_steps
-    speed = gained / result.decode_seconds if gained else 0.0
-    line = f"{gained + 1} tokens {name}, {speed:.1f} token/s (prefill {result.prefill_seconds:.2f} s)"
-    return f"{line}, tau {gained / steps:.2f}" if result.stats.num_draft_tokens else line
+    """One line: tokens and speed, and tau and accepted tokens where tokens were drafted."""
+    from ppow_jax.inference import shown
+
+    return f"{name}: {shown.figures(result)} (prefill {result.prefill_seconds:.2f} s)"
 
 
 def comparison(plain: "Result", fast: "Result", temperature: float) -> str:

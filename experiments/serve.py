@@ -12,7 +12,7 @@ import importlib.util
 import logging
 
 from experiments.common import ModelFlags, StoppingFlags
-from ppow_jax import cli
+from ppow_jax import cli, defaults
 from ppow_jax.flags import field, require
 
 PACKAGES = ("anyio", "prometheus_client", "starlette", "uvicorn")
@@ -43,7 +43,7 @@ class Settings(StoppingFlags, ModelFlags):
     )
     speculation: str | None = field(
         None,
-        "Speculation mode. By default chain if there is a drafter; ngram needs none.",
+        defaults.MODE_HELP,
         choices=("off", "chain", "tree", "adaptive", "ngram", "mixture"),
         group="Speculation",
     )
@@ -77,7 +77,7 @@ def _serve(settings: Settings, mesh) -> None:
 
     with server.bind(settings.host, settings.port) as bound:
         directory = loading.find_drafter(settings.drafter, settings.target)
-        mode = settings.speculation or ("off" if directory is None else "chain")
+        mode = settings.speculation or ("off" if directory is None else defaults.MODE)
         missing = f"--speculation={mode}: needs a drafter, but --target={settings.target} has none"
         speculation = SPECULATIONS[mode]
         require(not speculation.needs_drafter or directory is not None, f"{missing}; name one: --drafter=DIR")

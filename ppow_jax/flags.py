@@ -30,6 +30,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -286,6 +287,20 @@ def write_flagfile(path: str | os.PathLike, config: Any) -> None:
             require(exact, f"--{spec.name}={text!r}: cannot be kept in a flagfile")
             lines.append(f"--{spec.name}={text}")
     write_atomic(path, "\n".join(lines) + "\n")
+
+
+def command(program: str, config: Any) -> str:
+    """The command line that has these settings, ready for a shell: flags with their defaults are left out.
+
+    program: the module, as in `python -m experiments.train`.
+    """
+    return " \\\n  ".join([f"python -m {program}", *map(shlex.quote, changed(config))])
+
+
+def changed(config: Any) -> list[str]:
+    """The settings that are not the defaults, as flags."""
+    found = [spec for spec in specs(type(config)) if getattr(config, spec.name) != spec.default]
+    return [f"--{spec.name}={spec.format(getattr(config, spec.name))}" for spec in found]
 
 
 def read_flagfile(cls: type[T], path: str | os.PathLike) -> T:

@@ -24,6 +24,6 @@ def make_room() -> bool:
     except (OSError, ValueError):
         return False
     if crowded:
-        log.info("compiled programs take many memory maps: forgetting them")
+        log.info("clearing the compiled programs, which use too many memory maps; what is needed is compiled again")
         jax.clear_caches()
     return crowded

@@ -128,7 +128,7 @@ def test_a_broken_chunk_is_named_and_made_again(whole, tmp_path, content, caplog
     (tmp_path / "chunk-00001.json").write_bytes(content)
     with caplog.at_level(logging.WARNING):
         same(make(tmp_path), whole[1])
-    assert "chunk-00001.json" in caplog.text and "made again" in caplog.text
+    assert "chunk-00001.json" in caplog.text and "generated again" in caplog.text
     assert contents(tmp_path) == contents(whole[0])
 
 

@@ -109,7 +109,7 @@ def test_a_damaged_newest_is_named_and_the_previous_taken(tmp_path, caplog, dama
         assert (step, extra) == (1, {"position": 1})
         assert_same_bits(state, make_state(1))
         message = next(r.message for r in caplog.records if r.name.startswith("ppow_jax"))
-        assert message.startswith(f"checkpoint {newest} (") and message.endswith("going on from step 1")
+        assert message.startswith(f"checkpoint {newest} (") and message.endswith("resuming from step 1")
         checkpoints.save(2, make_state(2))  # the run comes to this step again
         assert checkpoints.steps == [1, 2] and checkpoints.restore_latest(ABSTRACT)[0] == 2
         assert (tmp_path / "2.damaged").is_dir()

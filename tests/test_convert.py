@@ -131,6 +131,22 @@ def test_there_and_back(tmp_path, directory, capsys):
     assert "holds a model already" in capsys.readouterr().err
 
 
+def test_the_base_model_goes_with_the_files(tmp_path, directory):
+    assert run("convert", "--format=speculators", f"--output={tmp_path / 'a'}", SHIPPED) == 0
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    verifier = {"name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct", "architectures": ["LlamaForCausalLM"]}
+    assert config["speculators_config"]["verifier"] == verifier
+    assert config["transformer_layer_config"]["rms_norm_eps"] == 1e-5
+    there = tmp_path / "b"
+    assert run("convert", "--format=flat", "--base_model=me/small", f"--output={there}", directory) == 0
+    assert json.loads((there / "config.json").read_text())["target_name_or_path"] == "me/small"
+
+
+def test_a_base_model_that_is_no_hub_name_is_refused(tmp_path, directory, capsys):
+    assert run("convert", "--format=flat", "--base_model=small", f"--output={tmp_path / 'c'}", directory) == 2
+    assert "--base_model=small: must be OWNER/NAME" in capsys.readouterr().err
+
+
 def test_another_type_of_weights(tmp_path, directory):
     assert run("convert", "--format=flat", "--dtype=float16", f"--output={tmp_path / 'half'}", directory) == 0
     stored = import_drafter(tmp_path / "half")
@@ -155,6 +171,11 @@ def test_verify_a_drafter_that_helps(tmp_path, small, capsys):
     assert run(*VERIFY, write_trained(tmp_path)) == 0
     said = capsys.readouterr().out
     assert "4 of 4 answers are those of plain decoding" in said and "refused" not in said
+    others = [line for line in said.splitlines() if line.startswith("otherwise")]
+    tau = float(said.split(" tokens per verification")[0].split()[-1])
+    for line in others:
+        other = float(line.split("tau would be ")[1].split()[0])
+        assert ("within noise" in line) == (max(tau, other) / min(tau, other) < self_check.CLEARLY) or other == tau
 
 
 def test_verify_finds_a_drafter_that_is_read_in_another_way_than_it_was_trained(tmp_path, small, capsys, monkeypatch):
@@ -262,7 +283,8 @@ def test_help(capsys):
         assert f"\n  {word}" in said
         assert run(word, "--help") == 0
         said_of_word = capsys.readouterr().out
-        assert f"usage: python -m experiments.convert {word} DIRECTORY [--name=value ...]" in said_of_word
+        what = "NAME" if word == "fetch" else "DIRECTORY"
+        assert f"usage: python -m experiments.convert {word} {what} [--name=value ...]" in said_of_word
         assert said_of_word.startswith(convert.COMMANDS[word][0].__doc__.splitlines()[0])
 
 

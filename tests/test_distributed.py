@@ -94,7 +94,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on(directory, alone):
     assert "Connection closed by peer" in logs[0] or "another task died" in logs[0], logs[0][-3000:]
     codes, logs = start(workdir, number=2)
     assert codes == [0, 0], "\n".join(log[-3000:] for log in logs)
-    assert "going on after step" in logs[0] and "going on" not in logs[1]  # one voice
+    assert "resuming after step" in logs[0] and "resuming" not in logs[1]  # one voice
     assert_same(result(workdir), alone)
 
 

@@ -357,6 +357,8 @@ def test_model_card(tmp_path):
         "make it",
         "On a laptop.",
         "vllm serve owner/model",
+        "DRAFTER=.\n",
+        """"model": "'"$DRAFTER"'",""",
         '"num_speculative_tokens": 5',
     ):
         assert said in body
@@ -366,4 +368,10 @@ def test_model_card(tmp_path):
 def test_model_card_without_figures(tmp_path):
     write_card(tmp_path, title="T", target="smollm2-135m", figures=[], command="c")
     text = (tmp_path / "README.md").read_text()
-    assert "Not measured yet." in text and "base_model" not in text
+    assert "Not measured yet." in text and 'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"' in text
+    assert "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct" in text and "--target=smollm2-135m" in text
+    write_card(tmp_path, title="T", target="./mine", figures=[], command="c")
+    assert "base_model" not in (tmp_path / "README.md").read_text()
+    write_card(tmp_path, title="T", target="./mine", base_model="me/mine", figures=[], command="c")
+    text = (tmp_path / "README.md").read_text()
+    assert 'base_model: "me/mine"' in text and "vllm serve me/mine" in text and "--target=./mine" in text

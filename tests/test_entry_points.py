@@ -61,7 +61,8 @@ def test_evaluate(run, drafter, tmp_path):
     assert all(str(path) in out and path.exists() for path in paths.values())
 
     result = json.loads(paths["output"].read_text())
-    assert set(result) == {"schema", "device", "precision", "versions", "settings", "results"}
+    assert set(result) == {"headline", "command", "schema", "device", "precision", "versions", "settings", "results"}
+    assert out.startswith(result["headline"] + "\n") and result["command"].startswith("python -m experiments.evaluate ")
     assert result["schema"] == 1 and result["precision"] == "float32"
     assert result["settings"]["window"] == [2] and result["settings"]["benchmarks"] == [prompts]
     assert [row["benchmark"] for row in result["results"]] == ["mine"]
@@ -78,14 +79,15 @@ def test_evaluate(run, drafter, tmp_path):
 def test_generate(run, drafter, tmp_path):
     code, plain, _ = run(generate, *PLAIN, "--prompt=What is 3 + 4?")
     assert code == 0 and "tau" not in plain
-    number = re.search(r"(\d) tokens without a drafter, [\d.]+ token/s \(prefill [\d.]+ s\)$", plain.strip())
+    number = re.search(r"without a drafter: (\d) tokens, [\d.]+ token/s \(prefill [\d.]+ s\)$", plain.strip())
     assert number and 1 <= int(number[1]) <= 8
 
     path = write(tmp_path / "prompt.txt", "What is 3 + 4?\n")
-    flags = (*SHAPES, f"--drafter={drafter}", f"--prompt_file={path}")
+    flags = (*SHAPES, "--speculation=chain", f"--drafter={drafter}", f"--prompt_file={path}")
     code, both, _ = run(generate, *flags, "--compare")
     assert code == 0 and "the outputs are identical" in both and "speedup" in both
-    assert re.search(r"tokens with the drafter, .*, tau \d\.\d\d\n", both)
+    told = r"with the drafter: \d tokens, .*, tau \d\.\d\d, \d+ of \d+ drafted tokens accepted \(prefill .*\n"
+    assert re.search(told, both) and "\033" not in both  # no colours where there is no terminal
     assert both.splitlines()[0] == plain.splitlines()[0]  # the same text
 
     code, streamed, _ = run(generate, *flags, "--stream")
@@ -200,8 +202,8 @@ GENERATE_MISTAKES = [
     (("--prompt=a", "--speculation=trees"), "--speculation=trees: must be one of off, chain, tree, adaptive"),
     (("--prompt=a", "--speculation=tree"), "--speculation=tree: needs a drafter, but --target=tiny has none"),
     (("--prompt=a", "--tree_depth=3"), "--tree_depth=3: needs --speculation=tree"),
-    (("--prompt=a", "--speculation=tree", "--window=3"), "--window=3: a tree has --tree_depth instead"),
-    (("--prompt=a", "--speculation=tree", "--drafter=DRAFTER", "--tree_nodes=900"), "tree_nodes=900: must be 1 to 36"),
+    (("--prompt=a", "--speculation=tree", "--window=3", "--tree_depth=3"), "--window=3 and --tree_depth=3: name the"),
+    (("--prompt=a", "--speculation=tree", "--drafter=DRAFTER", "--tree_nodes=900"), "tree_nodes=900: must be 1 to 30"),
     (("--prompt=a", "--compare", "--speculation=off"), "--compare: needs another mode than --speculation=off"),
     (("--prompt=a", "--window=3", "--speculation=off"), "--window=3: needs a drafter, and another mode than"),
     (("--prompt=a", "--window=3", "--drafter=none"), "--window=3: needs a drafter"),

@@ -25,7 +25,7 @@ KINDS = [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_tensors_are_the_dequantised_ones_in_hugging_face_layout(tmp_path, kind):
     config, params = load_target(write(tmp_path / "m.gguf", kind=kind))
-    assert config == dataclasses.replace(CONFIG, rms_norm_eps=float(np.float32(1e-5)))
+    assert config == dataclasses.replace(CONFIG, rms_norm_eps=1e-5)
     for (path, expected), value in zip(
         jax.tree_util.tree_leaves_with_path(models.target_params(CONFIG)), jax.tree.leaves(params), strict=True
     ):

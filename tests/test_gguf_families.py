@@ -60,7 +60,7 @@ def write_family(path: Path, name: str, kind=Type.F32, fields=(), tensors=()) ->
 
 
 def assert_close(config: ModelConfig, name: str) -> None:
-    expected = dataclasses.replace(families.TARGETS[name], eos_token_ids=(3,), rms_norm_eps=float(np.float32(1e-5)))
+    expected = dataclasses.replace(families.TARGETS[name], eos_token_ids=(3,), rms_norm_eps=1e-5)
     if isinstance(config.rope_scaling, Factors):
         config = dataclasses.replace(config, rope_scaling=expected.rope_scaling)
     assert config == expected

@@ -30,7 +30,7 @@ def test_kills_between_writing_and_renaming_change_no_byte(tmp_path):
         )
         assert life.code == -signal.SIGKILL, life.log
         assert re.search(pattern, life.changes[-1])
-    assert "supervised: going on after step 4 of 24" in life.log  # 8 was not in place
+    assert "supervised: resuming after step 4 of 24" in life.log  # 8 was not in place
     life = killed_runs.live(small_run.arguments(tmp_path / "run"), small_run.cache(), place)
     assert life.code == 0, life.log
     small_run.assert_same_results(tmp_path / "run", small_run.whole())

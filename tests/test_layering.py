@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "ppow_jax.errors",
     "ppow_jax.files",
+    "ppow_jax.compiling",
     "ppow_jax.progress",
+    "ppow_jax.defaults",
     "ppow_jax.flags",
     "ppow_jax.cli",
     "ppow_jax.mesh_shape",

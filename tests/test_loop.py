@@ -161,7 +161,7 @@ def test_metrics_that_are_missing_are_named(uninterrupted, tmp_path, caplog):
     (tmp_path / "metrics.jsonl").unlink()
     with caplog.at_level(logging.WARNING):
         assert run_loop(tmp_path)[1]
-    assert f"stage: {tmp_path / 'metrics.jsonl'} lacks rows of 5 steps" in caplog.text
+    assert f"stage: {tmp_path / 'metrics.jsonl'} has no metrics of 5 finished steps" in caplog.text
 
 
 @pytest.fixture

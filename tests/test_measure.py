@@ -13,7 +13,7 @@ import small_configs
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation import measure, report
+from ppow_jax.evaluation import measure, plots, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.inference import decoding
 from ppow_jax.inference.batch import bucket
@@ -156,7 +156,7 @@ def test_rows_have_the_documented_keys(greedy, tmp_path):
     report.write_json(tmp_path / "r.json", whole)
     read = json.loads((tmp_path / "r.json").read_text())
     assert read["schema"] == 1 and read["device"].startswith("cpu (") and read["results"][0]["tau"] == row["tau"]
-    report.plot_results(tmp_path / "r.png", whole | {"arms": [report.arm("x", greedy[0])]})
+    plots.plot_results(tmp_path / "r.png", whole | {"arms": [report.arm("x", greedy[0])]})
     assert "11/11" in report.console_table(greedy[0])
 
 

@@ -87,14 +87,14 @@ def test_kills_and_resumes_change_no_byte(whole, tmp_path):
     stop = Death(change=1, pattern=r"os.rename ppow/checkpoints/4\.orbax", signum=signal.SIGTERM)
     stopped = run("data,supervised,ppow,export", stop)
     assert stopped.code == 143, stopped.log
-    assert "supervised: going on after step 8 of 24" in stopped.log  # 12 was not in place
+    assert "supervised: resuming after step 8 of 24" in stopped.log  # 12 was not in place
     last = max(row["step"] for row in metrics_of(workdir) if row["stage"] == "ppow")
-    assert 4 <= last < 16 and f"ppow: saved after step {last} of 16" in stopped.log
+    assert 4 <= last < 16 and f"ppow: stopped; saved after step {last} of 16" in stopped.log
     with Checkpoints(workdir / "ppow" / "checkpoints") as checkpoints:
         assert checkpoints.steps[-1] == last
 
     resumed = run("ppow,export")
-    assert resumed.code == 0 and f"ppow: going on after step {last} of 16" in resumed.log
+    assert resumed.code == 0 and f"ppow: resuming after step {last} of 16" in resumed.log
     assert_same_results(workdir, whole)
 
 

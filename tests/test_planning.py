@@ -1,6 +1,7 @@
 """Counting what a compiled program does, against numbers worked out by hand."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,17 @@ def test_a_topology_that_is_none_is_refused(name):
         topology.find(name)
 
 
+def test_measurements_that_differ_are_no_peaks():
+    assert topology.uncertainty([1.0, 1.1, 3.0, 9.0]) == 0.0  # the fastest agree; slow ones are disturbances
+    assert topology.uncertainty([1.0, 1.5, 1.6, 1.7]) == pytest.approx(0.5)
+    assert topology.uncertainty([1.0, *[1.05] * 9, *[4.0] * 30]) == 0.0
+
+
+def test_runs_are_repeated_for_long_enough():
+    found = topology.times(lambda x: x, jnp.ones(1), at_least=5, seconds=0.001)
+    assert len(found) >= 5 and sum(found) >= 0.001
+
+
 def test_a_batch_that_the_mesh_does_not_cut_is_refused():
     with pytest.raises(UserError, match="--mesh=data:2,fsdp:1,tensor:1,expert:1: takes 2 devices"):
         run.plan(settings("supervised", mesh="data:2"))
@@ -313,7 +325,8 @@ def test_a_plan_for_this_machine(program, tmp_path, capsys):
     rows = {"supervised": 2 * 64, "ppow": 2 * 64, "decode": 2 * 9}[program]  # tokens that every layer sees
     assert result["flops"] > 7 * 2 * rows * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
     printed = capsys.readouterr().out
-    assert "not a measurement" in printed
+    assert "not a measurement" in printed and "peaks measured on this machine" in printed
+    assert re.search(r"Peaks of the chip: [\d.e+]+ TFLOP/s, [\d.e+]+ GB/s \(measured on this machine", printed)
     assert f"limited by {result['limited_by']}" in printed
 
 

@@ -65,7 +65,7 @@ def test_chats_that_the_template_refuses_are_left_out_and_counted(tmp_path, capl
         jobs, examples = collect(tmp_path, data, recorded, PICKY + CHATML_TEMPLATE, held_out=2)
     assert sorted(jobs) == sorted(f"data.jsonl:{i + 1} turn 0" for i in range(12) if i % 4 != 1)
     assert examples == ["recorded.jsonl:1", "recorded.jsonl:5"]
-    assert "3 conversations left out, they cannot be asked; the first: " in caplog.text
+    assert "3 conversations left out: the chat template refuses them; the first: " in caplog.text
     assert "--recorded: 3 conversations left out, the first: " in caplog.text and "no zebras" in caplog.text
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax.evaluation import report
+from ppow_jax.evaluation import plots, report
 
 
 def row(benchmark: str, tau: float, **changes) -> dict:
@@ -83,11 +83,11 @@ def test_ways_to_speculate_are_told_apart(tmp_path, results):
         ("tree 3 (8 nodes)", 2.5),
         ("tree 3 (15 nodes)", 3.0),
     ]
-    lines = report.console_table(rows).splitlines()
+    lines = report.console_table(rows, width=150).splitlines()
     assert "3 (15 nodes)" in lines[4] and "2.90-3.10" in lines[4] and lines[2].split()[8] == "-"
-    report.plot_results(tmp_path / "ways.png", results | {"arms": arms})
+    plots.plot_results(tmp_path / "ways.png", results | {"arms": arms})
     assert is_png(tmp_path / "ways.png")
-    labels = {report._label(row, arms) for a in arms for row in a["results"]}
+    labels = {plots._label(row, arms) for a in arms for row in a["results"]}
     assert labels == {"gsm8k", "mt_bench"}  # the bars of a benchmark stand side by side
 
 
@@ -109,17 +109,85 @@ def test_markdown_holds_tables_plots_and_settings(tmp_path, results):
     image = "![results](plots/results.png)"
     for part in ("| supervised | gsm8k", "| ppow", "2.25", image, "--window=3", "jax 0."):
         assert part in text
+    told = {"headline": "ppow is faster.", "command": "python -m experiments.train \\\n  --window=3"}
+    report.write_markdown(tmp_path / "report.md", results | told, [plot])
+    text = (tmp_path / "report.md").read_text()
+    assert text.splitlines()[0] == "ppow is faster." and f"```\n{told['command']}\n```" in text
+
+
+def test_wide_tables_are_cut_to_the_width():
+    spread = {"tau_interval": [1.9, 2.1], "speedup_interval": [1.4, 1.6], "num_prompts": 20}
+    tree = {"branch": 3, "depth": 3, "nodes": 15}
+    rows = [row(name, 2.0, arm=arm, tree=tree, **spread) for name in ("gsm8k", "mt_bench") for arm in ("start", "ppow")]
+    for style in ("simple", "github"):
+        above, *tables = report.console_table(rows, style=style).split("\n\n")
+        assert above == "In all rows: mode chain, temp. 0, batch 1, window 3 (15 nodes)."
+        assert all(len(line) <= report.WIDTH for table in tables for line in table.splitlines())
+        assert all(table.count("gsm8k") == table.count("start") == 2 for table in tables)
+        headings = [word for table in tables for word in table.splitlines()[0].replace("|", " ").split()]
+        for key, heading in report.COLUMNS.items():
+            if key in rows[0] and heading not in ("mode", "temp.", "batch", "window"):
+                assert heading.split()[0] in headings
+        first = tables[0].splitlines()[0]
+        assert first.index("tau") < first.index("95 %") < first.index("speedup")  # an interval follows its value
+
+
+@pytest.mark.parametrize("prompts, batch, shown", [(1, 1, "1 prompt"), (4, 1, "4 prompts"), (20, 8, "3 batches")])
+def test_intervals_over_few_prompts_are_not_shown(prompts, batch, shown):
+    few = row("gsm8k", 2.24, num_prompts=prompts, batch_size=batch, tau_interval=[2.24, 2.24])
+    table = report.console_table([few], {"tau": "tau", "tau_interval": "95 %"})
+    assert table.splitlines()[2].split(maxsplit=1) == ["2.24", shown]
+    enough = few | {"num_prompts": 5 * batch, "tau_interval": [2.1, 2.4]}
+    assert "2.10-2.40" in report.console_table([enough], {"tau_interval": "95 %"})
+
+
+def test_headline_of_one_arm_names_it():
+    few = row("gsm8k", 2.0, num_prompts=4, speedup_interval=[1.5, 1.5])
+    text = report.headline([report.arm("start", [few])])
+    assert text == (
+        "Decoding with start is 1.50 times as fast as plain decoding (4 prompts: too few for an interval); "
+        "20 of 20 outputs are identical to plain decoding's."
+    )
+
+
+def test_opening_names_the_fastest_mode():
+    rows = [row("gsm8k", 2.0), row("mt_bench", 3.0), row("gsm8k", 2.5, mode="tree", speedup=1.2)]
+    assert report.opening(rows) == (
+        "Decoding in mode chain, window 3, the fastest of 2 measured modes and sizes, gains 2.50 tokens per "
+        "verification and is 1.50 times as fast as plain decoding on average over gsm8k, mt_bench at temperature 0, "
+        "batch 1."
+    )
+    assert report.opening([row("gsm8k", math.nan)]) == "No token was drafted on gsm8k at temperature 0, batch 1."
 
 
 def test_plots_of_every_shape_of_report(tmp_path, results):
-    report.plot_results(tmp_path / "two.png", results)
-    report.plot_results(tmp_path / "none.png", results | {"arms": [report.arm("x", [row("a", 1.0)])]})
+    plots.plot_results(tmp_path / "two.png", results)
+    plots.plot_results(tmp_path / "none.png", results | {"arms": [report.arm("x", [row("a", 1.0)])]})
     bare = {"benchmark": "a", "tau": 1.0, "speedup": 1.0}
-    report.plot_results(tmp_path / "bare.png", results | {"arms": [report.arm("x", [bare])]})
+    plots.plot_results(tmp_path / "bare.png", results | {"arms": [report.arm("x", [bare])]})
     empty = [report.arm("x", [row("a", None, speedup=math.nan)]), report.arm("y", [row("a", 2.0)])]
-    report.plot_results(tmp_path / "empty.png", results | {"arms": empty})
-    report.plot_results(tmp_path / "nothing.png", results | {"arms": empty[:1]})
+    plots.plot_results(tmp_path / "empty.png", results | {"arms": empty})
+    plots.plot_results(tmp_path / "nothing.png", results | {"arms": empty[:1]})
     assert all(is_png(path) for path in tmp_path.iterdir())
+
+
+def test_spikes_do_not_set_the_scale():
+    steps = np.arange(1, 101)
+    decay = 1 + 9 / steps  # steep at first, without a spike
+    assert plots.spike_limits(decay) is None and plots.spike_limits(np.ones(3)) is None
+    spiked = decay.copy()
+    spiked[60] = 500.0
+    low, high, number = plots.spike_limits(np.append(spiked, math.nan))
+    assert number == 1 and low < decay.min() and decay.max() < high < 12
+
+
+def test_curves_mark_the_start(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    rows = [{"step": i, "stage": "ppow_held_out", "held_out_tau_sim": 2 + i / 100} for i in (0, 50, 100)]
+    plots.plot_curves(tmp_path / "curves.png", rows, ("held_out_tau_sim",))
+    ax = drawn[0].axes[0]
+    assert list(ax.lines[0].get_ydata()) == [2.0, 2.0] and [text.get_text() for text in ax.texts] == ["start"]
 
 
 def test_curves(tmp_path):
@@ -127,6 +195,6 @@ def test_curves(tmp_path):
     rows += [{"step": i, "stage": "supervised", "tau_sim": 1.0} for i in (50, 100)]
     rows += [{"step": i, "stage": "ppow", "loss": math.nan, "reward": 1.0} for i in range(1, 9)]
     rows += [{"step": 8, "stage": "ppow", "tau_sim": 1.5}]
-    report.plot_curves(tmp_path / "curves.png", rows)
-    report.plot_curves(tmp_path / "empty.png", [])
+    plots.plot_curves(tmp_path / "curves.png", rows)
+    plots.plot_curves(tmp_path / "empty.png", [])
     assert is_png(tmp_path / "curves.png") and is_png(tmp_path / "empty.png", 100)

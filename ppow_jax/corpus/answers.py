@@ -100,7 +100,8 @@ def select_questions(
     if refused and not questions:
         raise UserError(f"none of {len(refused)} conversations can be asked; the first: {refused[0]}")
     if refused:
-        log.warning("%d conversations left out, they cannot be asked; the first: %s", len(refused), refused[0])
+        text = "%d conversations left out: the chat template refuses them; the first: %s"
+        log.warning(text, len(refused), refused[0])
     return questions[:number]
 
 
@@ -125,16 +126,17 @@ def regenerate(
     _check_prompts(directory, chunks)
     answers = [_read(_path(directory, c), len(chunk)) for c, chunk in enumerate(chunks)]
     distributed.wait("answers read")
-    have = sum(len(found) for found in answers if found is not None)
+    given = [[known.get(prompt_key(question.prompt)) for question in chunk] for chunk in chunks]
+    have = [sum(a is not None for a in found or given[c]) for c, found in enumerate(answers)]  # not made again
     new_tokens, begin = 0, time.perf_counter()
-    with progress.bar(len(questions), "answers", "answer", initial=have) as bar:
+    with progress.bar(len(questions), "answers", "answer", initial=sum(have)) as bar:
         for c, chunk in enumerate(chunks):
             if answers[c] is not None or stop():
                 continue
             key = jax.random.fold_in(jax.random.key(settings.seed), c)
-            found = [known.get(prompt_key(question.prompt)) for question in chunk]
+            found = given[c]
             if missing := [i for i, answer in enumerate(found) if answer is None]:
-                made = _generate_chunk(params, config, [chunk[i] for i in missing], settings, key, stop)
+                made = _generate_chunk(params, config, [chunk[i] for i in missing], settings, key, stop, bar.update)
                 if made is None:
                     break
                 for i, answer in zip(missing, made, strict=True):
@@ -144,7 +146,6 @@ def regenerate(
             if distributed.leader():
                 _write(_path(directory, c), found)
             bar.set_postfix(tokens_per_second=round(new_tokens / (time.perf_counter() - begin)), refresh=False)
-            bar.update(len(chunk))
     return [
         _example(question, answer)
         for chunk, found in zip(chunks, answers, strict=True)
@@ -204,7 +205,7 @@ def _read(path: Path, number: int) -> list[np.ndarray] | None:
     try:
         answers = [np.array(answer, np.int32).reshape(len(answer)) for answer in json.loads(path.read_text())]
     except (ValueError, TypeError, OverflowError) as error:
-        log.warning("%s: cannot be read (%s); its answers are made again", path, error)
+        log.warning("%s: cannot be read (%s); its answers are generated again", path, error)
         return None
     if len(answers) != number:
         raise UserError(f"{path}: holds {len(answers)} answers to {number} prompts; name another directory")
@@ -217,11 +218,18 @@ def _example(question: Question, answer: np.ndarray) -> Example:
 
 
 def _generate_chunk(
-    params, config: ModelConfig, questions: list[Question], settings: AnswerSettings, key, stop: Callable[[], bool]
+    params,
+    config: ModelConfig,
+    questions: list[Question],
+    settings: AnswerSettings,
+    key,
+    stop: Callable[[], bool],
+    tell: Callable[[int], object],
 ) -> list[np.ndarray] | None:
     """Decodes the questions of a chunk in `slots` rows, refilling finished rows; answers in the order of the questions.
 
-    None if stopped before all were finished: a partial chunk is discarded.
+    None if stopped before all were finished: a partial chunk is discarded. tell: called with numbers of newly finished
+    answers.
     """
     slots = min(settings.slots, len(questions))
     longest = max(len(question.prompt) for question in questions)
@@ -251,6 +259,7 @@ def _generate_chunk(
             for row in finished:
                 answers[row_question[row]] = tokens_BxL[row, prompt_B[row] : length_B[row]]
             row_question[finished] = -1
+            tell(len(finished))
     return answers  # type: ignore[return-value]
 
 

@@ -41,7 +41,8 @@ def kinds() -> tuple[str, ...]:
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: no home directory
-        log.warning("attention and bfloat16 products are left to XLA, which is slower on a CPU: %s", _said(error))
+        text = "the compiled CPU kernels are not available (%s); decoding uses XLA's, which are slower"
+        log.warning(text, _said(error))
         return ()
     library.ppow_kinds.restype = ctypes.c_char_p
     there = tuple(library.ppow_kinds().decode().split())

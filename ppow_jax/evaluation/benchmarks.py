@@ -67,8 +67,11 @@ _ORIGINS = {
     "summarization": _Origin(hub=("EdinburghNLP/xsum", None, "test")),
     "sharegpt": _Origin(package=_source("sharegpt_held_out"), turns=2),  # as in MT-Bench
     "builtin": _Origin(package=_source("builtin_held_out")),
+    "arithmetic": _Origin(package=_source("arithmetic")),
+    "chat": _Origin(package=_source("chat")),
 }
 BENCHMARKS = tuple(_ORIGINS)
+_LIKE = {"gsm8k": "--benchmarks=arithmetic", "mt_bench": "--benchmarks=chat"}  # similar questions that come along
 
 
 def load_benchmark(
@@ -128,9 +131,10 @@ def _find(name: str, benchmark_dir: str | Path | None) -> list[Prompt]:
             return _prompts((f"{dataset}[{i}]", row) for i, row in enumerate(rows))
         except UserError as error:
             looked.append(str(error))
+    like = f" ({_LIKE[name]} needs no network)" if name in _LIKE else ""
     raise UserError(
         f"benchmark {name!r} was not found. Looked at: {'; '.join(looked)}. Put its prompts, one JSON "
-        f"record a line, into {name}.jsonl in a directory and name that with --benchmark_dir"
+        f"record a line, into {name}.jsonl in a directory and name that with --benchmark_dir{like}"
     )
 
 

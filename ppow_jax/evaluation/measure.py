@@ -299,8 +299,9 @@ class _Comparison:
             self.warm.clear()
         for arm, program in zip(arms, programs, strict=True):
             if program not in self.warm:
-                speculation, L, P = program
-                log.info("compiling %s for prompts of %d and caches of %d tokens", speculation.mode, P, L)
+                speculation, _, P = program
+                mode = "plain" if speculation.mode == "off" else speculation.mode
+                log.info("compiling %s decoding for prompts of up to %d tokens", mode, P)
                 self._run(*arm, batch, rounds=1)
                 self.warm.add(program)
 

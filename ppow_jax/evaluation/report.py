@@ -1,11 +1,10 @@
-"""Results as console table, JSON, Markdown and plots.
+"""Results as console table, JSON and Markdown (`evaluation.plots` draws them).
 
 A report is `{"schema": 1, "device", "precision", "versions", "settings", "arms": [{"name", "results": [row],
 "mean_tau", "mean_speedup"}]}`; a row holds the results of one benchmark (`benchmark`, `tau`, `speedup`, ...). A
 training run adds two checksums to each arm, `drafter` and `conditions`, by which it later recognises what it measured.
 """
 
-import io
 import json
 import math
 import os
@@ -14,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+import tabulate as tabulating
 from tabulate import tabulate
 
 from ppow_jax.files import write_atomic
+
+tabulating.MIN_PADDING = 0  # no blanks beside headings: tables have to be narrow
+WIDTH = 100  # characters: wider tables are cut into several
+FEWEST = 5  # prompts, or batches of prompts, for an interval; a bootstrap over fewer says little
 
 Report = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -40,14 +39,14 @@ COLUMNS = {
     "speedup": "speedup",
     "speedup_interval": "95 %",
     "tokens_per_second": "token/s",
-    "baseline_tokens_per_second": "plain token/s",
+    "baseline_tokens_per_second": "plain",
     "identical": "identical",
     "drafter_acceptance_rate": "drafter acc.",
     "ngram_acceptance_rate": "n-gram acc.",
     "ngram_share": "n-gram share",
     "both_share": "both",
     "gamma": "gamma",
-    "verify_cost_ratio": "verify cost",
+    "verify_cost_ratio": "verify",
 }
 WINNER_COLUMNS = {
     "temperature": "temp.",
@@ -58,26 +57,14 @@ WINNER_COLUMNS = {
     "mean_speedup": "mean speedup",
 }
 ARM_COLUMNS = {"name": "drafter", "mean_tau": "mean tau", "mean_speedup": "mean speedup"}
+_LABELS = ("arm", "name", "benchmark", "stage", "mode", "temperature", "batch_size", "window")  # of a row
 
 _MEANING = (
-    "tau is the number of tokens gained per verification, the bonus token included (plain decoding: 1). "
-    "Speedup is against plain decoding of the same prompts in the same run; `identical` counts the outputs "
-    "that are token for token the same as plain decoding's."
+    "tau is the number of tokens gained per verification, the bonus token included (plain decoding: 1). `95 %` is its "
+    "interval over prompts, or that of the speedup. Speedup is against plain decoding of the same prompts in the same "
+    "run (`plain`, in token/s); `identical` counts the outputs that are token for token the same as plain decoding's. "
+    "`gamma` and `verify` are times of a draft step and of a verification, in steps of plain decoding."
 )
-
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "legend.frameon": False,
-}
-_COLOURS = ("#9aa5b1", "#1f6f8b", "#d9822b", "#7a5195", "#4c9f70", "#c0504d", "#b8a038", "#5b7fd1", "#d67fb0")
-_SHARED = ("tau_sim",)  # comparable between stages: one panel for all of them
 
 
 def arm(name: str, results: Sequence[Row]) -> dict[str, Any]:
@@ -94,16 +81,37 @@ def winners(results: Sequence[Row]) -> list[dict[str, Any]]:
     """Best sizes where several speculation modes were measured: of each mode the one with the highest mean speedup over
     the benchmarks, for each temperature and batch size, best first.
     """
+    found = _ranked(results)
+    best: dict[tuple, dict[str, Any]] = {}
+    for group in found:
+        best.setdefault((group["temperature"], group["batch_size"], group["mode"]), group)
+    return list(best.values()) if len(found) > 1 else []
+
+
+def _ranked(results: Sequence[Row]) -> list[dict[str, Any]]:
+    """Means of every mode and size, for each temperature and batch size, the fastest first."""
     groups: dict[tuple, list[Row]] = {}
     for row in results:
         groups.setdefault((row["temperature"], row["batch_size"], row["mode"], _size(row)), []).append(row)
     keys = ("temperature", "batch_size", "mode", "window")
     found = [dict(zip(keys, group, strict=True)) | arm("", rows) for group, rows in groups.items()]
-    found.sort(key=lambda group: (group["temperature"], group["batch_size"], -_rank(group["mean_speedup"])))
-    best: dict[tuple, dict[str, Any]] = {}
-    for group in found:
-        best.setdefault((group["temperature"], group["batch_size"], group["mode"]), group)
-    return list(best.values()) if len(found) > 1 else []
+    return sorted(found, key=lambda group: (group["temperature"], group["batch_size"], -_rank(group["mean_speedup"])))
+
+
+def opening(results: Sequence[Row]) -> str:
+    """First sentence of an evaluation: the fastest mode and what it gains, at the first temperature and batch size."""
+    best, *_ = ranked = _ranked(results)
+    same = [group for group in ranked if all(group[key] == best[key] for key in ("temperature", "batch_size"))]
+    of_many = f", the fastest of {len(same)} measured modes and sizes," if len(same) > 1 else ""
+    where = f"at temperature {best['temperature']:g}, batch {best['batch_size']}"
+    benchmarks = list(dict.fromkeys(str(row["benchmark"]) for row in best["results"]))
+    on = f"on {benchmarks[0]}" if len(benchmarks) == 1 else f"on average over {', '.join(benchmarks)}"
+    if not np.isfinite(best["mean_tau"]):
+        return f"No token was drafted {on} {where}."
+    gains = f"gains {best['mean_tau']:.2f} tokens per verification"
+    if np.isfinite(best["mean_speedup"]):
+        gains += f" and is {best['mean_speedup']:.2f} times as fast as plain decoding"
+    return f"Decoding in mode {best['mode']}, window {best['window']}{of_many} {gains} {on} {where}."
 
 
 def acceptance_table(rows: Sequence[Row]) -> str:
@@ -161,12 +169,14 @@ def headline(arms: Sequence[Mapping[str, Any]]) -> str:
         text += "".join(f"; {a['name']}: {_signed(a['replayed'][mode]['paired_difference_to_start'])}" for a in rest)
         sentences.append(text + ".")
     if rows := [row for row in final["results"] if np.isfinite(_number(row["speedup"]))]:
-        speed = f"Decoding with it is {final['mean_speedup']:.2f} times as fast as plain decoding"
-        spread = rows[0].get("speedup_interval")
-        if len(rows) == 1 and spread and spread[0] < spread[1]:
+        speed = f"Decoding with {final['name']} is {final['mean_speedup']:.2f} times as fast as plain decoding"
+        if len(rows) == 1 and (few := _few(rows[0])):
+            speed += f" ({few}: too few for an interval)"
+        elif len(rows) == 1 and (spread := rows[0].get("speedup_interval")):
             speed += " (95 % interval {:.2f} to {:.2f})".format(*spread)
         same, total = (sum(row.get(key) or 0 for row in rows) for key in ("identical", "total"))
-        sentences.append(f"{speed}; {same} of {total} outputs are identical to its." if total else f"{speed}.")
+        alike = f"; {same} of {total} outputs are identical to plain decoding's" if total else ""
+        sentences.append(f"{speed}{alike}.")
     return " ".join(sentences)
 
 
@@ -181,19 +191,49 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names if name.replace("_", "-") in installed}
 
 
-def console_table(rows: Sequence[Row], columns: Mapping[str, str] = COLUMNS, style: str = "simple") -> str:
+def console_table(
+    rows: Sequence[Row], columns: Mapping[str, str] = COLUMNS, style: str = "simple", width: int = WIDTH
+) -> str:
     """A table of `rows`; columns that no row has are left out.
+
+    A table that is too wide becomes several, each with the labels of the rows; what is the same in all rows is said
+    once, above them.
 
     Args:
       rows: dicts of numbers and texts.
       columns: key of a row -> heading, in order.
       style: a format of `tabulate`, such as "simple" or "github".
+      width: characters of a line.
     """
     shown = {key: heading for key, heading in columns.items() if any(key in row for row in rows)}
-    table = [[_cell(key, row) for key in shown] for row in rows]
+    whole = _table(rows, shown, style)
+    if _widest(whole) <= width:
+        return whole
+    labels = {key: heading for key, heading in shown.items() if key in _LABELS}
+    same = [key for key in _LABELS[4:] if key in labels and len({_cell(key, row) for row in rows}) == 1]
+    above = ", ".join(f"{labels.pop(key)} {_cell(key, rows[0])}" for key in same)
+    parts: list[dict[str, str]] = []
+    for key, heading in shown.items():
+        if key in _LABELS:
+            continue
+        pair = {key: heading} | {k: h for k, h in shown.items() if k == f"{key}_interval"}  # never apart
+        if parts and _widest(_table(rows, labels | parts[-1] | pair, style)) <= width:
+            parts[-1] |= pair
+        elif not any(key in part for part in parts):
+            parts.append(pair)
+    tables = [_table(rows, labels | part, style) for part in parts]
+    return "\n\n".join([f"In all rows: {above}.", *tables] if above else tables)
+
+
+def _table(rows: Sequence[Row], columns: Mapping[str, str], style: str) -> str:
     left = ("arm", "name", "benchmark", "mode")
-    align = ["left" if key in left else "right" for key in shown]
-    return tabulate(table, list(shown.values()), tablefmt=style, disable_numparse=True, colalign=align)
+    align = ["left" if key in left else "right" for key in columns]
+    table = [[_cell(key, row) for key in columns] for row in rows]
+    return tabulate(table, list(columns.values()), tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def _widest(text: str) -> int:
+    return max(map(len, text.splitlines()))
 
 
 def result_table(report: Report, style: str = "simple") -> str:
@@ -207,6 +247,8 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 
 def _cell(key: str, row: Row) -> str:
     value = row.get(key)
+    if key.endswith("_interval") and (few := _few(row)):
+        return few
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if key == "identical" and "total" in row:
@@ -220,6 +262,15 @@ def _cell(key: str, row: Row) -> str:
     if key == "temperature":
         return f"{value:g}"
     return f"{value:.1f}" if "per_second" in key else f"{value:.3f}" if key == "gamma" else f"{value:.2f}"
+
+
+def _few(row: Row) -> str:
+    """Number of prompts (or of batches, where prompts are decoded together) where they are too few for an interval."""
+    prompts, batch = row.get("num_prompts"), row.get("batch_size") or 1
+    if prompts is None or -(-prompts // batch) >= FEWEST:
+        return ""
+    number, unit = (prompts, "prompt") if batch == 1 else (-(-prompts // batch), "batch")
+    return f"{number} {unit}{'' if number == 1 else 'es' if unit == 'batch' else 's'}"
 
 
 def write_json(path: str | os.PathLike, report: Report) -> None:
@@ -240,7 +291,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_markdown(path: str | os.PathLike, report: Report, plots: Sequence[str | os.PathLike] = ()) -> None:
-    """Writes the report as a readable page: summary, results, acceptance by position, plots, settings.
+    """Writes the report as a page: the finding in a sentence, results, acceptance by position, plots, settings.
 
     Args:
       path: the file; plots are named relative to its folder.
@@ -248,7 +299,7 @@ def write_markdown(path: str | os.PathLike, report: Report, plots: Sequence[str 
       plots: PNG files.
     """
     folder = pathlib.Path(path).parent
-    parts = ["# Report", *filter(None, [report.get("headline")])]
+    parts = [report.get("headline") or "No prompt was decoded."]
     parts.append(f"Device: {report.get('device')}. Precision: {report.get('precision')}.")
     parts += ["## Summary", console_table(report["arms"], ARM_COLUMNS, "github"), _MEANING]
     parts += ["## Results", result_table(report, "github")]
@@ -267,7 +318,10 @@ def write_markdown(path: str | os.PathLike, report: Report, plots: Sequence[str 
         parts.append(f"![{pathlib.Path(name).stem.replace('_', ' ')}]({name})")
     if spent := report.get("time"):
         parts += ["## Time", _time(spent)]
-    if settings := report.get("settings"):
+    if command := report.get("command"):
+        told = "This command repeats it; settings that are not in it have their defaults."
+        parts += ["## Command", told, f"```\n{command}\n```"]
+    elif settings := report.get("settings"):
         lines = [f"--{key}={_flag(value)}" for key, value in settings.items()]
         parts += ["## Settings", "\n".join(["```", *lines, "```"])]
     if packages := report.get("versions"):
@@ -303,147 +357,3 @@ def _time(spent: Mapping[str, Any]) -> str:
         parts += ["Operations of a step by part, in seconds, from the profiled steps:"]
         parts += [console_table(rows, {"name": "stage", **{name: name for name in names}}, "github")]
     return "\n\n".join(parts)
-
-
-def plot_results(path: str | os.PathLike, report: Report) -> None:
-    """Draws tau and speedup per benchmark and arm, and acceptance by position, to a PNG file."""
-    arms = [a for a in report["arms"] if a["results"]]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 7), layout="constrained")
-        tau, speedup, conditional, marginal = figure.subplots(2, 2).flat
-        _bars(tau, arms, "tau", "tokens per verification (tau)")
-        _bars(speedup, arms, "speedup", "speedup over plain decoding")
-        _acceptance(conditional, arms, "acceptance_by_position", "acceptance, all before accepted")
-        _acceptance(marginal, arms, "marginal_acceptance_by_position", "acceptance of the whole prefix")
-        handles, labels = tau.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=max(1, len(labels)))
-        save_figure(figure, path)
-
-
-def plot_curves(
-    path: str | os.PathLike,
-    rows: Sequence[Row],
-    names: Sequence[str] = ("loss", "tau_sim", "reward", "accepted_length"),
-) -> None:
-    """Draws training curves to a PNG file.
-
-    Args:
-      path: the file.
-      rows: rows of metrics.jsonl (`step`, `stage`, metrics), as `read_metrics` returns them.
-      names: the metrics to draw, each in a panel per stage; `tau_sim`, which stages share, in one panel.
-    """
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    panels = []
-    for name in names:
-        having = [stage for stage in stages if any(name in row and row["stage"] == stage for row in rows)]
-        panels += [(name, having)] if name in _SHARED and having else [(name, [stage]) for stage in having]
-    with matplotlib.rc_context(STYLE):
-        lines = max(1, -(-len(panels) // 2))
-        figure = Figure(figsize=(10, 2.6 * lines), layout="constrained")
-        axes = list(np.atleast_1d(figure.subplots(lines, 2, squeeze=False)).flat)
-        for ax, (name, having) in zip(axes, panels, strict=False):
-            _curve(ax, rows, name, having, stages)
-        for ax in axes[len(panels) :]:
-            ax.set_axis_off()
-        save_figure(figure, path)
-
-
-def _bars(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
-    labels = list(dict.fromkeys(_label(row, arms) for a in arms for row in a["results"]))
-    width = min(0.3, 0.8 / max(1, len(arms)))
-    crowded = len(labels) * len(arms) > 12
-    for i, a in enumerate(arms):
-        rows = {_label(row, arms): row for row in a["results"]}
-        at = [labels.index(label) + (i - (len(arms) - 1) / 2) * width for label in rows]
-        values = [_number(row[key]) for row in rows.values()]
-        bars = ax.bar(at, values, width * 0.92, label=a["name"], color=colour(i))
-        labels_above = ["" if math.isnan(value) else f"{value:.2f}" for value in values]
-        ax.bar_label(bars, labels_above, fontsize=7.5, padding=2, rotation=90 if crowded else 0)
-    ax.axhline(1, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
-    ax.set_xticks(range(len(labels)), labels, fontsize=9 if len(labels) <= 4 else 7.5)
-    ax.set_xlim(-0.5, len(labels) - 0.5)
-    ax.margins(y=0.2 if crowded else 0.12)
-    ax.grid(visible=False, axis="x")
-    ax.set_title(title)
-
-
-def _label(row: Row, arms: Sequence[Mapping[str, Any]]) -> str:
-    """The benchmark, and the other keys by which rows of an arm differ."""
-    label = str(row["benchmark"])
-    for key, short in (("mode", ""), ("temperature", "T="), ("batch_size", "B="), ("window", "K=")):
-        if any(len({str(other.get(key)) for other in a["results"]}) > 1 for a in arms):
-            value = row.get(key)
-            label += f"\n{short}{value:g}" if isinstance(value, float) else f"\n{short}{value}"
-    return label
-
-
-def _acceptance(ax: Axes, arms: Sequence[Mapping[str, Any]], key: str, title: str) -> None:
-    """One faint line per row, and the mean over an arm's rows in full colour."""
-    for i, a in enumerate(arms):
-        lines = [np.asarray(row[key], float) for row in a["results"] if row.get(key)]  # None: position never reached
-        if not lines:
-            continue
-        for line in lines:
-            ax.plot(range(1, len(line) + 1), line, color=colour(i), alpha=0.3, linewidth=0.9)
-        depth = max(map(len, lines))
-        padded = np.array([np.pad(line, (0, depth - len(line)), constant_values=np.nan) for line in lines])
-        known = np.isfinite(padded)
-        means = np.where(known, padded, 0).sum(0) / np.maximum(known.sum(0), 1)
-        ax.plot(
-            np.arange(1, depth + 1)[known.any(0)],
-            means[known.any(0)],
-            color=colour(i),
-            marker="o",
-            markersize=3.5,
-        )
-    ax.set_ylim(0, 1)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("position in the window")
-    ax.set_title(title)
-
-
-def _curve(ax: Axes, rows: Sequence[Row], name: str, having: Sequence[str], stages: Sequence[str]) -> None:
-    offset = 0
-    for stage in having:
-        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and row.get(name) is not None]
-        step, value = np.asarray(points, float).T
-        mine = colour(stages.index(stage) + 1)
-        dense = len(value) > 60
-        ax.plot(
-            step + offset,
-            value,
-            color=mine,
-            alpha=0.3 if dense else 1,
-            linewidth=1,
-            marker="" if dense else ".",
-        )
-        if dense:
-            ax.plot(step + offset, _smooth(value, len(value) // 30), color=mine, linewidth=1.8)
-        if len(having) > 1:
-            ax.text(offset + step[0], 1.0, f" {stage}", color=mine, transform=ax.get_xaxis_transform(), va="top")
-            if offset:
-                ax.axvline(offset, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
-        offset += int(max(row["step"] for row in rows if row["stage"] == stage))
-    ax.set_title(f"{name} ({having[0]})" if len(having) == 1 else name)
-    ax.set_xlabel("step")
-
-
-def _smooth(value: np.ndarray, width: int) -> np.ndarray:
-    """Centred running mean over `width` points; points that are not finite are ignored."""
-    finite = np.isfinite(value)
-    window = np.ones(width)
-    total = np.convolve(np.where(finite, value, 0), window, mode="same")
-    return total / np.maximum(np.convolve(finite, window, mode="same"), 1)
-
-
-def colour(index: int) -> str:
-    """Colour of an arm by its index."""
-    return _COLOURS[index % len(_COLOURS)]
-
-
-def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a figure as a PNG file."""
-    FigureCanvasAgg(figure)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=130)
-    write_atomic(path, png.getvalue())

@@ -64,6 +64,10 @@ class SelfCheck:
         """True if the drafter helps, and no other reading of it helps more."""
         return self.helps and not self.better
 
+    def within_noise(self, tau: float) -> bool:
+        """True if a tau differs from the drafter's by no more than the few prompts of the check can tell apart."""
+        return max(tau, self.tau) < CLEARLY * min(tau, self.tau)
+
     def lines(self) -> list[tuple[str, str]]:
         """The result as (what, found), to be printed as a table."""
         lines = [
@@ -73,8 +77,10 @@ class SelfCheck:
             ("vocabulary", f"holds {self.coverage:.0%} of the tokens that the target wrote"),
             ("identical", f"{self.identical} of {self.prompts} answers are those of plain decoding"),
         ]
-        other = self.otherwise.items()
-        return lines + [("otherwise", f"tau would be {tau:.2f} with {what.rstrip(',')}") for what, tau in other]
+        for what, tau in self.otherwise.items():
+            noise = ", within noise" if self.within_noise(tau) else ""
+            lines.append(("otherwise", f"tau would be {tau:.2f} with {what.rstrip(',')}{noise}"))
+        return lines
 
     def refusals(self, exact: bool) -> list[str]:
         """Reasons to refuse the drafter, with advice; none if it passed. exact: all answers have to be identical."""
@@ -117,7 +123,7 @@ def self_check(target: Target, drafter: Drafter, window: int = 4, max_new_tokens
     def decode(drafter_: Drafter | None) -> decoding.Decoded:
         return decoding.decode(target, drafter_, prompts, settings, range(len(prompts)))
 
-    log.info("decoding %d prompts plainly and with the drafter (compiling comes first)", len(prompts))
+    log.info("decoding %d prompts without and with the drafter; programs are compiled first", len(prompts))
     plain, speculative = decode(None), decode(drafter)
     coverage = float(np.isin(np.concatenate(plain.answers), np.asarray(drafter.target_ids_W)).mean())
     otherwise: dict[str, float] = {}
@@ -128,7 +134,7 @@ def self_check(target: Target, drafter: Drafter, window: int = 4, max_new_tokens
             enough = max(LEAST_TAU, CLEARLY * _tau(speculative))
             if what not in readings and max(otherwise.values(), default=0.0) >= enough:
                 break  # the layers explain it; all of their readings are tried and compared
-            log.info("tau is %.2f; trying %s", _tau(speculative), what)
+            log.info("tau is %.2f tokens per verification; trying the drafter with %s", _tau(speculative), what)
             otherwise[what] = _tau(decode(drafter.replace(config=config)))
     pairs = zip(plain.answers, speculative.answers, strict=True)
     return SelfCheck(

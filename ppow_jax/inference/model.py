@@ -19,12 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ppow_jax import defaults, sharding
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.flags import require
-from ppow_jax.inference import batch
+from ppow_jax.inference import batch, shown
 from ppow_jax.inference.batch import TO_THE_END
 from ppow_jax.inference.costs import measure_prices
 from ppow_jax.inference.requests import Answer, Batch, Job, Result, Stats, Stop, Text, pack
@@ -33,7 +35,7 @@ from ppow_jax.programs import make_room
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import Prices
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import TOKENS, Speculation, adaptive_tree, chain, mixture, ngram, off, tree
+from ppow_jax.speculation.settings import LOOKUP_MODES, MODES, Speculation, of_mode, off
 from ppow_jax.weights import loading, targets
 from ppow_jax.weights.targets import Target
 
@@ -41,14 +43,10 @@ __all__ = ["SPECULATIONS", "Model", "Result", "Stats", "Stream", "load"]
 
 log = logging.getLogger(__name__)
 
-# Sizes of modes given by name. An adaptive tree drafts and verifies as much as is worth its cost on the device.
+# Modes given by name, with the sizes of `ppow_jax.defaults`.
 SPECULATIONS = {
     "off": off(),
-    "chain": chain(4),
-    "adaptive": adaptive_tree(branch=3, depth=7, nodes=15),
-    "tree": tree(branch=4, depth=3, nodes=7),
-    "ngram": ngram(tokens=TOKENS),
-    "mixture": mixture(branch=3, depth=7, nodes=15, tokens=TOKENS),
+    **{mode: of_mode(mode, defaults.WINDOWS.get(mode, 0)) for mode in (*MODES, *LOOKUP_MODES)},
 }
 LOOK = 4  # rounds between two reads of the text by the host, when it streams or waits for a stop text
 ROLES = ("system", "user", "assistant")
@@ -79,6 +77,9 @@ class Model:
     drafter: Drafter | None = None
     prices: dict[tuple[Speculation, int, bool], Prices] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return shown.model_line(self)
+
     def generate(
         self,
         prompts: Text | Sequence[Text],
@@ -108,7 +109,7 @@ class Model:
             stops at that token; a stop text that contains one beside other text is refused.
           seed: seed of sampling. The same prompt with the same seed and settings gets the same answer.
           speculation: "off", "chain", "adaptive", "tree", "mixture", "ngram" (which needs no drafter; sizes:
-            SPECULATIONS), or a `Speculation`; by default "chain" if there is a drafter. The answers are the same, or
+            SPECULATIONS), or a `Speculation`; by default "adaptive" if there is a drafter. The answers are the same, or
             have the same distribution, in all modes.
           batch_size: prompts decoded at once.
 
@@ -167,7 +168,7 @@ class Model:
     def resolve(self, speculation: str | Speculation | None) -> Speculation:
         """The `Speculation` of a name, or of None. Raises UserError for unknown names and missing drafters."""
         if speculation is None:
-            speculation = "chain" if self.drafter else "off"
+            speculation = defaults.MODE if self.drafter else "off"
         if isinstance(speculation, str):
             names = ", ".join(SPECULATIONS)
             require(speculation in SPECULATIONS, f"speculation={speculation}: must be one of {names}")
@@ -187,7 +188,7 @@ class Model:
         sampling = Sampling.of(0.0 if greedy else 1.0)
         key = speculation, rows if speculation.decides_together(sampling) else 1, greedy
         if key not in self.prices:
-            log.info("measuring what drafting and verifying cost here, once")
+            log.info("measuring the times of drafting and verifying on this device, once (adaptive windows need them)")
             L = generate.cache_length(256, 256, speculation.window)
             self.prices[key] = measure_prices(self.target, self.drafter, speculation, L, key[1], sampling=sampling)
         return self.prices[key]
@@ -212,6 +213,9 @@ class Model:
         )
         jax.block_until_ready(generation.state.length_B)  # for the clock: nothing is transferred to the host
         seconds = time.perf_counter() - begin
+        own_BxL = np.zeros(generation.state.tokens_BxL.shape, bool)
+        own_BxL[np.arange(len(requests)), [len(request.prompt_ids) for request in requests]] = True
+        generation.state = generation.state.replace(**sharding.place({"own_BxL": jnp.asarray(own_BxL)}))
         answers = [Answer(self.target, request, seconds) for request in requests]
         return Batch(generation, answers)
 
@@ -243,12 +247,12 @@ class Stream:
         return next(self._pieces)
 
     def _iterate(self, model: Model, job: Job) -> Iterator[str]:
-        shown = 0
+        count = 0
         for (answer,) in model.run(job, [0], LOOK):
-            piece, self.result = answer.settled[shown:], answer.result
+            piece, self.result = answer.settled[count:], answer.result
             if piece:
                 yield piece
-            shown += len(piece)
+            count += len(piece)
 
 
 def _message(message: Any) -> Message:

@@ -14,7 +14,7 @@ from ppow_jax import sharding
 from ppow_jax.data.encoding import encode_text
 from ppow_jax.data.known_ids import require_known
 from ppow_jax.flags import require
-from ppow_jax.inference import batch
+from ppow_jax.inference import batch, shown
 from ppow_jax.inference.answer_text import AnswerText, split_stops
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
@@ -51,14 +51,17 @@ class Stats:
         return cls(mean, rate, tuple(histogram_K1), steps, drafted, accepted)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
     """An answer.
 
     text: the continuation of the prompt's text (including the blank it may begin with), without special tokens, cut
     before a stop text. token_ids: the new tokens, including an end token or those of a stop text. finish_reason: "stop"
     after an end token or a stop text; "length" at max_new_tokens, or where the target's positions end.
-    prefill_seconds, decode_seconds: times of the whole batch, compilation included.
+    prefill_seconds, decode_seconds: times of the whole batch, compilation included. drafted: for each new token, True
+    if it was drafted and accepted, False if the target added it itself. text_of: decodes the new tokens.
+
+    A notebook shows the text with its drafted tokens coloured.
     """
 
     text: str
@@ -68,6 +71,14 @@ class Result:
     stats: Stats
     prefill_seconds: float
     decode_seconds: float
+    drafted: list[bool] = dataclasses.field(default_factory=list)
+    text_of: AnswerText | None = dataclasses.field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return shown.result_line(self)
+
+    def _repr_html_(self) -> str:
+        return shown.page(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +190,7 @@ class Answer:
         self._text_of = AnswerText(target.tokenizer, request.prompt_ids)
         self.result: Result | None = None
 
-    def read(self, tokens_L, length, done, healthy, histogram_K1, drafted, *, seconds: float) -> None:
+    def read(self, tokens_L, length, done, healthy, histogram_K1, drafted, own_L=None, *, seconds: float) -> None:
         """Updates the answer from its row of a `generate.State`, `seconds` after decoding began."""
         prompt_ids = self.request.prompt_ids
         before, self.ids = len(self.ids), tokens_L[len(prompt_ids) : length].tolist()
@@ -203,7 +214,10 @@ class Answer:
             stats = Stats.of(histogram_K1.tolist(), int(drafted))
             reason: Literal["stop", "length"] = "stop" if stopped else "length"
             ids = prompt_ids.tolist()
-            self.result = Result(self.text, self.ids, reason, ids, stats, self.prefill_seconds, seconds)
+            n = len(prompt_ids)
+            accepted = [False] * len(self.ids) if own_L is None else (~own_L[n : n + len(self.ids)]).tolist()
+            about = stats, self.prefill_seconds, seconds, accepted, self._text_of
+            self.result = Result(self.text, self.ids, reason, ids, *about)
 
     @property
     def settled(self) -> str:
@@ -238,7 +252,8 @@ class Batch:
     def look(self, begin: float) -> None:
         """Reads the answers from the state, decoded since the time `begin`, and ends those with a stop text."""
         s = self.generation.state
-        rows = sharding.fetch((s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B))
+        read = s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B, s.own_BxL
+        rows = sharding.fetch(read)
         seconds = time.perf_counter() - begin
         finished_B = np.array(rows[2])
         for b, answer in enumerate(self.answers):

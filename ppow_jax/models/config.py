@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from ppow_jax.errors import UserError
 from ppow_jax.models.families import FAMILIES, Experts, experts_to_hf
-from ppow_jax.models.reading import boolean, positive_float, positive_int, refuse_options
+from ppow_jax.models.reading import boolean, positive_float, positive_int, refuse_options, shortest
 from ppow_jax.models.rope import Scaling, positions, read_rope
 
 MAX_LAYERS = 4096
@@ -150,7 +150,7 @@ def layer_fields_to_hf(config: Any) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
+        "rms_norm_eps": shortest(config.rms_norm_eps),
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling.to_hf() if config.rope_scaling else None,
         "max_position_embeddings": config.max_position_embeddings,

@@ -1,11 +1,20 @@
 """Validated reading of values from Hugging Face config files."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ppow_jax.errors import UserError
 
 MAX_SIZE = 1 << 31  # far above any dimension of a real model; a larger one is a broken file
+
+
+def shortest(value: float) -> float:
+    """The value with the fewest digits that is the same in float32: 1e-05 for 9.999999747378752e-06."""
+    short = float(str(np.float32(value)))
+    return short if math.isclose(short, value, rel_tol=1e-6) else value  # beyond float32: as it is
 
 
 def positive_int(

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ppow_jax import sharding
+from ppow_jax import progress, sharding
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.models import attention_backends, precision
 from ppow_jax.models.config import ModelConfig
@@ -19,7 +19,8 @@ from ppow_jax.speculation.settings import chain, tree
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """What --output keeps (docs/plans.md)."""
-    devices, chip = topology.find(settings.topology)
+    with progress.activity("looking for the devices; those of this machine are measured"):
+        devices, chip = topology.find(settings.topology)
     policy, backend = precision.of_flag(settings.precision, settings.dtype), None
     if settings.topology != topology.LOCAL:  # as on a TPU, not as on the machine that compiles for it
         policy, backend = policy or precision.ACCELERATOR, attention_backends.SPLASH
@@ -35,11 +36,14 @@ def _plan(settings: PlanSettings, devices: list[Any], chip: Chip) -> dict[str, A
 
     def compiled(batch_size: int):
         sized = dataclasses.replace(settings, batch_size=batch_size)
-        program = build(sized, config, mesh)
-        return program, planning.compile_program(program, mesh, chip)
+        with progress.activity(f"compiling the {settings.program} program for {batch_size} rows"):
+            program = build(sized, config, mesh)
+            return program, planning.compile_program(program, mesh, chip)
 
     program, outcome = compiled(settings.batch_size)
     result = planning.describe(program, outcome, chip, settings.batch_size, shape.rows)
+    if settings.topology == topology.LOCAL:
+        result["note"] = result["note"].replace("published peaks", "peaks measured on this machine")
     if settings.search:
         result["largest_batch"] = search(result, settings.batch_size, shape.rows, lambda n: compiled(n)[1].fits)
     if settings.program == "decode" and result["step_seconds_roofline"]:

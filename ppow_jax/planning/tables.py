@@ -31,6 +31,8 @@ def text(result: dict[str, Any]) -> str:
         f"{result['target']}, {result['program']}, {result['batch_size']} rows on {result['topology']}"
         f" ({result['devices']} devices, --mesh={result['mesh']})",
         f"This is {result['note']}.",
+        f"Peaks of the chip: {result['chip']['flops'] / 1e12:.3g} TFLOP/s, {result['chip']['bandwidth'] / 1e9:.3g} GB/s"
+        f" ({result['chip']['source']}).",
         "",
         f"{'fits' if result['fits'] else 'DOES NOT FIT'}: {result['hbm_used_bytes'] / GIB:.2f} GiB of"
         f" {result['hbm_per_device_bytes'] / GIB:.2f} GiB per device",

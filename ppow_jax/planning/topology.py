@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.planning.chips import CHIPS, Chip
 
 LOCAL = "local"
+AGREE = 0.15  # share by which measurements of one speed may differ
 
 # Environment that stops libtpu from looking for a machine with TPUs.
 _WITHOUT_A_TPU = {
@@ -70,28 +72,40 @@ def _product(grid: str) -> int:
 
 
 def measured(devices: list[Any]) -> Chip:
-    """This machine's device as a chip: its memory, and the measured speed of a large matrix product and a large copy.
+    """This machine's device as a chip: its memory, and the measured speed of large matrix products and large copies.
 
-    Virtual devices of one CPU share these. Messages between devices of one machine are assumed to be copies.
+    Virtual devices of one CPU share these. Messages between devices of one machine are assumed to be copies. The source
+    of the figures says so where the measurements differ too much to be peaks, as on a busy machine.
     """
     share = len(devices) if devices[0].platform == "cpu" else 1
     stats = devices[0].memory_stats() or {}
     memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    N = 1024
-    x = jnp.ones((N, N), jnp.bfloat16)
+    N = 1024 if devices[0].platform == "cpu" else 8192  # an accelerator reaches its peak only with large matrices
     product = jax.jit(lambda a: jnp.einsum("mi,oi->mo", a, a, preferred_element_type=jnp.float32))
-    flops = 2 * N**3 / _seconds(product, x)
-    y = jnp.ones(1 << 24)
-    bandwidth = 2 * y.nbytes / _seconds(jax.jit(lambda a: a + 1), y)
+    products = [times(product, jnp.ones((N, N), dtype)) for dtype in (jnp.bfloat16, jnp.float32)]
+    y = jnp.ones(1 << 24 if devices[0].platform == "cpu" else 1 << 28)
+    copies = times(jax.jit(lambda a: a + 1), y)
+    flops, bandwidth = 2 * N**3 / min(map(min, products)), 2 * y.nbytes / min(copies)
+    source = "measured on this machine"
+    if spread := max(uncertainty(min(products, key=min)), uncertainty(copies)):
+        source += f", but not to be believed: repeated measurements differ by {spread:.0%} (is the machine busy?)"
     name = f"{devices[0].platform} ({devices[0].device_kind})"
-    return Chip(name, memory, flops, bandwidth, bandwidth / 2, 2, "measured on this machine").share(share)
+    return Chip(name, memory, flops, bandwidth, bandwidth / 2, 2, source).share(share)
 
 
-def _seconds(run, x, repetitions: int = 5) -> float:
+def times(run: Callable[[jax.Array], jax.Array], x: jax.Array, at_least: int = 5, seconds: float = 1.0) -> list[float]:
+    """Seconds of repeated runs, after one that compiles: `at_least` of them, and more as long as `seconds` last."""
     jax.block_until_ready(run(x))
-    best = float("inf")
-    for _ in range(repetitions):
+    found: list[float] = []
+    while len(found) < at_least or sum(found) < seconds:
         begin = time.perf_counter()
         jax.block_until_ready(run(x))
-        best = min(best, time.perf_counter() - begin)
-    return best
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+def uncertainty(seconds: Sequence[float]) -> float:
+    """Share by which the fastest quarter of some runs differs; 0 where they agree, so that the fastest is a peak."""
+    fastest = sorted(seconds)[: max(2, len(seconds) // 4)]
+    spread = fastest[-1] / fastest[0] - 1
+    return spread if spread > AGREE else 0.0

@@ -2,15 +2,15 @@
 
 import dataclasses
 
+from ppow_jax.defaults import BRANCH, NODES
 from ppow_jax.flags import require
 from ppow_jax.speculation.adaptive import Stopping
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.tree import TreeShape
+from ppow_jax.speculation.tree import TreeShape, most_nodes
 
 THROUGHPUT = Stopping()
 MODES = ("chain", "adaptive", "tree")  # of the drafter
 LOOKUP_MODES = ("ngram", "mixture")
-BRANCH, NODES = 3, 15  # size of a tree: nodes expanded per level, and nodes verified
 TOKENS = 15  # most tokens that an n-gram lookup drafts
 
 
@@ -118,7 +118,7 @@ def of_mode(mode: str, window: int) -> Speculation:
         return chain(window)
     if mode == "ngram":
         return ngram(TOKENS)
-    nodes = min(NODES, TreeShape(BRANCH, window, 1).candidates)
+    nodes = most_nodes(BRANCH, window, NODES)
     if mode == "mixture":
         return mixture(BRANCH, window, nodes, TOKENS)
     return adaptive_tree(BRANCH, window, nodes) if mode == "adaptive" else tree(BRANCH, window, nodes)

@@ -54,6 +54,11 @@ class TreeShape:
         return self.branch + (levels - 1) * self.branch**2 if levels else 0
 
 
+def most_nodes(branch: int, depth: int, nodes: int) -> int:
+    """`nodes`, or as many as a tree of these sizes drafts, if these are fewer."""
+    return min(nodes, TreeShape(branch, depth, 1).candidates)
+
+
 class Tree(NamedTuple):
     """N nodes below the root of each row, parents first. Window index 0 is the root, index n + 1 is node n.
 

@@ -13,7 +13,7 @@ def markdown(study: Mapping[str, Any], table: str, plots: Sequence[str]) -> str:
     s, arms = study["settings"], {row["arm"]: row for row in study["arms"]}
     seeds = len(study["seeds"])
     parts = [
-        "# Study",
+        _opening(study["compared_in"], arms),
         f"Target {s['target']}, {s['ppow_steps']} steps of each arm from one drafter, {seeds} seeds,"
         f" windows of {s['window']}. Compared on {study['test_answers']} answers ({study['test_tokens']} tokens) that"
         " nothing was trained or chosen on,"
@@ -38,6 +38,23 @@ def markdown(study: Mapping[str, Any], table: str, plots: Sequence[str]) -> str:
         parts += ["## Decoded benchmarks", _decoded(study["arms"])]
     parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"
+
+
+def _opening(mode: str, arms: Mapping[str, Row]) -> str:
+    """The finding in a sentence."""
+    best = max(arms.values(), key=lambda row: row["tau"]["mean"])
+    tau = {name: f"{row['tau']['mean']:.2f}" for name, row in arms.items()}
+    name = best["arm"]
+    text = f"The highest acceptance length ({mode}) is that of {name}, {tau[name]} tokens per verification"
+    if name == "ppow" or "ppow" not in arms:
+        return f"{text}."
+    differences = [("its start", "paired_difference_to_start"), ("cst", "paired_difference_to_cst")]
+    found = [
+        "{mean:+.3f} against {name} (95 % interval {low:+.3f} to {high:+.3f})".format(name=name, **arms["ppow"][key])
+        for name, key in differences
+        if key in arms["ppow"]
+    ]
+    return f"{text}; ppow has {', '.join([tau['ppow'], *found])}."
 
 
 # Claims of the paper (2605.14978): claim, the better arm, the worse one, its range of the ratio if it gives one.

@@ -9,14 +9,14 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from ppow_jax.evaluation import report
+from ppow_jax.evaluation import plots
 
 Curves = Mapping[str, Sequence[Sequence[tuple[int, float]]]]
 
 
 def draw(workdir: Path, study: Mapping[str, Any], curves: Curves) -> list[str]:
     """Writes the plots into the workdir -> their names."""
-    with matplotlib.rc_context(report.STYLE):
+    with matplotlib.rc_context(plots.STYLE):
         panels = {
             "tau_by_step.png": lambda ax: _curves(ax, study, curves),
             "acceptance_by_position.png": lambda ax: _acceptance(ax, study),
@@ -26,20 +26,24 @@ def draw(workdir: Path, study: Mapping[str, Any], curves: Curves) -> list[str]:
         for name, fill in panels.items():
             figure = Figure(figsize=(8, 4.5), layout="constrained")
             fill(figure.subplots())
-            report.save_figure(figure, workdir / name)
+            plots.save_figure(figure, workdir / name)
     return list(panels)
 
 
 def _curves(ax, study, curves: Curves) -> None:
-    """The mean over seeds, and each seed faintly."""
+    """The mean over seeds, and each seed faintly; the common start as a line."""
+    start = None
     for i, (name, by_seed) in enumerate(curves.items()):
         lines = [dict(curve) for curve in by_seed if curve]
         if not lines:
             continue
         steps = sorted(set.intersection(*(set(line) for line in lines)))
         values_SxN = np.array([[line[step] for step in steps] for line in lines])
-        ax.plot(steps, values_SxN.mean(0), color=report.colour(i), label=name, linewidth=1.8)
-        ax.plot(steps, values_SxN.T, color=report.colour(i), alpha=0.2, linewidth=0.8)
+        start = values_SxN[:, 0].mean() if start is None and steps[:1] == [0] else start
+        ax.plot(steps, values_SxN.mean(0), color=plots.colour(i), label=name, linewidth=1.8)
+        ax.plot(steps, values_SxN.T, color=plots.colour(i), alpha=0.2, linewidth=0.8)
+    if start is not None:
+        ax.axhline(start, color="#444444", linewidth=0.9, linestyle=(0, (1, 2)), label="start")
     ax.set(title="Held-out simulated acceptance length", xlabel="step")
     ax.legend(fontsize=8)
 
@@ -54,7 +58,7 @@ def _acceptance(ax, study) -> None:
             conditional,
             marker="o",
             markersize=4,
-            color=report.colour(i),
+            color=plots.colour(i),
             label=row["arm"],
         )
     ax.set(title="Acceptance by position, all before accepted", xlabel="position in the window")
@@ -67,8 +71,8 @@ def _differences(ax, study) -> None:
     rows = [row for row in study["arms"] if "paired_difference_to_cst" in row]
     for y, row in enumerate(rows):
         d = row["paired_difference_to_cst"]
-        ax.plot([d["low"], d["high"]], [y, y], color=report.colour(1), linewidth=2)
-        ax.plot(d["mean"], y, "o", color=report.colour(1))
+        ax.plot([d["low"], d["high"]], [y, y], color=plots.colour(1), linewidth=2)
+        ax.plot(d["mean"], y, "o", color=plots.colour(1))
     ax.axvline(0, color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
     ax.set_yticks(range(len(rows)), [row["arm"] for row in rows])
     ax.invert_yaxis()
@@ -82,7 +86,7 @@ def _switch(ax, workdir: Path, study) -> None:
     rows = [row for row in rows if "reward" in row]
     for i, name in enumerate(("reward", "kl")):
         if rows:
-            ax.plot([row["step"] for row in rows], [row[name] for row in rows], color=report.colour(i + 1), label=name)
+            ax.plot([row["step"] for row in rows], [row[name] for row in rows], color=plots.colour(i + 1), label=name)
     ax.axvline(study["settings"]["adaw_start"], color="#444444", linewidth=0.8, linestyle=(0, (4, 3)))
     ax.set(title="PPOW as published: reward and KL at ADAW's start (dashed)", xlabel="step")
     if rows:

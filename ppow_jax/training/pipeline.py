@@ -46,7 +46,7 @@ def run(settings: TrainSettings) -> int:
             with precision.use(precision.of_flag(s.precision, s.dtype)), sharding.use(mesh):
                 _stages(s, stop)
         except Stopped:
-            log.warning("stopped; the same command goes on from here")
+            log.warning("stopped; the same command resumes from here")
             return stop.exit_code
         except NonFiniteError as error:
             log.error("error: %s", error)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ppow_jax import distributed, files, flags, sharding
-from ppow_jax.evaluation import report
+from ppow_jax.evaluation import plots, report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
 from ppow_jax.models.drafter import Drafter, cast
@@ -21,6 +21,7 @@ from ppow_jax.training.run.preemption import Stopped
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.card import write_card
 from ppow_jax.weights.drafters import best_format, export_drafter
+from ppow_jax.weights.targets import base_model
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,9 @@ def evaluate_arms(context: RunContext, arms: dict[str, Drafter], benchmarks: lis
         made_of = {"drafter": checksum(drafter), "conditions": conditions}
         arm = former.get(name, {})
         if {key: arm.get(key) for key in made_of} == made_of:
-            log.info("%s: measured before (without report.json, it would be measured again)", name)
+            log.info("%s: already measured, taken from report.json (remove that file to measure again)", name)
         else:
-            log.info("measuring %s", name)
+            log.info("measuring the drafter of arm %s", name)
             rows = evaluate(
                 context.target,
                 sharding.committed(cast(drafter, s.dtype)),
@@ -60,18 +61,19 @@ def evaluate_arms(context: RunContext, arms: dict[str, Drafter], benchmarks: lis
         result = (
             {"headline": headline}
             | about
-            | {"settings": settings, "arms": done, "time": context.clock.summary() | _parts(workdir)}
+            | {"command": flags.command("experiments.train", s), "settings": settings, "arms": done}
+            | {"time": context.clock.summary() | _parts(workdir)}
         )
         distributed.by_leader(lambda: report.write_json(workdir / "report.json", result))  # noqa: B023  (called at once)
     distributed.by_leader(lambda: _report(workdir, result))
 
 
 def _report(workdir: Path, result: dict) -> None:
-    plots = results, curves = workdir / "results.png", workdir / "curves.png"
-    report.plot_results(results, result)
+    drawn = results, curves = workdir / "results.png", workdir / "curves.png"
+    plots.plot_results(results, result)
     shown = ("loss", "held_out_tau_sim", "held_out_tau_decoded", "reward", "accepted_length", "kl", "flat_groups")
-    report.plot_curves(curves, read_metrics(workdir / "metrics.jsonl"), shown)
-    report.write_markdown(workdir / "report.md", result, plots)
+    plots.plot_curves(curves, read_metrics(workdir / "metrics.jsonl"), shown)
+    report.write_markdown(workdir / "report.md", result, drawn)
     print(f"{result['headline']}\n" if result["headline"] else "")
     print(report.result_table(result))
     print(f"\nreport and plots: {workdir}")
@@ -84,7 +86,7 @@ def _replayed(context: RunContext, arms: dict[str, Drafter]) -> dict[str, dict[s
     if test is None or not modes:
         return {}
     first, *_ = arms.values()
-    log.info("replaying %d answers with every arm", len(test.examples))
+    log.info("computing the acceptance of every arm on %d answers kept for testing", len(test.examples))
     store = feature_store(context, "features_test", test, first.config.feature_layers)
     prices = measured_prices(context, cast(first, s.dtype), of_mode("adaptive", s.window))
     found = {name: replay_modes(context, drafter, modes, prices, store) for name, drafter in arms.items()}
@@ -113,7 +115,7 @@ def export_arm(context: RunContext, arm: str, drafter: Drafter, name: str) -> No
             drafter.config,
             params,
             ids_W,
-            target_name=s.target,
+            target_name=s.base_model or base_model(s.target) or s.target,
             target_architecture=context.target.config.architecture,
             embed_VxE=embed_VxE,
         )
@@ -121,8 +123,9 @@ def export_arm(context: RunContext, arm: str, drafter: Drafter, name: str) -> No
             directory,
             title=f"EAGLE-3 drafter for {s.target}",
             target=s.target,
+            base_model=s.base_model,
             figures=figures,
-            command=f"python -m experiments.train --flagfile={workdir.name}/flags.txt",
+            command=flags.command("experiments.train", s),
             format=best_format(drafter.config),
         )
 

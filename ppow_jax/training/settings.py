@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import re
 
-from ppow_jax import files, mesh_shape
+from ppow_jax import defaults, files, mesh_shape
 from ppow_jax.flags import check_fields, field, require, specs
 from ppow_jax.models import precision
 from ppow_jax.objectives.expected import HORIZONS
@@ -30,6 +30,12 @@ class TrainSettings:
     )
     target: str = field(
         "smollm2-135m", "Target: smollm2-135m, tiny, a .gguf file, a directory or a hub name.", group="Run"
+    )
+    base_model: str | None = field(
+        None,
+        "The target's OWNER/MODEL on the hub, for the exported config and card; by default that of --target, if known.",
+        may_change=True,
+        group="Run",
     )
     dtype: str = field("bfloat16", "Dtype of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
     precision: str = field("auto", precision.HELP, choices=precision.CHOICES, group="Run")
@@ -193,7 +199,11 @@ class TrainSettings:
         high=0.9999,
         group="Stage 2, PPOW",
     )
-    window: int = field(7, "Drafted tokens per window, K; also used for measuring.", group="Stage 2, PPOW")
+    window: int = field(
+        defaults.WINDOWS["adaptive"],
+        "Drafted tokens per window, K; also for measuring: length of a chain, levels of a tree.",
+        group="Stage 2, PPOW",
+    )
     group: int = field(8, "Windows sampled per prefix, G.", group="Stage 2, PPOW")
     windows: int = field(6, "Prefixes per row and step.", low=1, group="Stage 2, PPOW")
     rollout_temperature: float = field(
@@ -290,8 +300,8 @@ class TrainSettings:
         group="Measuring",
     )
     modes: tuple[str, ...] = field(
-        ("adaptive",),
-        "Speculation modes to measure, with windows of --window tokens.",
+        (defaults.MODE,),
+        f"Speculation modes to measure, with windows of --window tokens and trees of up to {defaults.NODES} nodes.",
         choices=(*MODES, *LOOKUP_MODES),
         may_change=True,
         group="Measuring",

@@ -72,7 +72,7 @@ def _arm(context: RunContext, stage: str, begin: Drafter, chosen: set[str]) -> D
         return None
     with Best(context.workdir / stage / "best") as best:
         step, params, _ = best.restore(sharding.like(begin.params))
-    log.info("%s: best checkpoint, of step %d, read back", stage, step)
+    log.info("%s: finished before; its best checkpoint is that of step %d", stage, step)
     return begin.replace(params=params)
 
 
@@ -239,7 +239,7 @@ def _costs(context: RunContext, drafter: Drafter) -> CostModel:
         measured = _measured_costs(context, drafter)
         gamma = round(measured["gamma"], 4) if gamma is None else gamma
         verify = round(measured["verify_ratio"], 4) if verify is None else verify
-    log.info("ppow: the reward counts a draft step as %.3f steps of the target, a verification as %.3f", gamma, verify)
+    log.info("ppow: in the reward, a draft step costs %.3f steps of plain decoding, a verification %.3f", gamma, verify)
     return CostModel(gamma, s.general_cost, verify, s.rollback_cost, s.bonus)
 
 

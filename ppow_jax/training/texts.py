@@ -119,7 +119,8 @@ def load_corpus(
         return Batches(examples, seed=s.seed, **shape)
 
     tokens = sum(int(e.answer_mask.sum()) for e in [*train, *fresh])
-    log.info("data: %d examples with %d answer tokens; %d held out", len(train) + len(fresh), tokens, len(held_out))
+    texts = "data: %d answers with %d tokens to train on; %d answers held out to choose checkpoints"
+    log.info(texts, len(train) + len(fresh), tokens, len(held_out))
     own = batches(fresh) if fresh else None
     main = batches(train) if train else own
     return Corpus(main, own or main, batches(held_out), batches(test) if test else None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppow_jax.errors import UserError
+from ppow_jax.weights import targets
 from ppow_jax.weights.huggingface import read_json, replace_files
 
 # Heading -> cell of a result row of the evaluation.
@@ -40,17 +41,23 @@ _LAYOUT = {
 _LOADING = """\
 ## How to load it
 
-`DRAFTER` stands for this directory. With this project:
+In this directory, or with its path in place of `.`:
 
 ```
-python -m experiments.generate --target={target} --drafter=DRAFTER --window={window} --prompt="Hello"
+DRAFTER=.
+```
+
+With this project:
+
+```
+ppow-generate --target={target} --drafter="$DRAFTER" --prompt="Hello"
 ```
 
 {layout} With vLLM:
 
 ```
-vllm serve {target} --speculative-config \\
-  '{{"method": "eagle3", "model": "DRAFTER", "num_speculative_tokens": {window}}}'
+vllm serve {base} --speculative-config \\
+  '{{"method": "eagle3", "model": "'"$DRAFTER"'", "num_speculative_tokens": {window}}}'
 ```
 """
 
@@ -58,8 +65,8 @@ _SGLANG = """\
 With SGLang:
 
 ```
-python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 \\
-  --speculative-draft-model-path DRAFTER --speculative-num-steps {window} \\
+python -m sglang.launch_server --model-path {base} --speculative-algorithm EAGLE3 \\
+  --speculative-draft-model-path "$DRAFTER" --speculative-num-steps {window} \\
   --speculative-eagle-topk 1 --speculative-num-draft-tokens {steps}
 ```
 """
@@ -70,6 +77,7 @@ def write_card(
     *,
     title: str,
     target: str,
+    base_model: str | None = None,
     figures: Sequence[Mapping[str, Any]],
     command: str,
     notes: str = "",
@@ -79,7 +87,8 @@ def write_card(
     """Writes README.md, with the front matter that the Hugging Face hub reads.
 
     Args:
-      target: the model that the drafter speeds up; a hub name ("owner/model") also becomes its `base_model`.
+      target: the model that the drafter speeds up, by its name here.
+      base_model: its hub name ("owner/model"), for servers and the front matter; by default that of `target`, if known.
       figures: result rows of the evaluation; absent values are shown as a dash.
       command: the command that made the drafter.
       notes: Markdown, put between the figures and the command: data, device, caveats.
@@ -90,8 +99,9 @@ def write_card(
       UserError: if the directory cannot be written.
     """
     front = [f"license: {license}", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in _TAGS[format])]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", target):
-        front.append(f"base_model: {json.dumps(target)}")
+    base = base_model or targets.base_model(target)
+    if base is not None:
+        front.append(f"base_model: {json.dumps(base)}")
     window = max((int(row["window"]) for row in figures if row.get("window")), default=4)
     parts = [
         "\n".join(["---", *front, "---"]),
@@ -105,8 +115,8 @@ def write_card(
         " tokens drafted at a position whose predecessors were all accepted.",
         notes.strip(),
         f"## How it was made\n\n```\n{command.strip()}\n```",
-        _LOADING.format(target=target, window=window, layout=_LAYOUT[format]),
-        _SGLANG.format(target=target, window=window, steps=window + 1) if format == "flat" else "",
+        _LOADING.format(target=target, base=base or target, window=window, layout=_LAYOUT[format]),
+        _SGLANG.format(base=base or target, window=window, steps=window + 1) if format == "flat" else "",
     ]
     text = "\n\n".join(part for part in parts if part)
     replace_files(directory, {"README.md": lambda path: path.write_text(text, encoding="utf-8")})

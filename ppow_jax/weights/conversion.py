@@ -9,7 +9,14 @@ from ppow_jax.weights import card, drafters, targets
 from ppow_jax.weights.padded_vocabulary import fit_vocabulary
 
 
-def convert(source: Path, output: Path, format: str, dtype: str | None = None, target_name: str | None = None) -> None:
+def convert(
+    source: Path,
+    output: Path,
+    format: str,
+    dtype: str | None = None,
+    target_name: str | None = None,
+    base_model: str | None = None,
+) -> None:
     """Writes a drafter in another format, with its model card.
 
     Args:
@@ -19,6 +26,7 @@ def convert(source: Path, output: Path, format: str, dtype: str | None = None, t
       dtype: of the new weights; None leaves them unchanged.
       target_name: the target, as for `targets.load`; needed only to omit a copy of its embedding, for the head of a
         drafter that has none, or for layer ids that the files do not contain.
+      base_model: the target's OWNER/MODEL on the hub; by default that of the target, if it is known.
 
     Raises:
       UserError: for files that are broken or do not fit the target, and for a drafter without a head of its own if no
@@ -37,14 +45,15 @@ def convert(source: Path, output: Path, format: str, dtype: str | None = None, t
     if target is not None:
         stored = fit_vocabulary(stored, target.config.vocab_size, target.tokenizer, str(source))
         validate_fit(stored.config, target.config, str(source))
+    named = stored.target_name or target_name
     drafters.export_drafter(
         output,
         stored.config,
         stored.params,
         stored.target_ids_W,
         dtype=dtype,
-        target_name=stored.target_name or target_name,
-        target_architecture=None if target is None else target.config.architecture,
+        target_name=base_model or targets.base_model(named) or named,
+        target_architecture=targets.architecture(named) if target is None else target.config.architecture,
         embed_VxE=stored.embed_VxE,
         format=format,
     )

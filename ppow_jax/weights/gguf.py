@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from ppow_jax.errors import UserError
 from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.reading import shortest
 from ppow_jax.weights import ends
 from ppow_jax.weights.gguf_file import GgufFile, open_model
 from ppow_jax.weights.layout import Path as Place
@@ -51,11 +53,12 @@ def read_target(file: GgufFile, dtype=jnp.float32, put: Put = put_whole) -> tupl
     Raises UserError for a file with an unsupported architecture, or with missing, repeated or mis-shaped
     tensors (all of them in one message).
     """
-    config = _config(file)
+    config = read_config(file)
     return config, _parameters(file, config, dtype, put)
 
 
-def _config(file: GgufFile) -> ModelConfig:
+def read_config(file: GgufFile) -> ModelConfig:
+    """The config of a GGUF file's model. Raises UserError for an unsupported or damaged one."""
     get, where = file.get, file.path
     kind = get("general.type", "model")
     if kind != "model":
@@ -80,7 +83,7 @@ def _config(file: GgufFile) -> ModelConfig:
             "num_attention_heads": get(f"{name}.attention.head_count"),
             "num_key_value_heads": get(f"{name}.attention.head_count_kv", None),
             "head_dim": get(f"{name}.attention.key_length", None),
-            "rms_norm_eps": get(f"{name}.attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": _decimal(get(f"{name}.attention.layer_norm_rms_epsilon")),
             "rope_theta": get(f"{name}.rope.freq_base", 10000.0),
             "rope_scaling": _rope_scaling(name, get, tensors.get(_ROPE_FACTORS), where),
             "max_position_embeddings": get(f"{name}.context_length"),
@@ -93,6 +96,11 @@ def _config(file: GgufFile) -> ModelConfig:
     if rotated != config.head_dim:
         raise UserError(f"{where}: {name}.rope.dimension_count = {rotated} must be the head's {config.head_dim}")
     return config
+
+
+def _decimal(value: Any) -> Any:
+    """A number as it was before it was stored in float32; anything else unchanged, to be refused."""
+    return shortest(value) if isinstance(value, float) else value
 
 
 def _family_keys(name: str, get, tensors) -> dict:

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ppow_jax.data.hub_access import offline_if_unreachable
 from ppow_jax.errors import UserError
 from ppow_jax.files import mistaken
 from ppow_jax.models import transformer
@@ -134,11 +135,16 @@ def find_directory(directory_or_name: str | Path) -> Path:
     import huggingface_hub
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:  # errors of the hub, its HTTP library and the system share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: no such directory, and it could not be downloaded from the hub ({reason})") from None
+    with offline_if_unreachable() as offline:
+        try:
+            return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        except Exception as error:  # errors of the hub, its HTTP library and the system share no base class
+            if offline:
+                rule = "it was not downloaded before; name a directory or a .gguf file instead"
+                raise UserError(f"{name}: no such directory; {offline}, and {rule}") from None
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            rule = f"it could not be downloaded from the hub ({reason})"
+            raise UserError(f"{name}: no such directory, and {rule}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -58,12 +58,20 @@ def target_lines(directory: Path) -> list[tuple[str, str]]:
     """
     config, stored = hf.open_target(directory)
     count = sum(math.prod(tensor.shape) for tensor in stored.values())
-    N = config.num_layers
+    dtypes = f" ({', '.join(sorted({tensor.dtype for tensor in stored.values()}))})"
     end_ids = ends.of_directory(directory, config.vocab_size, config.eos_token_ids)
+    return config_lines(config, f"Hugging Face, {', '.join(_files(directory))}", count, dtypes, end_ids)
+
+
+def config_lines(
+    config: ModelConfig, format: str, count: int, dtypes: str, end_ids: Iterable[int]
+) -> list[tuple[str, str]]:
+    """(label, value) of a target's config. count, dtypes: number of parameters, and how they are stored."""
+    N = config.num_layers
     return [
         ("kind", f"target, {config.architecture}"),
-        ("format", f"Hugging Face, {', '.join(_files(directory))}"),
-        ("parameters", f"{_count(count)} ({', '.join(sorted({tensor.dtype for tensor in stored.values()}))})"),
+        ("format", format),
+        ("parameters", f"{_count(count)}{dtypes}"),
         ("layers", str(N)),
         ("width", f"{config.hidden_size}, MLP {config.intermediate_size}"),
         *([("experts", _experts(config.experts))] if config.experts else []),

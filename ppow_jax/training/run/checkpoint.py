@@ -100,7 +100,7 @@ class Checkpoints:
                 damaged.append(f"{self.directory / str(step)} ({error})")
                 continue
             for place in damaged:
-                logger.warning("checkpoint %s is damaged; going on from step %d", place, step)
+                logger.warning("checkpoint %s is damaged; resuming from step %d", place, step)
             self._set_aside(after=step)
             return step, state, extra
         if damaged:
@@ -202,7 +202,7 @@ class Best:
             except UserError as error:
                 if number == steps[0]:
                     raise
-                logger.warning("%s; taking the one before", error)
+                logger.warning("%s; using the one before it", error)
             else:
                 self.step, self.score = kept["step"], kept["score"]
                 break

@@ -7,7 +7,6 @@ time between two attempts is not included.
 """
 
 import contextlib
-import functools
 import json
 import os
 import resource
@@ -20,10 +19,11 @@ from typing import Any
 
 import jax
 
+from ppow_jax.compiling import seconds as compile_seconds
+
 BEAT_SECONDS = 10.0  # the end of a killed attempt is known to this precision
 START = "start"  # first stage of an attempt: reading the target, the prompts, the settings
 _ASIDE = ("answers", "features", "evaluate", "export")  # stages without training steps
-_COMPILING = "/jax/core/compile/backend_compile_duration"
 
 Stages = dict[str, dict[str, float]]  # seconds by stage and kind
 
@@ -132,25 +132,6 @@ def read_attempts(path: Path) -> list[Stages]:
             continue
         found[beat["attempt"]] = beat["stages"]
     return list(found.values())
-
-
-_compiled = 0.0
-
-
-@functools.cache
-def _listen() -> None:
-    def add(event: str, duration_secs: float, **_: str | int) -> None:
-        global _compiled
-        if event == _COMPILING:
-            _compiled += duration_secs
-
-    jax.monitoring.register_event_duration_secs_listener(add)
-
-
-def compile_seconds() -> float:
-    """Seconds this process spent compiling with XLA, or loading compiled programs, since the first call."""
-    _listen()
-    return _compiled
 
 
 def memory_bytes() -> int:

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from ppow_jax import progress, sharding
+from ppow_jax.compiling import seconds as compile_seconds
 from ppow_jax.errors import UserError
 from ppow_jax.training.run.checkpoint import Best, Checkpoints
-from ppow_jax.training.run.clock import Clock, compile_seconds, memory_bytes
+from ppow_jax.training.run.clock import Clock, memory_bytes
 from ppow_jax.training.run.metrics import MetricsWriter, NonFiniteError, require_finite
 from ppow_jax.training.run.preemption import StopSignal
 from ppow_jax.training.run.profile import Profile
@@ -72,7 +73,7 @@ def run(
         if stage.done < loop.total:
             stage.save()
             checkpoints.wait()
-            log.warning("%s: saved after step %d of %d", loop.stage, stage.done, loop.total)
+            log.warning("%s: stopped; saved after step %d of %d", loop.stage, stage.done, loop.total)
         return stage.best_params(), stage.done == loop.total
 
 
@@ -102,11 +103,11 @@ class _Stage:
             self.done, self.state, extra = found
             _check_position(loop, self.checkpoints.directory, self.done, extra)
             if self.done < loop.total:
-                log.info("%s: going on after step %d of %d", loop.stage, self.done, loop.total)
+                log.info("%s: resuming after step %d of %d", loop.stage, self.done, loop.total)
         rows = metrics.resume(loop.stage, self.done)
         self.clock.resume(loop.stage, rows)
         if len(rows) < self.done:
-            log.warning("%s: %s lacks rows of %d steps done", loop.stage, metrics.path, self.done - len(rows))
+            log.warning("%s: %s has no metrics of %d finished steps", loop.stage, metrics.path, self.done - len(rows))
         metrics.resume(f"{loop.stage}_held_out", self.done or -1)  # step 0 is measured again
 
     def train(self, stop: StopSignal, profile: Profile, bar: Any) -> None:
@@ -139,7 +140,8 @@ class _Stage:
             measured = loop.measure(self.state.best_params)
         measured |= {"goodput": clock.goodput(), "memory_bytes": memory_bytes()}
         self.metrics.write(self.done, f"{loop.stage}_held_out", measured)
-        log.info("%s: step %d, %s %.3f", loop.stage, self.done, loop.score, measured[loop.score])
+        score = measured[loop.score]
+        log.info("%s: after step %d, %s on held-out answers is %.3f", loop.stage, self.done, loop.score, score)
         with clock.on("save"):
             self.checkpoints.wait()  # one save at a time per process: Orbax's barriers share one name
             score = self.done if loop.select == "last" else measured[loop.score]
@@ -157,7 +159,7 @@ class _Stage:
         with self.clock.on("restore"):
             self.checkpoints.wait()
             _, params, _ = self.best.restore(self.abstract.params)
-        log.info("%s: ends with the checkpoint of step %d", self.loop.stage, self.best.step)
+        log.info("%s: finished; the checkpoint of step %d is used", self.loop.stage, self.best.step)
         return params
 
 

@@ -1,0 +1,21 @@
+"""Speculation modes and sizes that every program starts from, so that the same words mean the same everywhere.
+
+- window, K: the most drafted tokens that a round can accept: length of a chain, levels of a tree. In adaptive mode it
+  is a maximum.
+- nodes: verified nodes of a tree, in adaptive mode the maximum. branch: nodes expanded per level, children per node.
+
+Adaptive decoding is the default, since it drafts and verifies only what is worth its measured cost on the device.
+"""
+
+MODE = "adaptive"
+WINDOWS = {"chain": 4, "adaptive": 7, "tree": 4, "mixture": 7}
+BRANCH, NODES = 3, 15
+
+WINDOW_HELP = (
+    "Drafted tokens per round, K: length of a chain, levels of a tree; a maximum in adaptive mode. By default "
+    f"{', '.join(f'{window} ({mode})' for mode, window in WINDOWS.items())}."
+)
+MODE_HELP = f"Speculation mode. By default {MODE} if there is a drafter; ngram needs none."
+NODES_HELP = f"Verified nodes of a tree; a maximum in adaptive mode. By default {NODES}."
+BRANCH_HELP = f"Nodes expanded per level of a tree, and children per node. By default {BRANCH}."
+DEPTH_HELP = "Levels of a tree of fixed size, in place of --window."

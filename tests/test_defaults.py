@@ -1,0 +1,39 @@
+"""All programs start from the same mode and sizes."""
+
+from experiments import evaluate, generate
+from ppow_jax import cli, defaults
+from ppow_jax.inference.model import SPECULATIONS
+from ppow_jax.speculation.settings import adaptive_tree, chain, of_mode, tree
+from ppow_jax.training.settings import TrainSettings
+
+
+def test_every_program_has_the_same_defaults():
+    adaptive = adaptive_tree(branch=3, depth=7, nodes=15)
+    assert SPECULATIONS["adaptive"] == adaptive and SPECULATIONS["chain"] == chain(4)
+    assert SPECULATIONS["tree"] == tree(branch=3, depth=4, nodes=15)
+    train = TrainSettings(workdir="x")
+    assert [of_mode(mode, train.window) for mode in train.modes] == [adaptive]
+    assert evaluate.Settings().speculations() == [adaptive]
+    assert evaluate.Settings(modes=evaluate.MODES).speculations() == [SPECULATIONS[mode] for mode in evaluate.MODES]
+    for mode, speculation in SPECULATIONS.items():
+        settings = generate.Settings(prompt="a", speculation=mode)
+        assert generate.speculation(settings, speculation) == speculation
+
+
+def test_a_window_means_the_same_in_all_modes():
+    modes = ("chain", "adaptive", "tree")
+    asked = evaluate.Settings(modes=modes, window=(2,)).speculations()
+    assert asked == [chain(2), adaptive_tree(3, 2, 12), tree(3, 2, 12)]  # 12: all nodes of two levels
+    for mode, expected in zip(modes, asked, strict=True):
+        settings = generate.Settings(prompt="a", speculation=mode, window=2)
+        assert generate.speculation(settings, SPECULATIONS[mode]) == expected
+    sizes = {"tree_depth": (3,), "tree_nodes": (5, 8), "window": (2,)}
+    deeper = evaluate.Settings(modes=("tree", "chain"), **sizes).speculations()
+    assert deeper == [tree(3, 3, 5), tree(3, 3, 8), chain(2)]
+
+
+def test_help_shows_them():
+    for module in (evaluate, generate):
+        text = " ".join(cli.usage(module.main, module.Settings).split())
+        assert "4 (chain), 7 (adaptive), 4 (tree), 7 (mixture)." in text and f"By default {defaults.NODES}." in text
+    assert f"By default {defaults.MODE} if" in " ".join(cli.usage(generate.main, generate.Settings).split())
