@@ -79,7 +79,7 @@ def _looked_up(state: State, speculation: Speculation, prices: Prices | None) ->
     return mixture.lookup(state.pace, state.sources, speculation.adaptive or THROUGHPUT, prices, match, ~state.done_B)
 
 
-def _mixed(anchored: tuple[Any, ...], state: State, speculation: Speculation, prices: Prices | None) -> Drafts:
+def _mixed(anchored: Any, state: State, speculation: Speculation, prices: Prices | None) -> Drafts:
     """A tree of the drafter and the lookup; without prices, of its full size. anchored: see `draft_candidates`."""
     pace, found, live_B = state.pace, state.sources, ~state.done_B
     shape, stopping = speculation.shape, speculation.adaptive or THROUGHPUT

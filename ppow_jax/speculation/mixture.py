@@ -128,7 +128,9 @@ def merge(
     log_r_BxN = jnp.where(log_q_BxN > -jnp.inf, jnp.diff(log_q_BxN, prepend=0.0), -jnp.inf)
     place_B, joined_B = jnp.zeros(B, jnp.int32), match.matched_B > 0  # of the node before; on a path of the drafter's
     above_B = log_own_B = jnp.zeros(B)  # log-probability of the path so far: estimated, and the drafter's
-    places, joins, chances = [], [], []
+    places: list[Array] = []
+    joins: list[Array] = []
+    chances: list[Array] = []
     for i in range(N):
         log_cond_B = log_r_BxN[:, i]
         same_B, shared_B = jnp.zeros(B, bool), place_B
