@@ -90,7 +90,7 @@ def _mixed(anchored: Any, state: State, speculation: Speculation, prices: Prices
     if prices is not None:
         go_on = mixture.decisions(pace, found, stopping, prices, shape, log_q_BxN, alone_B, state.done_B)
         keep = mixture.keeping(pace, found, stopping, prices, live_B)
-    drafted = draft_candidates(*anchored, shape=shape, go_on=go_on)
+    drafted = draft_candidates(*anchored, shape, go_on)
     return mixture.merge(drafted, match, log_q_BxN, pace.trust_B, shape, speculation.window, keep, alone_B)
 
 
