@@ -74,11 +74,11 @@ def test_inspect_a_drafter(capsys):
     said = capsys.readouterr().out
     for line in (
         "kind             EAGLE-3 drafter",
-        "flat, names midlayer.*, model.safetensors (19.7 MB)",
+        "flat, names midlayer.*, model.safetensors (24.5 MB)",
         "target           smollm2-135m",
-        "9.81 million (bfloat16)",
+        "12.17 million (bfloat16)",
         "inputs of layers 2, 15, 27 = outputs of layers 1, 14, 26",
-        "8192 of 49152 tokens",
+        "12288 of 49152 tokens",
     ):
         assert line in said
 
@@ -219,7 +219,7 @@ def test_the_best_reading_is_found_by_its_tau(monkeypatch):
         n = 0 if drafter is None else accepted[drafter.config.feature_layers]
         counts = np.array([[10 - n, n, 0, 0, 0]] * len(prompts))
         answer = np.asarray(world.drafter().target_ids_W)  # all of it in the draft vocabulary
-        return decoding.Decoded([answer] * len(prompts), counts, 40, 1.0, 1.0)
+        return decoding.Decoded([answer] * len(prompts), counts, 40, 1.0, 1.0, np.zeros(2), np.zeros(2))
 
     monkeypatch.setattr(self_check.decoding, "decode", decode)
     monkeypatch.setattr(self_check, "encode_prompt", lambda *_: np.arange(3))

@@ -93,7 +93,7 @@ def test_the_card_of_the_shipped_drafter(capsys):
     assert run("card", SHIPPED) == 0
     out = capsys.readouterr().out
     assert "vLLM (0.32.0)\n  reads     format" in out and "inputs of 2, 15, 27, from the top level" in out
-    assert "outputs of 1, 14, 26, from eagle_config" in out and "8192 of 49152 tokens, by d2t" in out
+    assert "outputs of 1, 14, 26, from eagle_config" in out and "12288 of 49152 tokens, by d2t" in out
     assert "warning" not in out
 
 

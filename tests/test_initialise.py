@@ -11,7 +11,7 @@ from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
-from ppow_jax.training.initialise import choose_vocabulary, drafter_config, feature_scale, new_drafter
+from ppow_jax.training.initialise import choose_vocabulary, drafter_config, feature_scale, from_target
 
 
 def example(answer, prompt=(9, 9, 9, 9)):
@@ -85,14 +85,14 @@ def test_it_starts_better_than_chance():
 
 def test_drafters_of_other_sizes_keep_random_values_where_shapes_do_not_fit():
     config = dataclasses.replace(world.drafter().config, intermediate_size=40, num_kv_heads=4)
-    drafter = new_drafter(jax.random.key(0), config, world.target_params(), np.arange(20, dtype=np.int32))
+    drafter = from_target(jax.random.key(0), config, world.target_params(), np.arange(20, dtype=np.int32))
     shapes = jax.eval_shape(lambda key: drafting.init(key, config), jax.random.key(0))
     assert {n: x.shape for n, x in drafter.params.items()} == {n: x.shape for n, x in shapes.items()}
     last = world.target_params()["layers"][-1]
     np.testing.assert_array_equal(drafter.params["q_proj"][:, 32:], last["q_proj"])
     assert drafter.params["k_proj"].shape[0] != last["k_proj"].shape[0]
     wide = dataclasses.replace(config, hidden_size=48, head_dim=12)
-    assert new_drafter(jax.random.key(0), wide, world.target_params(), np.arange(20, dtype=np.int32)).params[
+    assert from_target(jax.random.key(0), wide, world.target_params(), np.arange(20, dtype=np.int32)).params[
         "fc"
     ].shape == (48, 96)
 
@@ -106,7 +106,7 @@ def test_queries_without_norms_are_as_large_as_the_target_s_with_them():
         layer[name] = (rng.normal(size=layer[name].shape) * size_O[:, None]).astype(np.float32)
         layer[name.replace("proj", "norm")] = rng.uniform(0.5, 3, 8).astype(np.float32)
     params = world.target_params() | {"layers": [layer]}
-    drafter = new_drafter(jax.random.key(0), drafter_config(config, 20, world.FEATURE_LAYERS), params, np.arange(20))
+    drafter = from_target(jax.random.key(0), drafter_config(config, 20, world.FEATURE_LAYERS), params, np.arange(20))
     h_NxD = rng.normal(size=(50, D)).astype(np.float32)
     for name in ("q_proj", "k_proj"):
         heads_NxHxd = (h_NxD @ layer[name].T).reshape(50, -1, 8)

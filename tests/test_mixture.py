@@ -100,7 +100,7 @@ def test_a_mixture_gains_more_than_either_of_its_parts():
         histogram = with_mode(way, price=FREE)[1].sum(0)
         return 1 + np.dot(histogram, np.arange(len(histogram))) / histogram.sum()
 
-    assert tau(mixture(3, 3, 30, 5)) > max(tau(adaptive_tree(3, 3, 21)), tau(ngram(5))) + 0.1
+    assert tau(mixture(3, 3, 21, 5)) > max(tau(adaptive_tree(3, 3, 21)), tau(ngram(5))) + 0.1
 
 
 def test_rounds_without_the_drafter_leave_no_gap_in_its_cache():

@@ -157,8 +157,9 @@ def test_waiting_and_running_requests_have_a_time_limit():
 def test_a_row_of_bad_logits_gets_an_error_and_does_no_harm():
     """A token whose embedding is not finite makes NaN keys; the row's next request must not see them."""
     healthy = patient()
-    bad = 77  # a byte that is never written
+    bad = 48  # "Q", which stands in no other prompt
     params = dict(healthy.target.params)
+    params["lm_head"] = params["embed"]  # which stays healthy
     params["embed"] = params["embed"].at[bad].set(jnp.nan)
     target = Target("damaged", healthy.target.config, params, healthy.target.tokenizer)
     one_row = Machine(dataclasses.replace(healthy, target=target), MODES["chain"], 4, 512, 4)

@@ -234,7 +234,7 @@ def test_a_missing_head_is_the_targets(whole, tied, own, caplog):
 
 
 def test_a_missing_head_without_the_target(whole, flat):
-    with pytest.raises(UserError, match="lm_head.weight: missing .the target's head serves where"):
+    with pytest.raises(UserError, match="lm_head.weight: missing .the target's head is used if"):
         import_drafter(whole)
     assert "lm_head" not in import_drafter(whole, headless=True).params
     with pytest.raises(UserError, match=r"missing, and the target's head has shape \[20, 9\], not \[20, 8\]"):

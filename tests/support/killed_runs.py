@@ -91,8 +91,9 @@ def _watch(workdir: str, place: str, death: Death) -> None:
         change = f"{event} {path[len(workdir) + 1 :]}"
         with lock:
             os.write(record, f"{change}\n".encode())
-            count += bool(re.search(death.pattern, change))
-            if count == death.change:
+            matches = bool(re.search(death.pattern, change))
+            count += matches
+            if matches and count == death.change:
                 os.kill(os.getpid(), death.signum)
 
     sys.addaudithook(hook)
