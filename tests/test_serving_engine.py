@@ -159,7 +159,6 @@ def test_a_row_of_bad_logits_gets_an_error_and_does_no_harm():
     healthy = patient()
     bad = 48  # "Q", which stands in no other prompt
     params = dict(healthy.target.params)
-    params["lm_head"] = params["embed"]  # which stays healthy
     params["embed"] = params["embed"].at[bad].set(jnp.nan)
     target = Target("damaged", healthy.target.config, params, healthy.target.tokenizer)
     one_row = Machine(dataclasses.replace(healthy, target=target), MODES["chain"], 4, 512, 4)
