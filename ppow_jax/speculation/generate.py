@@ -82,7 +82,7 @@ def _looked_up(state: State, speculation: Speculation, cost_table: CostTable | N
 
 
 def _mixed(anchored: Any, state: State, speculation: Speculation, cost_table: CostTable | None) -> Drafts:
-    """A tree of the drafter and the lookup; without a cost table, of its full size. anchored: see `draft_candidates`."""
+    """A tree of both sources; without a cost table, of its full size. anchored: see `draft_candidates`."""
     stats, found, live_B = state.stats, state.sources, ~state.done_B
     shape, stopping = speculation.shape, speculation.adaptive or THROUGHPUT
     match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup)
