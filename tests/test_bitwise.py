@@ -13,7 +13,7 @@ import pytest
 import small_world as world
 import suites
 from golden import models
-from twelve_tokens import FREE, prices_of
+from twelve_tokens import FREE, cost_table_of
 
 from ppow_jax.cpu import library
 from ppow_jax.models import cache, stack, transformer
@@ -114,9 +114,16 @@ def _answers(drafter: Drafter | None, speculation):
         PARAMS, CONFIG, drafter, prompt, length, length + new, jax.random.split(jax.random.key(0), n),
         K=K, sampling=Sampling.of(0.0), L=generate.cache_length(P, new, K),
     )  # fmt: skip
-    prices = prices_of(FREE, speculation) if speculation.adaptive else None
+    cost_table = cost_table_of(FREE, speculation) if speculation.adaptive else None
     state = generate.decode(
-        PARAMS, CONFIG, drafter, state, 10_000, speculation=speculation, sampling=Sampling.of(0.0), prices=prices
+        PARAMS,
+        CONFIG,
+        drafter,
+        state,
+        10_000,
+        speculation=speculation,
+        sampling=Sampling.of(0.0),
+        cost_table=cost_table,
     )
     rows = zip(np.asarray(state.tokens_BxL), length, np.asarray(state.length_B), strict=True)
     return [tokens[start:stop].tolist() for tokens, start, stop in rows], np.asarray(state.histogram_BxK1).sum(0)

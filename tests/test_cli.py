@@ -34,7 +34,7 @@ from ppow_jax.flags import check_fields, field
 class Settings:
     steps: int = field(3, "How often nothing is done. " * 5, low=1, group="Work")
     dry: bool = field(False, "Do not even do that.", group="Work")
-    mode: str = field("slow", "Pace.", choices=("slow", "fast"), group="Look")
+    mode: str = field("slow", "AcceptanceStats.", choices=("slow", "fast"), group="Look")
     layers: tuple[int, ...] = field((1, 2), "Layers.", group="Look")
 
     def __post_init__(self):

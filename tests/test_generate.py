@@ -23,13 +23,13 @@ from twelve_tokens import (
     V,
     answers,
     batches,
+    cost_table_of,
     decode,
     drafter,
     endless,
     expected,
     expected_histogram,
     prefill,
-    prices_of,
     prompts,
     speculative,
 )
@@ -207,7 +207,7 @@ def sampled(keys, done_row: int, speculation: Speculation) -> np.ndarray:
             10_000,
             speculation=speculation,
             sampling=how,
-            prices=prices_of(0.1, speculation),
+            cost_table=cost_table_of(0.1, speculation),
         )
     )
     assert found.pop(done_row) == []

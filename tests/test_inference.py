@@ -23,7 +23,7 @@ from ppow_jax.inference.model import SPECULATIONS, Model
 from ppow_jax.inference.requests import Answer, Request
 from ppow_jax.models import transformer
 from ppow_jax.speculation import generate, prefill
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import adaptive, off
 
@@ -252,16 +252,16 @@ def test_prompts_of_a_rung_share_their_programs_and_nothing_is_left_behind():
 
 
 def test_costs_of_adaptive_windows_are_measured_once():
-    fresh, measured = dataclasses.replace(model(), prices={}), []
+    fresh, measured = dataclasses.replace(model(), cost_table={}), []
 
     def measure(target, drafter, speculation, L, batch, *, sampling):
         measured.append((speculation, batch, sampling.greedy))
-        return Prices.of(0.1, np.ones(speculation.window + 1))
+        return CostTable.of(0.1, np.ones(speculation.window + 1))
 
-    with mock.patch.object(inference, "measure_prices", measure):
-        assert fresh.prices_of(MODES["chain"], 4, True) is None
+    with mock.patch.object(inference, "measure_cost_table", measure):
+        assert fresh.cost_table_of(MODES["chain"], 4, True) is None
         for rows, greedy in ((4, True), (4, True), (8, True), (4, False), (8, False)):  # sampled: as if alone
-            assert fresh.prices_of(adaptive(3), rows, greedy).verify_N1.shape == (4,)
+            assert fresh.cost_table_of(adaptive(3), rows, greedy).verify_N1.shape == (4,)
     assert measured == [(adaptive(3), 4, True), (adaptive(3), 8, True), (adaptive(3), 1, False)]
 
 

@@ -17,12 +17,12 @@ from ppow_jax.evaluation import measure, plots, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.inference import decoding
 from ppow_jax.inference.batch import bucket
-from ppow_jax.inference.costs import Costs, measure_prices
+from ppow_jax.inference.costs import Costs, measure_cost_table
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.settings import adaptive_tree, chain, mixture, ngram, tree
 from ppow_jax.weights import targets
 
@@ -109,10 +109,10 @@ def test_tokens_and_verifications_add_up(greedy):
 
 
 def test_a_mixture_reports_its_sources_and_lookup_needs_no_drafter(target, drafter, monkeypatch):
-    def prices(target, drafter, speculation, *_, **__):
-        return Prices.of(0.05, 1 + 0.05 * np.arange(speculation.verified + 1))
+    def cost_table(target, drafter, speculation, *_, **__):
+        return CostTable.of(0.05, 1 + 0.05 * np.arange(speculation.verified + 1))
 
-    monkeypatch.setattr(measure, "measure_prices", prices)
+    monkeypatch.setattr(measure, "measure_cost_table", cost_table)
     monkeypatch.setattr(measure, "measure_costs", lambda *_, **__: Costs(0.2, 1.0, 0.5, 2))
     limits = {"max_new_tokens": 20, "batch_size": 3}
     (alone,) = measure.evaluate(target, None, [TURNS], speculations=[ngram(3)], **limits)
@@ -242,9 +242,11 @@ def test_costs(target, drafter, greedy):
     costs = measure.measure_costs(target, drafter, chain(3), HOW.cache_length(64), batch=3, repetitions=2)
     assert costs.gamma == costs.draft / 3 / costs.plain_step > 0
     assert costs.verify_ratio == costs.verify / costs.plain_step > 0
-    prices = measure_prices(target, drafter, adaptive_tree(3, 3, 8), HOW.cache_length(64), batch=3, repetitions=2)
-    verify = np.asarray(prices.verify_N1)  # compiled for 0, 2, 4, 7 and 8 drafts
-    assert prices.step > 0 and verify[0] == 1 and (np.diff(verify) >= 0).all() and len(set(verify[5:8])) == 1
+    cost_table = measure_cost_table(
+        target, drafter, adaptive_tree(3, 3, 8), HOW.cache_length(64), batch=3, repetitions=2
+    )
+    verify = np.asarray(cost_table.verify_N1)  # compiled for 0, 2, 4, 7 and 8 drafts
+    assert cost_table.step > 0 and verify[0] == 1 and (np.diff(verify) >= 0).all() and len(set(verify[5:8])) == 1
     with pytest.raises(ValueError, match="too short for a window of 8"):
         measure.measure_costs(target, drafter, chain(8), 10)
 

@@ -7,7 +7,7 @@ import pytest
 from enumerated_trees import V, emitted_law
 
 from ppow_jax.speculation import mixture
-from ppow_jax.speculation.adaptive import Pace, Prices, Stopping
+from ppow_jax.speculation.adaptive import AcceptanceStats, CostTable, Stopping
 from ppow_jax.speculation.ngram import LONGEST, Counts, Match, log_chances
 from ppow_jax.speculation.sources import NAMES, Sources
 from ppow_jax.speculation.tree import ABSENT, Candidates, TreeShape
@@ -38,9 +38,9 @@ def paths_of(tokens, parents) -> list[tuple[int, ...]]:
 
 
 @jax.jit
-def _merged(candidates: Candidates, match: Match, trust_B, nodes_B):
+def _merged(candidates: Candidates, match: Match, calibration_B, nodes_B):
     log_q_BxN = log_chances(Counts.start(1), match)
-    return mixture.merge(candidates, match, log_q_BxN, trust_B, SHAPE, DEPTH, lambda _: nodes_B, 0 * nodes_B)
+    return mixture.merge(candidates, match, log_q_BxN, calibration_B, SHAPE, DEPTH, lambda _: nodes_B, 0 * nodes_B)
 
 
 def merged(candidates: Candidates, match: Match, trust: float = 1.0, nodes: int = SHAPE.nodes):
@@ -119,16 +119,18 @@ def test_the_text_of_a_merged_tree_has_the_targets_distribution(seed):
     assert np.abs(law - want).max() < 1e-9
 
 
-def prices(step: float, verify: float) -> Prices:
-    return Prices.of(step, 1 + verify * np.arange(SHAPE.nodes + 1))
+def cost_table(step: float, verify: float) -> CostTable:
+    return CostTable.of(step, 1 + verify * np.arange(SHAPE.nodes + 1))
 
 
-def runs(match: Match, found: Sources | None = None, price: Prices | None = None, pace: Pace | None = None) -> bool:
+def runs(
+    match: Match, found: Sources | None = None, price: CostTable | None = None, stats: AcceptanceStats | None = None
+) -> bool:
     """True if the drafter drafts."""
-    found, price, pace = found or Sources.start(1), price or prices(0.1, 0.02), pace or Pace.start(1)
+    found, price, stats = found or Sources.start(1), price or cost_table(0.1, 0.02), stats or AcceptanceStats.start(1)
     log_q_BxN, live_B = log_chances(found.counts, match), jnp.array([True])
-    alone_B = mixture.worth(pace, found, RULE, price, log_q_BxN, live_B)
-    go_on = mixture.decisions(pace, found, RULE, price, SHAPE, log_q_BxN, alone_B, ~live_B)
+    alone_B = mixture.worth(stats, found, RULE, price, log_q_BxN, live_B)
+    go_on = mixture.decisions(stats, found, RULE, price, SHAPE, log_q_BxN, alone_B, ~live_B)
     return bool(go_on(0, jnp.zeros((1, 1)))[0])
 
 
@@ -139,18 +141,18 @@ def match_of(*matched: int) -> Match:
 def test_the_drafter_runs_where_it_knows_more_than_the_lookup():
     certain = Sources.start(1).replace(counts=Counts(jnp.full((1, LONGEST), 99.0), jnp.full((1, LONGEST), 100.0)))
     assert runs(match_of(0)) and runs(match_of(1)) and not runs(match_of(LONGEST), certain)
-    assert runs(match_of(LONGEST), certain, prices(0.0, 0.0))  # costs nothing
-    assert not runs(match_of(3), price=prices(0.6, 0.02))
+    assert runs(match_of(LONGEST), certain, cost_table(0.0, 0.0))  # costs nothing
+    assert not runs(match_of(3), price=cost_table(0.6, 0.02))
     assert runs(match_of(LONGEST), certain.replace(idle_B=jnp.array([mixture.LONGEST_IDLE])))  # to be judged anew
-    assert not runs(match_of(0), pace=Pace.start(1).replace(rest_B=jnp.array([3])))
+    assert not runs(match_of(0), stats=AcceptanceStats.start(1).replace(cooldown_B=jnp.array([3])))
 
 
 def test_the_lookup_verifies_what_is_worth_its_cost():
     def count(match: Match, verify: float, rule: Stopping = RULE) -> list[int]:
         B = len(match.matched_B)
         log_q_BxN = log_chances(Counts.start(B), match)
-        price, live_B = prices(0.1, verify), jnp.ones(B, bool)
-        return mixture.worth(Pace.start(B), Sources.start(B), rule, price, log_q_BxN, live_B).tolist()
+        price, live_B = cost_table(0.1, verify), jnp.ones(B, bool)
+        return mixture.worth(AcceptanceStats.start(B), Sources.start(B), rule, price, log_q_BxN, live_B).tolist()
 
     assert count(match_of(LONGEST), 0.1) == [N] and count(match_of(LONGEST), 1.0) == [0]
     assert count(match_of(0), 0.0) == [0]
@@ -174,18 +176,18 @@ def test_the_drafter_is_credited_with_what_the_lookup_misses():
     tokens, sources = draft.tree.token_BxN[0].tolist(), draft.source_BxN[0].tolist()
     assert (tokens[0], sources[0]) == (5, 3) and 6 in tokens and (7, 2) in zip(tokens, sources, strict=True)
     index_BxK1 = jnp.array([[0, 1, 1 + tokens.index(6), 1 + tokens.index(6), 1 + tokens.index(6)]])
-    price, live_B = prices(0.1, 0.05), jnp.array([True])
+    price, live_B = cost_table(0.1, 0.05), jnp.array([True])
     settled = jnp.array([[5, 6, 9, 9, 9]]), index_BxK1, jnp.array([2])
-    pace, found = mixture.settle(Pace.start(1), Sources.start(1), draft, *settled, price, live_B)
+    stats, found = mixture.settle(AcceptanceStats.start(1), Sources.start(1), draft, *settled, price, live_B)
     assert found.accepted_BxS.tolist() == [[1, 0, 1]]
     assert found.drafted_BxS.tolist() == [[sources.count(1), sources.count(2), 1]]
     round_cost = 0.2 + 1 + 0.05 * SHAPE.nodes
     assert float(found.tokens_B[0]) == pytest.approx(0.9 + 3)
     assert float(found.cost_B[0]) == pytest.approx(0.9 + round_cost)
-    assert float(pace.tokens_B[0]) == pytest.approx(0.9 + 2)  # the lookup alone: 5, then the target's 6
-    assert float(pace.cost_B[0]) == pytest.approx(0.9 + 1 + round_cost - 1.1)
-    assert float(pace.accepted_B[0]) == pytest.approx(0.9 + 2)
+    assert float(stats.tokens_B[0]) == pytest.approx(0.9 + 2)  # the lookup alone: 5, then the target's 6
+    assert float(stats.cost_B[0]) == pytest.approx(0.9 + 1 + round_cost - 1.1)
+    assert float(stats.accepted_B[0]) == pytest.approx(0.9 + 2)
     mine = [draft.drafter_logp_BxN[0, n] for n, source in enumerate(sources) if source & 1]
-    assert float(pace.expected_B[0]) == pytest.approx(0.9 + float(jnp.exp(jnp.array(mine)).sum()))
-    _, done = mixture.settle(Pace.start(1), Sources.start(1), draft, *settled, price, ~live_B)
+    assert float(stats.expected_B[0]) == pytest.approx(0.9 + float(jnp.exp(jnp.array(mine)).sum()))
+    _, done = mixture.settle(AcceptanceStats.start(1), Sources.start(1), draft, *settled, price, ~live_B)
     assert done.accepted_BxS.sum() == 0 and float(done.tokens_B[0]) == 1

@@ -14,11 +14,11 @@ from twelve_tokens import (
     PARAMS,
     answers,
     batches,
+    cost_table_of,
     drafted_after,
     drafter,
     expected,
     prefill,
-    prices_of,
     prompts,
     with_mode,
 )
@@ -80,7 +80,7 @@ def test_a_free_lookup_accepts_what_the_text_repeats():
 def decoded(way, price: float = CHEAP):
     made = drafter(True, 1)
     state = prefill(batches()[0], way.window, made if way.needs_drafter else None)
-    how = {"speculation": way, "sampling": GREEDY, "prices": prices_of(price, way)}
+    how = {"speculation": way, "sampling": GREEDY, "cost_table": cost_table_of(price, way)}
     return generate.decode(PARAMS, CONFIG, made, state, 10_000, **how)
 
 
@@ -107,8 +107,8 @@ def test_rounds_without_the_drafter_leave_no_gap_in_its_cache():
     """After rounds of which some were left to the lookup, the drafter's keys are those of a pass over the text."""
     rows, made = batches()[0], drafter(True, 1)
     state = prefill(rows, MIXTURE.window, made)
-    how = {"speculation": MIXTURE, "sampling": GREEDY, "prices": prices_of(CHEAP, MIXTURE)}
-    state = state.replace(pace=state.pace.replace(rest_B=state.pace.rest_B + 3))
+    how = {"speculation": MIXTURE, "sampling": GREEDY, "cost_table": cost_table_of(CHEAP, MIXTURE)}
+    state = state.replace(stats=state.stats.replace(cooldown_B=state.stats.cooldown_B + 3))
     state = generate.decode(PARAMS, CONFIG, made, state, 5, **how)
     going = ~np.asarray(state.done_B)
     assert going.any() and np.asarray(state.sources.drafted_BxS)[going].sum(0).min() > 0
@@ -122,7 +122,7 @@ def test_a_free_row_without_statistics_disturbs_no_other():
     state = prefill(rows, MIXTURE.window, made)
     blank = jax.tree.map(lambda x: x.at[0].set(0), state.sources)
     state = state.replace(sources=blank, done_B=state.done_B.at[0].set(True))
-    how = {"speculation": MIXTURE, "sampling": GREEDY, "prices": prices_of(CHEAP, MIXTURE)}
+    how = {"speculation": MIXTURE, "sampling": GREEDY, "cost_table": cost_table_of(CHEAP, MIXTURE)}
     found = answers(generate.decode(PARAMS, CONFIG, made, state, 10_000, **how))
     assert found[1:] == expected()[1 : len(rows)]
 

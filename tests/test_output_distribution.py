@@ -10,7 +10,7 @@ from scipy import stats
 
 from ppow_jax.models import transformer
 from ppow_jax.speculation import generate, verify
-from ppow_jax.speculation.adaptive import Prices, Stopping
+from ppow_jax.speculation.adaptive import CostTable, Stopping
 from ppow_jax.speculation.propose import NONE, propose
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, adaptive, adaptive_tree, chain, tree
@@ -69,7 +69,7 @@ def p_value(way: Speculation, calls: int = CALLS) -> float:
     """Of a chi-square test of ROWS * calls continuations against the law; cells with few expected are pooled."""
     target, drafter, ids = world()
     state = jax.tree.map(lambda x: jnp.repeat(x, ROWS, 0), start().replace(key_B=None))
-    how = {"speculation": way, "sampling": Sampling.of(1.0), "prices": Prices.of(0.05, 1 + 0.02 * np.arange(4))}
+    how = {"speculation": way, "sampling": Sampling.of(1.0), "cost_table": CostTable.of(0.05, 1 + 0.02 * np.arange(4))}
     found = []
     for call in range(calls):
         mine = jax.tree.map(jnp.copy, state).replace(key_B=jax.random.split(jax.random.key(call + 1), ROWS))

@@ -19,7 +19,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.evaluation.replay import Replayed, read_tables, replay, replay_all, simulate
 from ppow_jax.evaluation.replay_tables import plans_of
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import Prices, Stopping
+from ppow_jax.speculation.adaptive import CostTable, Stopping
 from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, off, tree
 
 N, LONGEST, ROW = 24, 90, 256  # answers that are long enough for drafting to rest and to try again
@@ -30,9 +30,9 @@ ADAPTIVE = [adaptive(4), adaptive_tree(3, 3, 10)]
 PRICES = [(FREE, FREE), (CHEAP, 0.02), (0.1, CHEAP), (DEAR, DEAR)]
 
 
-def prices_of(step: float, token: float, N: int = 14) -> Prices:
+def cost_table_of(step: float, token: float, N: int = 14) -> CostTable:
     """token: of verifying one more of up to N drafts."""
-    return Prices.of(step, 1 + token * np.arange(N + 1))
+    return CostTable.of(step, 1 + token * np.arange(N + 1))
 
 
 @functools.cache
@@ -54,12 +54,12 @@ def batches() -> Batches:
     return Batches(examples(), seed=3, batch_size=2, row_length=ROW, max_anchors=ROW - 8)
 
 
-def decoded(params, config, drafter, examples, speculation, prices=None, longest=LONGEST) -> Replayed:
+def decoded(params, config, drafter, examples, speculation, cost_table=None, longest=LONGEST) -> Replayed:
     """What decoding at batch 1 counts; the drafts that it accepts behind an answer's end are left out."""
     K = speculation.window
     P = max(int((~example.answer_mask).sum()) for example in examples)
-    if prices is not None:
-        prices = prices._replace(verify_N1=prices.verify_N1[: speculation.verified + 1])
+    if cost_table is not None:
+        cost_table = cost_table._replace(verify_N1=cost_table.verify_N1[: speculation.verified + 1])
     found = []
     for example in examples:
         start, end = int((~example.answer_mask).sum()), len(example.tokens)
@@ -70,7 +70,7 @@ def decoded(params, config, drafter, examples, speculation, prices=None, longest
         def run(rounds, begin=begin):
             L = generate.cache_length(P, longest, K)
             state = generate.prefill(params, config, drafter, *map(jnp.asarray, begin), K=K, sampling=GREEDY, L=L)
-            how = {"speculation": speculation, "sampling": GREEDY, "prices": prices}
+            how = {"speculation": speculation, "sampling": GREEDY, "cost_table": cost_table}
             state = generate.decode(params, config, drafter, state, rounds, **how)
             read = state.tokens_BxL, state.length_B, state.histogram_BxK1, state.drafted_B
             return [np.array(x)[0] for x in read]
@@ -118,8 +118,8 @@ def test_adaptive_windows_are_those_of_decoding(made):
     drafted = {}
     for way in ADAPTIVE:
         for price in table:
-            found = simulate(tables, way, prices_of(*price))
-            assert_equal(found, decoded(PARAMS, CONFIG, drafter, batches().examples, way, prices_of(*price)))
+            found = simulate(tables, way, cost_table_of(*price))
+            assert_equal(found, decoded(PARAMS, CONFIG, drafter, batches().examples, way, cost_table_of(*price)))
             drafted[way, price] = found.drafted_N.sum() / found.rounds_N.sum()
             assert (found.steps_N > 0).all()  # the first is always tried
     if len(table) > 1:  # dearer drafts are fewer
@@ -132,26 +132,26 @@ def test_adaptive_windows_are_those_of_decoding(made):
 def test_windows_that_a_threshold_ends_are_those_of_decoding():
     stopping = Stopping("threshold", 0.3)
     ways = [adaptive(3, stopping=stopping), adaptive_tree(3, 3, 10, stopping)]
-    drafter, prices = world.drafter(True, 1), prices_of(0.01, 0.01)
-    for way, one in zip(ways, replay_all(drafter, PARAMS, CONFIG, batches(), ways, prices), strict=True):
-        assert_equal(one, decoded(PARAMS, CONFIG, drafter, batches().examples, way, prices))
+    drafter, cost_table = world.drafter(True, 1), cost_table_of(0.01, 0.01)
+    for way, one in zip(ways, replay_all(drafter, PARAMS, CONFIG, batches(), ways, cost_table), strict=True):
+        assert_equal(one, decoded(PARAMS, CONFIG, drafter, batches().examples, way, cost_table))
 
 
 @pytest.mark.full
 def test_a_trained_drafter_of_another_target():
     drafter, params, config = small_world.trained(), small_world.target_params(), small_world.CONFIG
-    ways, prices = [chain(3), adaptive_tree(3, 4, 12)], prices_of(0.05, 0.03)
-    found = replay_all(drafter, params, config, small_world.batches(), ways, prices)
+    ways, cost_table = [chain(3), adaptive_tree(3, 4, 12)], cost_table_of(0.05, 0.03)
+    found = replay_all(drafter, params, config, small_world.batches(), ways, cost_table)
     for way, one in zip(ways, found, strict=True):
-        given = params, config, drafter, small_world.batches().examples, way, prices, small_world.ANSWER
+        given = params, config, drafter, small_world.batches().examples, way, cost_table, small_world.ANSWER
         assert_equal(one, decoded(*given))
     assert found[0].tau > 1.3
 
 
 def test_what_rounds_cost_by_hand():
-    prices = prices_of(0.25, 0.5)
+    cost_table = cost_table_of(0.25, 0.5)
     fixed, ways = chain(4), [chain(4), adaptive(4)]
-    found, adapted = replay_all(world.drafter(True, 1), PARAMS, CONFIG, batches(), ways, prices)
+    found, adapted = replay_all(world.drafter(True, 1), PARAMS, CONFIG, batches(), ways, cost_table)
     np.testing.assert_allclose(found.cost_N, found.rounds_N * (4 * 0.25 + 1 + 4 * 0.5))
     assert found.speedup == pytest.approx(found.tau / 4)
     every_N = adapted.rounds_N + 0.25 * adapted.steps_N + 0.5 * adapted.drafted_N
@@ -162,13 +162,13 @@ def test_what_rounds_cost_by_hand():
 @pytest.mark.full
 def test_how_answers_are_packed_and_who_reads_them_changes_nothing(tmp_path):
     drafter, ways = world.drafter(True, 1), [chain(4), adaptive_tree(3, 3, 10)]
-    prices = prices_of(0.1, 0.05)
+    cost_table = cost_table_of(0.1, 0.05)
     alone = Batches(examples(), seed=5, batch_size=1, row_length=128, max_anchors=100)
-    whole = replay_all(drafter, PARAMS, CONFIG, batches(), ways, prices)
-    for one, other in zip(replay_all(drafter, PARAMS, CONFIG, alone, ways, prices), whole, strict=True):
+    whole = replay_all(drafter, PARAMS, CONFIG, batches(), ways, cost_table)
+    for one, other in zip(replay_all(drafter, PARAMS, CONFIG, alone, ways, cost_table), whole, strict=True):
         assert_equal(one, other)
     store = FeatureStore(tmp_path, alone, PARAMS, CONFIG, drafter.config.feature_layers)
-    for one, other in zip(replay_all(drafter, PARAMS, CONFIG, alone, ways, prices, store), whole, strict=True):
+    for one, other in zip(replay_all(drafter, PARAMS, CONFIG, alone, ways, cost_table, store), whole, strict=True):
         assert_equal(one, other)
     with pytest.raises(UserError, match="other batches"):
         replay(drafter, PARAMS, CONFIG, batches(), chain(4), features=store)
@@ -185,10 +185,10 @@ def test_ways_that_draft_alike_share_their_drafts():
 def test_what_cannot_be_replayed_is_refused():
     drafter = world.drafter(True, 1)
     refused = functools.partial(replay, drafter, PARAMS, CONFIG)
-    with pytest.raises(UserError, match="adaptive windows decide by prices"):
+    with pytest.raises(UserError, match="adaptive windows decide by a cost table"):
         refused(batches(), adaptive(3))
     with pytest.raises(UserError, match=r"verifying 0\.\.2 drafted tokens, but 4 may be verified"):
-        refused(batches(), chain(4), prices_of(0.1, 0.1, N=2))
+        refused(batches(), chain(4), cost_table_of(0.1, 0.1, N=2))
     with pytest.raises(UserError, match="window must be at least 1"):
         refused(batches(), off())
     turns = Example(np.arange(8, dtype=np.int32), np.array([0, 1, 1, 0, 0, 1, 1, 1], bool), "dialogue:3")

@@ -18,17 +18,17 @@ from twelve_tokens import (
     B,
     answers,
     batches,
+    cost_table_of,
     drafted_after,
     drafter,
     expected,
     prefill,
-    prices_of,
     speculative,
     with_mode,
 )
 
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import TRIAL, Pace, Prices, Stopping, goes_on, kept, update
+from ppow_jax.speculation.adaptive import TRIAL, AcceptanceStats, CostTable, Stopping, continues, kept, update
 from ppow_jax.speculation.settings import adaptive, adaptive_tree, off, tree
 
 
@@ -88,9 +88,9 @@ def test_an_adaptive_tree_weighs_costs():
 def test_rounds_without_drafts_leave_no_gap_in_the_drafters_cache(way):
     """After any number of resting rounds, keys and features are those of a row that never rested."""
     rows, made = batches()[0], drafter(True, 1)
-    how = {"speculation": way, "sampling": GREEDY, "prices": prices_of(CHEAP, way)}
+    how = {"speculation": way, "sampling": GREEDY, "cost_table": cost_table_of(CHEAP, way)}
     state = prefill(rows, 3, made)
-    resting = state.replace(pace=state.pace.replace(rest_B=jnp.full(B, 7)))
+    resting = state.replace(stats=state.stats.replace(cooldown_B=jnp.full(B, 7)))
     resting = generate.decode(PARAMS, CONFIG, made, resting, 7, **how)
     plain = prefill(rows, 0)
     plain = generate.decode(PARAMS, CONFIG, None, plain, 7, speculation=off(), sampling=GREEDY)
@@ -114,56 +114,56 @@ def test_a_threshold_on_the_chance_is_lossless_and_shortens(widest):
 
 
 def test_a_batch_weighs_the_gains_of_all_its_rows_against_what_all_pay():
-    pace, rule = Pace.start(4), Stopping()
+    stats, rule = AcceptanceStats.start(4), Stopping()
     logp_Bx1 = jnp.log(jnp.array([[0.9], [0.01], [0.01], [0.9]]))
     verify_N1 = jnp.array([1.0, 1.3])
     alone, first_three = None, jnp.array([True, True, True, False])
-    assert goes_on(pace, rule, 0.2, logp_Bx1, alone).tolist() == [True, False, False, True]
-    assert not goes_on(pace, rule, 0.2, logp_Bx1, first_three).any()  # the last row is done: it gains nothing
-    assert goes_on(pace, rule, 0.2, logp_Bx1, ~first_three).all()
-    assert kept(pace, rule, verify_N1, logp_Bx1, alone).tolist() == [1, 0, 0, 1]
-    assert kept(pace, rule, verify_N1, logp_Bx1, first_three).tolist() == [0] * 4
-    assert kept(pace, rule, verify_N1, logp_Bx1, ~first_three).tolist() == [1] * 4
+    assert continues(stats, rule, 0.2, logp_Bx1, alone).tolist() == [True, False, False, True]
+    assert not continues(stats, rule, 0.2, logp_Bx1, first_three).any()  # the last row is done: it gains nothing
+    assert continues(stats, rule, 0.2, logp_Bx1, ~first_three).all()
+    assert kept(stats, rule, verify_N1, logp_Bx1, alone).tolist() == [1, 0, 0, 1]
+    assert kept(stats, rule, verify_N1, logp_Bx1, first_three).tolist() == [0] * 4
+    assert kept(stats, rule, verify_N1, logp_Bx1, ~first_three).tolist() == [1] * 4
 
 
 @pytest.mark.parametrize("accepted_B", [(1, 0, 0, 0), (3, 3, 0, 0)], ids=["lose", "win"])
 def test_a_batch_rests_together(accepted_B):
     """One row that gains does not hold up three that do not."""
-    pace, live_B = Pace.start(4), jnp.array([True, True, True, True])
+    stats, live_B = AcceptanceStats.start(4), jnp.array([True, True, True, True])
     steps_B, cost_B = jnp.ones(4, jnp.int32), jnp.full(4, 1.6)
     for _ in range(TRIAL):
-        pace = update(pace, jnp.array(accepted_B), steps_B, steps_B, steps_B * 0.5, cost_B, live_B)
-    assert pace.drafts_B.tolist() == [sum(accepted_B) / 4 + 1 > 1.6] * 4
+        stats = update(stats, jnp.array(accepted_B), steps_B, steps_B, steps_B * 0.5, cost_B, live_B)
+    assert stats.drafts_B.tolist() == [sum(accepted_B) / 4 + 1 > 1.6] * 4
 
 
 @pytest.mark.parametrize("rounds", [100, 400])
 def test_a_hopeless_drafter_costs_a_batch_little(rounds):
     """What rounds cost by the price list, with verification as dear as in a batch, against plain decoding."""
     rows, way = batches()[0], ADAPTIVE_TREE
-    prices = Prices.of(0.1, 1 + 0.3 * np.arange(way.verified + 1))
-    pace, live_B, plain, cost = Pace.start(len(rows)), jnp.ones(len(rows), bool), 0, 0.0
+    cost_table = CostTable.of(0.1, 1 + 0.3 * np.arange(way.verified + 1))
+    stats, live_B, plain, cost = AcceptanceStats.start(len(rows)), jnp.ones(len(rows), bool), 0, 0.0
     doubtful_BxN = jnp.log(jnp.tile(0.9 * 0.8 ** jnp.arange(way.verified), (len(rows), 1)))  # promises much
     step = jax.jit(functools.partial(update, live_B=live_B))
     for _ in range(rounds):
-        draws_B = pace.drafts_B
-        count_B = jnp.where(draws_B, kept(pace, way.adaptive, prices.verify_N1, doubtful_BxN, live_B), 0)
+        draws_B = stats.drafts_B
+        count_B = jnp.where(draws_B, kept(stats, way.adaptive, cost_table.verify_N1, doubtful_BxN, live_B), 0)
         steps_B, nothing_B = draws_B.astype(int), 0 * count_B
-        paid_B = prices.of_round(steps_B.max(), count_B.max()) + jnp.zeros(len(rows))
-        pace = step(pace, nothing_B, steps_B, steps_B, 0.9 * draws_B, paid_B)
+        paid_B = cost_table.of_round(steps_B.max(), count_B.max()) + jnp.zeros(len(rows))
+        stats = step(stats, nothing_B, steps_B, steps_B, 0.9 * draws_B, paid_B)
         plain, cost = plain + 1, cost + float(paid_B[0])
     assert cost / plain < 1.02
 
 
 def test_rows_that_decide_alone_count_what_all_pay():
-    prices, rounds = Prices.of(0.1, np.array([1.0, 1.5])), 100
+    cost_table, rounds = CostTable.of(0.1, np.array([1.0, 1.5])), 100
 
-    def cost(counted: Prices) -> float:
-        pace, cost = Pace.start(8), 0.0
+    def cost(counted: CostTable) -> float:
+        stats, cost = AcceptanceStats.start(8), 0.0
         step = jax.jit(update)
         for _ in range(rounds):
-            draws_B = pace.drafts_B.astype(int)
-            cost += float(prices.of_round(draws_B.max(), draws_B.max()))
-            pace = step(pace, 0 * draws_B, draws_B, draws_B, 0.5 * draws_B, counted.of_round(draws_B, draws_B))
+            draws_B = stats.drafts_B.astype(int)
+            cost += float(cost_table.of_round(draws_B.max(), draws_B.max()))
+            stats = step(stats, 0 * draws_B, draws_B, draws_B, 0.5 * draws_B, counted.of_round(draws_B, draws_B))
         return cost / rounds
 
-    assert cost(prices.alone(8)) < 1.02 < cost(prices)
+    assert cost(cost_table.alone(8)) < 1.02 < cost(cost_table)

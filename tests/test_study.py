@@ -46,7 +46,10 @@ def finished(tmp_path_factory):
 
 def test_a_small_study_compares_an_arm_with_its_start(tmp_path):
     workdir = tmp_path / "run"
-    assert run.run(study_settings(workdir, arms="eagle3,recipe", seeds="0", modes="tree,chain", ppow_learning_rate=0.3)) == 0
+    assert (
+        run.run(study_settings(workdir, arms="eagle3,recipe", seeds="0", modes="tree,chain", ppow_learning_rate=0.3))
+        == 0
+    )
     start, trained = json.loads((workdir / "study.json").read_text())["arms"]
     assert (start["arm"], trained["arm"]) == ("eagle3", "recipe")
     ratio = trained["tau"]["mean"] / start["tau"]["mean"]

@@ -23,11 +23,11 @@ from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.evaluation.dialogues import Turn
 from ppow_jax.flags import require
 from ppow_jax.inference.batch import TO_THE_END, bucket
-from ppow_jax.inference.costs import Costs, measure_costs, measure_prices
+from ppow_jax.inference.costs import Costs, measure_cost_table, measure_costs
 from ppow_jax.inference.decoding import Decoded, Decoding, decode, top2_margin
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.settings import Speculation, chain, off
 from ppow_jax.speculation.sources import NAMES
 from ppow_jax.weights.targets import Target
@@ -285,7 +285,7 @@ class _Comparison:
         self.target, self.drafter, self.modes = target, drafter, modes
         self.widest = max(modes, key=lambda mode: mode.window)
         self.warm: set[tuple[Speculation, int, int]] = set()
-        self.prices: dict[tuple[Speculation, int], Prices] = {}
+        self.cost_table: dict[tuple[Speculation, int], CostTable] = {}
 
     def warm_up(self, batch: Sequence[Turn], seed: int) -> None:
         """Runs every program that the batch needs once, unless it ran before."""
@@ -334,17 +334,17 @@ class _Comparison:
         self, drafter: Drafter | None, mode: Decoding, batch: Sequence[Turn], rounds: int = TO_THE_END
     ) -> Decoded:
         prompts, ids = [turn.tokens for turn in batch], [turn.id for turn in batch]
-        prices = self._prices_of(mode) if mode.speculation.adaptive else None
-        return decode(self.target, drafter, prompts, mode, ids, rounds, prices)
+        cost_table = self._prices_of(mode) if mode.speculation.adaptive else None
+        return decode(self.target, drafter, prompts, mode, ids, rounds, cost_table)
 
-    def _prices_of(self, mode: Decoding) -> Prices:
+    def _prices_of(self, mode: Decoding) -> CostTable:
         """Cost table of an adaptive mode, measured once."""
         key = mode.speculation, mode.cache_length(bucket(TYPICAL_PROMPT))
-        if key not in self.prices:
-            self.prices[key] = measure_prices(
+        if key not in self.cost_table:
+            self.cost_table[key] = measure_cost_table(
                 self.target, self.drafter, *key, mode.batch_size, sampling=self.widest.sampling
             )
-        return self.prices[key]
+        return self.cost_table[key]
 
 
 def _row(

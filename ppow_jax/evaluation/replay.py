@@ -27,7 +27,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.evaluation.replay_tables import ChainTable, Plan, Table, TreeTable, plans_of, read_batch
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.speculation.adaptive import Pace, Prices, goes_on, kept, update
+from ppow_jax.speculation.adaptive import AcceptanceStats, CostTable, continues, kept, update
 from ppow_jax.speculation.settings import Speculation
 
 Array = jax.Array
@@ -38,7 +38,7 @@ class Replayed(NamedTuple):
 
     tokens_N: tokens gained by decoding, that is all of an answer but the first, which the prefill makes. rounds_N:
     verifications. drafted_N: drafted tokens that were verified. steps_N: draft steps. cost_N: cost of all rounds, in
-    steps of plain decoding; nan without prices. accepted_NxK1: numbers of rounds that accepted 0..K drafts.
+    steps of plain decoding; nan without a cost table. accepted_NxK1: numbers of rounds that accepted 0..K drafts.
     """
 
     tokens_N: np.ndarray
@@ -55,7 +55,7 @@ class Replayed(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """Speedup over plain decoding according to the cost table; nan without prices."""
+        """Speedup over plain decoding according to the cost table; nan without a cost table."""
         return float(self.tokens_N.sum() / self.cost_N.sum())
 
 
@@ -76,11 +76,11 @@ def replay(
     config: ModelConfig,
     batches: Batches,
     speculation: Speculation,
-    prices: Prices | None = None,
+    cost_table: CostTable | None = None,
     features: FeatureStore | None = None,
 ) -> Replayed:
     """Replays one speculation mode; see `replay_all`."""
-    return replay_all(drafter, target_params, config, batches, [speculation], prices, features)[0]
+    return replay_all(drafter, target_params, config, batches, [speculation], cost_table, features)[0]
 
 
 def replay_all(
@@ -89,7 +89,7 @@ def replay_all(
     config: ModelConfig,
     batches: Batches,
     speculations: Sequence[Speculation],
-    prices: Prices | None = None,
+    cost_table: CostTable | None = None,
     features: FeatureStore | None = None,
 ) -> list[Replayed]:
     """Counts that greedy decoding at batch 1 would give in several speculation modes, on the answers of `batches`.
@@ -101,18 +101,18 @@ def replay_all(
       config: the target's configuration.
       batches: the target's own greedy answers, one per example. An example that was cut to fit a row is an answer of
         that length.
-      prices: cost table of rounds, for at least as many verified tokens as the widest mode has; required by adaptive
+      cost_table: costs of rounds, for at least as many verified tokens as the widest mode has; required by adaptive
         windows, which decide by it.
       features: features of these batches, where the target has read them before.
 
     Raises:
-      UserError: for a mode without drafts, prices that are missing or too few, features of other batches, or an example
-        with more than one answer.
+      UserError: for a mode without drafts, a cost table that is missing or too short, features of other batches, or an
+        example with more than one answer.
     """
     for speculation in speculations:
-        _check_prices(speculation, prices)
+        _check_prices(speculation, cost_table)
     tables = read_tables(drafter, target_params, config, batches, speculations, features)
-    return [simulate(tables, speculation, prices) for speculation in speculations]
+    return [simulate(tables, speculation, cost_table) for speculation in speculations]
 
 
 def read_tables(
@@ -155,28 +155,28 @@ def read_tables(
     return Tables(dict(zip(plans, jax.device_put(found), strict=True)), start_N, count_N)
 
 
-def simulate(tables: Tables, speculation: Speculation, prices: Prices | None = None) -> Replayed:
+def simulate(tables: Tables, speculation: Speculation, cost_table: CostTable | None = None) -> Replayed:
     """Simulates the rounds of all answers, from tables that hold the drafts of this mode; see `replay_all`."""
-    prices = _check_prices(speculation, prices)
+    cost_table = _check_prices(speculation, cost_table)
     table = next((table for plan, table in tables.of.items() if plan.holds(speculation)), None)
     if table is None:
         raise UserError(f"the tables were not made for {speculation}")
     counts = jnp.asarray(tables.start_N, jnp.int32), jnp.asarray(tables.count_N, jnp.int32)
-    found = Replayed(*jax.device_get(_rounds(table, *counts, prices, speculation=speculation)))
-    return found if prices else found._replace(cost_N=np.full(len(tables.count_N), np.nan))
+    found = Replayed(*jax.device_get(_rounds(table, *counts, cost_table, speculation=speculation)))
+    return found if cost_table else found._replace(cost_N=np.full(len(tables.count_N), np.nan))
 
 
-def _check_prices(speculation: Speculation, prices: Prices | None) -> Prices | None:
+def _check_prices(speculation: Speculation, cost_table: CostTable | None) -> CostTable | None:
     """The cost table for 0..N verified tokens, N the mode's maximum. Raises UserError if it is missing or too short."""
-    if prices is None:
+    if cost_table is None:
         if speculation.adaptive:
-            raise UserError("adaptive windows decide by prices, but none are given")
+            raise UserError("adaptive windows decide by a cost table, but none is given")
         return None
     N1 = speculation.verified + 1
-    if len(prices.verify_N1) < N1:
-        held = len(prices.verify_N1) - 1
+    if len(cost_table.verify_N1) < N1:
+        held = len(cost_table.verify_N1) - 1
         raise UserError(f"prices of verifying 0..{held} drafted tokens, but {speculation.verified} may be verified")
-    return prices._replace(verify_N1=prices.verify_N1[:N1])
+    return cost_table._replace(verify_N1=cost_table.verify_N1[:N1])
 
 
 class _Round(NamedTuple):
@@ -193,7 +193,7 @@ class _Round(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("speculation",))
 def _rounds(
-    table: Table, start_N: Array, count_N: Array, prices: Prices | None, *, speculation: Speculation
+    table: Table, start_N: Array, count_N: Array, cost_table: CostTable | None, *, speculation: Speculation
 ) -> tuple[Array, ...]:
     """Simulates all answers, each deciding by itself, until the longest is finished: the fields of `Replayed`."""
     one_round = _chain_round if isinstance(table, ChainTable) else _tree_round
@@ -201,14 +201,14 @@ def _rounds(
     none_N, free_N = jnp.zeros(N, jnp.int32), jnp.zeros(N)
 
     def body(carry):
-        sums, pace = carry
+        sums, stats = carry
         at_N = sums[0]
         live_N = at_N < count_N
         here = jax.tree.map(lambda x: x[start_N + jnp.minimum(at_N, count_N - 1)], table)
-        found: _Round = one_round(here, speculation, pace, prices)
-        cost_N = prices.of_round(found.steps_N, found.drafted_N) if prices else free_N
+        found: _Round = one_round(here, speculation, stats, cost_table)
+        cost_N = cost_table.of_round(found.steps_N, found.drafted_N) if cost_table else free_N
         if speculation.adaptive:
-            pace = update(pace, found.accepted_N, found.steps_N, found.depth_N, found.expected_N, cost_N)
+            stats = update(stats, found.accepted_N, found.steps_N, found.depth_N, found.expected_N, cost_N)
         gained_N = jnp.minimum(found.accepted_N + 1, count_N - at_N)
         accepted_NxK1 = jax.nn.one_hot(found.accepted_N, K1, dtype=jnp.int32)
 
@@ -216,23 +216,27 @@ def _rounds(
             return total + jnp.where(live_N.reshape(-1, *[1] * (total.ndim - 1)), x, 0)
 
         new = gained_N, none_N + 1, found.drafted_N, found.steps_N, cost_N, accepted_NxK1
-        return tuple(map(add, sums, new)), pace
+        return tuple(map(add, sums, new)), stats
 
     nothing = none_N, none_N, none_N, none_N, free_N, jnp.zeros((N, K1), jnp.int32)
-    return jax.lax.while_loop(lambda carry: (carry[0][0] < count_N).any(), body, (nothing, Pace.start(N)))[0]
+    return jax.lax.while_loop(lambda carry: (carry[0][0] < count_N).any(), body, (nothing, AcceptanceStats.start(N)))[0]
 
 
-def _chain_round(here: ChainTable, speculation: Speculation, pace: Pace, prices: Prices | None) -> _Round:
+def _chain_round(
+    here: ChainTable, speculation: Speculation, stats: AcceptanceStats, cost_table: CostTable | None
+) -> _Round:
     logp_NxK = here.logp_AxK[:, : speculation.window]
-    steps_N = _steps(speculation, pace, prices, lambda s: logp_NxK[:, s - 1 : s])
+    steps_N = _steps(speculation, stats, cost_table, lambda s: logp_NxK[:, s - 1 : s])
     taken_NxK = jnp.arange(speculation.window) < steps_N[:, None]
     expected_N = jnp.where(taken_NxK, jnp.exp(logp_NxK), 0.0).sum(-1)
     return _Round(steps_N, steps_N, jnp.minimum(here.accepted_A, steps_N), steps_N, expected_N)
 
 
-def _tree_round(here: TreeTable, speculation: Speculation, pace: Pace, prices: Prices | None) -> _Round:
+def _tree_round(
+    here: TreeTable, speculation: Speculation, stats: AcceptanceStats, cost_table: CostTable | None
+) -> _Round:
     N = speculation.shape.nodes
-    steps_N = _steps(speculation, pace, prices, lambda s: here.frontier_AxKxX[:, s - 1])
+    steps_N = _steps(speculation, stats, cost_table, lambda s: here.frontier_AxKxX[:, s - 1])
 
     def drafted(x_NxKxX: Array) -> Array:
         """Values after the levels that were drafted."""
@@ -242,7 +246,7 @@ def _tree_round(here: TreeTable, speculation: Speculation, pace: Pace, prices: P
     best_NxN = drafted(here.best_AxKxN)[:, :N]
     nodes_N = jnp.full_like(steps_N, N)
     if speculation.adaptive:
-        nodes_N = kept(pace, speculation.adaptive, prices.verify_N1, best_NxN)
+        nodes_N = kept(stats, speculation.adaptive, cost_table.verify_N1, best_NxN)
         nodes_N = jnp.where(steps_N > 0, jnp.minimum(nodes_N, (best_NxN > -jnp.inf).sum(-1)), 0)
     kept_NxN = jnp.arange(N) < nodes_N[:, None]
     depth_N = jnp.where(kept_NxN, drafted(here.level_AxKxN)[:, :N], 0).max(-1)
@@ -251,15 +255,15 @@ def _tree_round(here: TreeTable, speculation: Speculation, pace: Pace, prices: P
     return _Round(steps_N, nodes_N, accepted_N, depth_N, expected_N)
 
 
-def _steps(speculation: Speculation, pace: Pace, prices: Prices | None, logp_NxX) -> Array:
+def _steps(speculation: Speculation, stats: AcceptanceStats, cost_table: CostTable | None, logp_NxX) -> Array:
     """[N]: draft steps of a round. logp_NxX: steps made -> log-probabilities of the paths the next one would extend."""
     K = speculation.window
     if not speculation.adaptive:
-        return jnp.full(pace.rest_B.shape, K, jnp.int32)
-    going_N, steps_N = pace.drafts_B, jnp.zeros(pace.rest_B.shape, jnp.int32)
+        return jnp.full(stats.cooldown_B.shape, K, jnp.int32)
+    going_N, steps_N = stats.drafts_B, jnp.zeros(stats.cooldown_B.shape, jnp.int32)
     for s in range(K):
         if s:
-            price = prices.of_step(s, widens=speculation.shape is None)
-            going_N &= goes_on(pace, speculation.adaptive, price, logp_NxX(s))
+            price = cost_table.of_step(s, widens=speculation.shape is None)
+            going_N &= continues(stats, speculation.adaptive, price, logp_NxX(s))
         steps_N += going_N
     return steps_N

@@ -18,7 +18,7 @@ from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.generate import Prompts, Round, State
+from ppow_jax.speculation.generate import Prompts, State, Verification
 from ppow_jax.speculation.propose import Draft
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, off
@@ -87,8 +87,8 @@ def keys_of(key: jax.Array, numbers: Sequence[int], B: int) -> jax.Array:
 class Generation:
     """Prompts that are decoded together: models, settings, and the state so far.
 
-    drafter: None decodes plainly, or by n-gram lookup. prices: cost table of an adaptive window, see
-    `costs.measure_prices`.
+    drafter: None decodes plainly, or by n-gram lookup. cost_table: cost table of an adaptive window, see
+    `costs.measure_cost_table`.
     """
 
     params: dict
@@ -96,7 +96,7 @@ class Generation:
     drafter: Drafter | None
     speculation: Speculation
     sampling: Sampling
-    prices: Any
+    cost_table: Any
     state: State
 
     @classmethod
@@ -109,33 +109,38 @@ class Generation:
         speculation: Speculation,
         sampling: Sampling,
         L: int,
-        prices: Any = None,
+        cost_table: Any = None,
     ) -> Self:
         """Prefills the prompts, with caches of L slots; the first new token of each is committed."""
         speculation = speculation if drafter or not speculation.needs_drafter else off()
         drafter = drafter if speculation.needs_drafter else None
         state = generate.prefill(params, config, drafter, *prompts, K=speculation.window, sampling=sampling, L=L)
-        prices = prices if speculation.adaptive else None
-        return cls(params, config, drafter, speculation, sampling, prices, state)
+        cost_table = cost_table if speculation.adaptive else None
+        return cls(params, config, drafter, speculation, sampling, cost_table, state)
 
     def decode(self, rounds: int = TO_THE_END) -> None:
         """Decodes until every row is done, or for at most `rounds` rounds, as one program."""
-        settings = {"speculation": self.speculation, "sampling": self.sampling, "prices": self.prices}
+        settings = {"speculation": self.speculation, "sampling": self.sampling, "cost_table": self.cost_table}
         self.state = generate.decode(self.params, self.config, self.drafter, self.state, rounds, **settings)
 
     def draft(self) -> Draft | Tree | Drafts | None:
         """Runs the first half of a round as a program of its own: drafts, unless decoding is plain."""
         if not self.speculation.window:
             return None
-        settings = {"speculation": self.speculation, "sampling": self.sampling, "prices": self.prices}
+        settings = {"speculation": self.speculation, "sampling": self.sampling, "cost_table": self.cost_table}
         kv, small = self.state.drafter_kv, self.state.replace(target_kv=(), drafter_kv=None)
         kv, small, draft = draft_round(self.params, self.drafter, kv, small, **settings)
         self.state = small.replace(target_kv=self.state.target_kv, drafter_kv=kv)
         return draft
 
-    def verify(self, draft: Draft | Tree | Drafts | None, width: int | None = None) -> Round:
+    def verify(self, draft: Draft | Tree | Drafts | None, width: int | None = None) -> Verification:
         """Runs the second half: verifies, and commits tokens. width: see `generate.verify_window`."""
-        settings = {"speculation": self.speculation, "sampling": self.sampling, "prices": self.prices, "width": width}
+        settings = {
+            "speculation": self.speculation,
+            "sampling": self.sampling,
+            "cost_table": self.cost_table,
+            "width": width,
+        }
         kv, small = self.state.target_kv, self.state.replace(target_kv=(), drafter_kv=None)
         kv, small, result = verify_round(self.params, self.config, self.drafter, kv, small, draft, **settings)
         self.state = small.replace(target_kv=kv, drafter_kv=self.state.drafter_kv)
@@ -151,13 +156,13 @@ def draft_round(
     *,
     speculation: Speculation,
     sampling: Sampling,
-    prices: Any = None,
+    cost_table: Any = None,
 ) -> tuple[tuple[KV, ...] | None, State, Draft | Tree | Drafts]:
     """Drafts the windows of a round -> (the drafter's cache, the state without caches, the draft).
 
     kv: the drafter's cache, kept apart from the state: it is donated, and updated in place.
     """
-    out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), speculation, sampling, prices)
+    out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), speculation, sampling, cost_table)
     return sharding.constrain(out.drafter_kv), out.replace(drafter_kv=None), draft
 
 
@@ -172,14 +177,16 @@ def verify_round(
     *,
     speculation: Speculation,
     sampling: Sampling,
-    prices: Any = None,
+    cost_table: Any = None,
     width: int | None = None,
-) -> tuple[tuple[KV | StackedKV, ...], State, Round]:
+) -> tuple[tuple[KV | StackedKV, ...], State, Verification]:
     """Verifies the windows of a round -> (the target's cache, the state without caches, the result without them).
 
     kv: the target's cache, kept apart from the state: it is donated, and updated in place.
     """
     state = state.replace(target_kv=kv)
-    out, result = generate.verify_window(params, config, drafter, state, draft, speculation, sampling, prices, width)
+    out, result = generate.verify_window(
+        params, config, drafter, state, draft, speculation, sampling, cost_table, width
+    )
     result = result._replace(kv=(), features_BxK1xF=None)  # the state holds what is needed of them
     return sharding.constrain(out.target_kv), out.replace(target_kv=()), result

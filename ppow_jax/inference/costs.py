@@ -17,7 +17,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, chain, ngram, off
 from ppow_jax.speculation.state import State
@@ -94,7 +94,7 @@ def measure_costs(
     return Costs(median["draft"], median["verify"], median["plain"], steps)
 
 
-def measure_prices(
+def measure_cost_table(
     target: Target,
     drafter: Drafter | None,
     speculation: Speculation,
@@ -103,7 +103,7 @@ def measure_prices(
     *,
     sampling: Sampling = GREEDY,
     repetitions: int = 10,
-) -> Prices:
+) -> CostTable:
     """Measures the cost table of an adaptive window; n drafted tokens cost the least compiled width that holds them.
 
     Verification is measured at full width and near a half and a quarter of it (a few tokens may be free where many are
@@ -123,8 +123,8 @@ def measure_prices(
     found = {nodes: measured(nodes) for nodes in sorted(near)}
     verify_X = np.interp(widths, [0, *found], [1.0, *(costs.verify_ratio for costs in found.values())])
     compiled_N1 = np.searchsorted(widths, np.arange(N + 1))
-    prices = Prices.of(found[N].gamma, np.maximum.accumulate(verify_X)[compiled_N1])
-    return prices if speculation.decides_together(sampling) else prices.alone(batch)
+    cost_table = CostTable.of(found[N].gamma, np.maximum.accumulate(verify_X)[compiled_N1])
+    return cost_table if speculation.decides_together(sampling) else cost_table.alone(batch)
 
 
 def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:

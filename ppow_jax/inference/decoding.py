@@ -16,7 +16,7 @@ from ppow_jax.inference import batch
 from ppow_jax.inference.batch import TO_THE_END
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
 from ppow_jax.weights.targets import Target
@@ -108,13 +108,13 @@ def decode(
     settings: Decoding,
     ids: Sequence[int] = (0,),
     rounds: int = TO_THE_END,
-    prices: Prices | None = None,
+    cost_table: CostTable | None = None,
 ) -> Decoded:
     """Answers up to `batch_size` prompts (token ids [T]), speculatively, or plainly where the drafter is missing.
 
     Rows beyond the prompts are dummies that are done from the start. ids: one number per prompt, which together with
-    the seed makes its random key. rounds: maximum number of rounds (one round compiles every program). prices: cost
-    table of an adaptive window, see `costs.measure_prices`. Times include any compilation.
+    the seed makes its random key. rounds: maximum number of rounds (one round compiles every program). cost_table: cost
+    table of an adaptive window, see `costs.measure_cost_table`. Times include any compilation.
     """
     for number, prompt in enumerate(prompts):
         require_known(prompt, target.config.vocab_size, f"prompt {number}", target.tokenizer)
@@ -130,7 +130,7 @@ def decode(
     L = settings.cache_length(longest)
     begin = time.perf_counter()
     generation = batch.Generation.begin(
-        target.params, target.config, drafter, rows, settings.speculation, settings.sampling, L, prices
+        target.params, target.config, drafter, rows, settings.speculation, settings.sampling, L, cost_table
     )
     jax.block_until_ready(generation.state)
     middle = time.perf_counter()

@@ -28,12 +28,12 @@ from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.flags import require
 from ppow_jax.inference import batch, shown
 from ppow_jax.inference.batch import TO_THE_END
-from ppow_jax.inference.costs import measure_prices
+from ppow_jax.inference.costs import measure_cost_table
 from ppow_jax.inference.requests import Answer, Batch, Job, Result, Stats, Stop, Text, pack
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import LOOKUP_MODES, MODES, Speculation, of_mode, off
 from ppow_jax.weights import loading, targets
@@ -68,14 +68,14 @@ def load(target: str, drafter: str | None = "auto", dtype: str = "bfloat16") -> 
 class Model:
     """A target, and a drafter or None. See `load`.
 
-    prices: cost tables of adaptive windows, per (speculation, rows, greedy), measured by
-    `inference.costs.measure_prices` on first use. The distribution of an answer does not depend on them, but with
+    cost_table: cost tables of adaptive windows, per (speculation, rows, greedy), measured by
+    `inference.costs.measure_cost_table` on first use. The distribution of an answer does not depend on them, but with
     adaptive chains at temperature > 0 the answer that a seed draws does: keep them to reproduce it elsewhere.
     """
 
     target: Target
     drafter: Drafter | None = None
-    prices: dict[tuple[Speculation, int, bool], Prices] = dataclasses.field(default_factory=dict)
+    cost_table: dict[tuple[Speculation, int, bool], CostTable] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         return shown.model_line(self)
@@ -178,8 +178,8 @@ class Model:
         require(available, f"{given}: needs a drafter, but there is none")
         return speculation
 
-    def prices_of(self, speculation: Speculation, rows: int, greedy: bool) -> Prices | None:
-        """Cost table of an adaptive window, see `prices`; None for other windows.
+    def cost_table_of(self, speculation: Speculation, rows: int, greedy: bool) -> CostTable | None:
+        """Cost table of an adaptive window, see `cost_table`; None for other windows.
 
         The output of sampled chains depends on it: they use the costs at one row, whatever the batch.
         """
@@ -187,11 +187,13 @@ class Model:
             return None
         sampling = Sampling.of(0.0 if greedy else 1.0)
         key = speculation, rows if speculation.decides_together(sampling) else 1, greedy
-        if key not in self.prices:
+        if key not in self.cost_table:
             log.info("measuring the times of drafting and verifying on this device, once (adaptive windows need them)")
             L = generate.cache_length(256, 256, speculation.window)
-            self.prices[key] = measure_prices(self.target, self.drafter, speculation, L, key[1], sampling=sampling)
-        return self.prices[key]
+            self.cost_table[key] = measure_cost_table(
+                self.target, self.drafter, speculation, L, key[1], sampling=sampling
+            )
+        return self.cost_table[key]
 
     def job(self, prompts: Text | Sequence[Text], speculation: str | Speculation | None = None, **settings: Any) -> Job:
         """The arguments of `generate` as a checked `Job`."""
@@ -203,13 +205,13 @@ class Model:
         requests, sampling = [job.requests[i] for i in members], job.sampling_of(members)
         config, speculation = self.target.config, job.speculation
         positions = config.max_position_embeddings
-        prices = self.prices_of(speculation, job.rows, sampling.greedy)
+        cost_table = self.cost_table_of(speculation, job.rows, sampling.greedy)
         rows = pack(requests, job.rows, positions)
         limit, P = max(request.limit(positions) for request in requests), rows.prompt_BxP.shape[1]
         L = batch.cache_length_within(limit, P, positions, speculation.window)
         begin = time.perf_counter()
         generation = batch.Generation.begin(
-            self.target.params, config, self.drafter, rows, speculation, sampling, L, prices
+            self.target.params, config, self.drafter, rows, speculation, sampling, L, cost_table
         )
         jax.block_until_ready(generation.state.length_B)  # for the clock: nothing is transferred to the host
         seconds = time.perf_counter() - begin

@@ -11,7 +11,7 @@ from ppow_jax.inference.model import Model
 from ppow_jax.inference.requests import Batch, Text
 from ppow_jax.inference.trace_page import Drafted, Step, Trace
 from ppow_jax.models import transformer
-from ppow_jax.speculation.generate import Round
+from ppow_jax.speculation.generate import Verification
 from ppow_jax.speculation.propose import Draft
 from ppow_jax.speculation.sources import NAMES, Drafts
 from ppow_jax.speculation.tree import Tree
@@ -43,7 +43,7 @@ class _Timed(NamedTuple):
     """A round, and the seconds of its parts."""
 
     draft: Draft | Tree | Drafts | None
-    result: Round
+    result: Verification
     draft_seconds: float
     verify_seconds: float
 

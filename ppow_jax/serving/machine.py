@@ -52,7 +52,7 @@ class Machine:
         self.model, self.speculation, self.context, self.rounds = model, speculation, context, rounds
         self.drafter = model.drafter if speculation.needs_drafter else None
         self.lengths, self.buckets = slots.cache_tokens(context), slots.prompt_buckets(context)
-        self.prices = {greedy: model.prices_of(speculation, B, greedy) for greedy in (True, False)}
+        self.cost_table = {greedy: model.cost_table_of(speculation, B, greedy) for greedy in (True, False)}
         self.live_B = np.zeros(B, bool)
         self.length_B, self.limit_B = np.ones((2, B), np.int64)
         self.temperature_B = np.zeros(B, np.float32)
@@ -155,7 +155,7 @@ class Machine:
             rounds,
             speculation=self.speculation,
             sampling=sampling,
-            prices=self.prices[sampling.greedy],
+            cost_table=self.cost_table[sampling.greedy],
         )
 
     def _sampling(self) -> Sampling:

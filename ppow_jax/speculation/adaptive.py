@@ -9,11 +9,11 @@ reaches. Each row keeps acceptance statistics of its own rounds, which calibrate
 threshold: a step is taken if the probability is at least `Stopping.threshold`.
 
 Where rounds gain less than plain decoding, drafting backs off for a while and is then tried again. A cooldown is long
-enough to amortise what the failed trial lost, and at least twice as long as the one before, up to LONGEST_REST rounds.
+enough to amortise what the failed trial lost, and at least twice as long as the one before, up to LONGEST_COOLDOWN.
 
 The rows of a batch decide together, since every row bears the cost of a round: they use the means of their expected
 gains and of their rates. Sampled chains do not: their tokens depend on where a window ends, so a row would depend on
-its neighbours. There a row should count what its draft costs all rows, see `Prices.alone`.
+its neighbours. There a row should count what its draft costs all rows, see `CostTable.alone`.
 
 Lossless at any temperature: a decision depends only on tokens that are kept in the window, and no token that was drawn
 is taken back (dropping a token because of its own probability would bias the output). The nodes of a tree are not
@@ -38,7 +38,7 @@ MARGIN = 1.15  # factor by which an estimated gain must exceed its (certain) cos
 TRIAL, RETRIAL = 8, 3  # windows drafted before drafting may back off: at the start, and after a cooldown
 BUDGET = 2.0  # steps of plain decoding that a trial may lose
 SHARE = 0.015  # share of the time that trials may lose: determines the length of a cooldown
-FIRST_REST, LONGEST_REST = 24, 256  # rounds
+FIRST_COOLDOWN, LONGEST_COOLDOWN = 24, 256  # rounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Stopping:
         require(0 < self.threshold <= 1, f"--stop_threshold={self.threshold}: {rule}")
 
 
-class Prices(NamedTuple):
+class CostTable(NamedTuple):
     """Cost table of a round on this device, in steps of plain decoding.
 
     step: one draft step. verify_N1: verifying 0..N drafted tokens.
@@ -67,13 +67,13 @@ class Prices(NamedTuple):
     verify_N1: Array
 
     @classmethod
-    def of(cls, step: float, verify_N1: np.ndarray) -> "Prices":
+    def of(cls, step: float, verify_N1: np.ndarray) -> "CostTable":
         """Converts both to float32 arrays, so that every program sees the same types."""
         return cls(jnp.asarray(step, jnp.float32), jnp.asarray(verify_N1, jnp.float32))
 
-    def alone(self, rows: int) -> "Prices":
+    def alone(self, rows: int) -> "CostTable":
         """Costs for a row that decides by itself: the loss of all rows in a round, whether or not others draft too."""
-        return Prices(rows * self.step, 1 + rows * (self.verify_N1 - 1))
+        return CostTable(rows * self.step, 1 + rows * (self.verify_N1 - 1))
 
     def of_step(self, steps: int, widens: bool) -> Array:
         """Cost of one more draft step after `steps`. widens: adds the cost of verifying it, which is certain."""
@@ -84,7 +84,7 @@ class Prices(NamedTuple):
         return self.step * steps_B + self.verify_N1[drafted_B]
 
 
-class Pace(flax.struct.PyTreeNode):
+class AcceptanceStats(flax.struct.PyTreeNode):
     """Acceptance statistics and back-off state of each row. All [B].
 
     tokens, cost, accepted, expected, judged: decayed sums over rounds, of committed tokens, of cost in steps of plain
@@ -97,16 +97,16 @@ class Pace(flax.struct.PyTreeNode):
     cost_B: Array
     accepted_B: Array
     expected_B: Array
-    judged_B: Array
+    reached_B: Array
     trial_B: Array
-    rest_B: Array
-    pause_B: Array
+    cooldown_B: Array
+    next_cooldown_B: Array
 
     @classmethod
-    def start(cls, B: int) -> "Pace":
+    def start(cls, B: int) -> "AcceptanceStats":
         """Initial statistics: as fast as plain decoding, in a trial, half of the drafts accepted as predicted."""
         one, whole = jnp.ones(B), jnp.ones(B, jnp.int32)
-        return cls(one, one, one, one, 2 * one, TRIAL * whole, 0 * whole, FIRST_REST * whole)
+        return cls(one, one, one, one, 2 * one, TRIAL * whole, 0 * whole, FIRST_COOLDOWN * whole)
 
     @property
     def rate_B(self) -> Array:
@@ -114,19 +114,19 @@ class Pace(flax.struct.PyTreeNode):
         return jnp.maximum(self.tokens_B / self.cost_B, 1.0)
 
     @property
-    def trust_B(self) -> Array:
+    def calibration_B(self) -> Array:
         """Calibration factor: accepted drafts divided by predicted ones."""
         return self.accepted_B / self.expected_B
 
     @property
-    def usual_B(self) -> Array:
+    def acceptance_rate_B(self) -> Array:
         """Acceptance rate of draft steps whose predecessors were all accepted."""
-        return self.accepted_B / self.judged_B
+        return self.accepted_B / self.reached_B
 
     @property
     def drafts_B(self) -> Array:
         """Rows that draft in this round, that is those not in a cooldown."""
-        return self.rest_B == 0
+        return self.cooldown_B == 0
 
 
 def together(x_B: Array, live_B: Array | None) -> Array:
@@ -138,8 +138,8 @@ def together(x_B: Array, live_B: Array | None) -> Array:
     return jnp.broadcast_to(mean, x_B.shape)
 
 
-def goes_on(
-    pace: Pace, stopping: Stopping, price: Array, logp_BxX: Array, live_B: Array | None = None
+def continues(
+    stats: AcceptanceStats, stopping: Stopping, price: Array, logp_BxX: Array, live_B: Array | None = None
 ) -> Array:
     """Decides for each row [B] whether one more draft step is worth its cost.
 
@@ -148,25 +148,25 @@ def goes_on(
     """
     if stopping.rule == "threshold":
         return logp_BxX.max(-1) >= np.log(stopping.threshold)
-    reached_B = jnp.minimum(pace.trust_B * jnp.exp(logp_BxX).sum(-1), 1.0)
-    gain_B, rate_B = together(reached_B * pace.usual_B, live_B), together(pace.rate_B, live_B)
+    reached_B = jnp.minimum(stats.calibration_B * jnp.exp(logp_BxX).sum(-1), 1.0)
+    gain_B, rate_B = together(reached_B * stats.acceptance_rate_B, live_B), together(stats.rate_B, live_B)
     return gain_B > MARGIN * rate_B * price
 
 
 def kept(
-    pace: Pace, stopping: Stopping, verify_N1: Array, logp_BxN: Array, live_B: Array | None = None
+    stats: AcceptanceStats, stopping: Stopping, verify_N1: Array, logp_BxN: Array, live_B: Array | None = None
 ) -> Array:
     """Numbers [B] of a tree's N best nodes worth verifying. logp_BxN: log-probabilities of their paths, descending."""
     if stopping.rule == "threshold":
         return (logp_BxN >= np.log(stopping.threshold)).sum(-1)
-    gained_BxN = together(jnp.cumsum(pace.trust_B[:, None] * jnp.exp(logp_BxN), -1), live_B)
-    price_BxN1 = MARGIN * together(pace.rate_B, live_B)[:, None] * verify_N1
+    gained_BxN = together(jnp.cumsum(stats.calibration_B[:, None] * jnp.exp(logp_BxN), -1), live_B)
+    price_BxN1 = MARGIN * together(stats.rate_B, live_B)[:, None] * verify_N1
     worth_BxN1 = jnp.pad(gained_BxN, ((0, 0), (1, 0))) - price_BxN1
     return jnp.argmax(worth_BxN1, -1)
 
 
 def update(
-    pace: Pace,
+    stats: AcceptanceStats,
     accepted_B: Array,
     steps_B: Array,
     depth_B: Array,
@@ -174,7 +174,7 @@ def update(
     cost_B: Array,
     live_B: Array | None = None,
     gained_B: Array | None = None,
-) -> Pace:
+) -> AcceptanceStats:
     """Updates the statistics after a round, from its accepted drafts and its cost in steps of plain decoding.
 
     steps_B: draft steps. depth_B: the most drafts that could be accepted. expected_B: sum of the drafts' path
@@ -187,23 +187,23 @@ def update(
     def fade(sum_B, new_B):
         return jnp.where(drafts_B, MEMORY * sum_B + new_B, sum_B)
 
-    tokens_B, spent_B = fade(pace.tokens_B, gained_B), fade(pace.cost_B, cost_B)
+    tokens_B, spent_B = fade(stats.tokens_B, gained_B), fade(stats.cost_B, cost_B)
     tried = 1 if live_B is None else live_B.sum(dtype=jnp.int32)  # windows drafted under one joint decision
-    trial_B = jnp.where(drafts_B, jnp.maximum(pace.trial_B - tried, 0), pace.trial_B)
+    trial_B = jnp.where(drafts_B, jnp.maximum(stats.trial_B - tried, 0), stats.trial_B)
     lost_B = together(spent_B - tokens_B, live_B)
-    tired_B = drafts_B & (lost_B > 0) & ((trial_B == 0) | (lost_B > BUDGET))
-    earned_B = jnp.ceil(jnp.minimum(lost_B / SHARE, LONGEST_REST)).astype(jnp.int32)
-    pause_B = jnp.maximum(pace.pause_B, earned_B)
-    rest_B = jnp.where(tired_B, pause_B, jnp.maximum(pace.rest_B - 1, 0))
-    back_B = ~drafts_B & (pace.rest_B > 0) & (rest_B == 0)  # a cooldown ends: statistics start afresh
-    longer_B = jnp.minimum(2 * pause_B, LONGEST_REST)
-    return Pace(
+    backs_off_B = drafts_B & (lost_B > 0) & ((trial_B == 0) | (lost_B > BUDGET))
+    earned_B = jnp.ceil(jnp.minimum(lost_B / SHARE, LONGEST_COOLDOWN)).astype(jnp.int32)
+    next_cooldown_B = jnp.maximum(stats.next_cooldown_B, earned_B)
+    cooldown_B = jnp.where(backs_off_B, next_cooldown_B, jnp.maximum(stats.cooldown_B - 1, 0))
+    back_B = ~drafts_B & (stats.cooldown_B > 0) & (cooldown_B == 0)  # a cooldown ends: statistics start afresh
+    longer_B = jnp.minimum(2 * next_cooldown_B, LONGEST_COOLDOWN)
+    return AcceptanceStats(
         jnp.where(back_B, 1.0, tokens_B),
         jnp.where(back_B, 1.0, spent_B),
-        fade(pace.accepted_B, accepted_B),
-        fade(pace.expected_B, expected_B),
-        fade(pace.judged_B, jnp.minimum(accepted_B + 1, depth_B)),
+        fade(stats.accepted_B, accepted_B),
+        fade(stats.expected_B, expected_B),
+        fade(stats.reached_B, jnp.minimum(accepted_B + 1, depth_B)),
         trial_B=jnp.where(back_B, RETRIAL, trial_B),
-        rest_B=rest_B,
-        pause_B=jnp.where(tired_B, longer_B, pace.pause_B),
+        cooldown_B=cooldown_B,
+        next_cooldown_B=jnp.where(backs_off_B, longer_B, stats.next_cooldown_B),
     )

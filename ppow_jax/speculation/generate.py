@@ -18,8 +18,7 @@ from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
 from ppow_jax.speculation import mixture, ngram
-from ppow_jax.speculation.adaptive import Pace, Prices, goes_on, kept, update
-from ppow_jax.speculation.judge import Round, judge
+from ppow_jax.speculation.adaptive import AcceptanceStats, CostTable, continues, kept, update
 from ppow_jax.speculation.prefill import prefill
 from ppow_jax.speculation.propose import NONE, Draft, propose
 from ppow_jax.speculation.sampling import Sampling
@@ -27,8 +26,9 @@ from ppow_jax.speculation.settings import THROUGHPUT, Speculation
 from ppow_jax.speculation.sources import Drafts
 from ppow_jax.speculation.state import Prompts, State, cache_length, commit_tokens, row_keys
 from ppow_jax.speculation.tree import Tree, draft_candidates, propose_tree
+from ppow_jax.speculation.verification import Verification, verify_draft
 
-__all__ = ["Prompts", "Round", "State", "cache_length", "decode", "draft_window", "prefill", "verify_window"]
+__all__ = ["Prompts", "Verification", "State", "cache_length", "decode", "draft_window", "prefill", "verify_window"]
 
 Array = jax.Array
 
@@ -39,14 +39,14 @@ def draft_window(
     state: State,
     speculation: Speculation,
     sampling: Sampling,
-    prices: Prices | None = None,
+    cost_table: CostTable | None = None,
 ) -> tuple[State, Draft | Tree | Drafts]:
     """Drafts after each row's root, and writes the pending features into the drafter's cache.
 
-    drafter: None for n-gram lookup, which has no cache. prices: cost table that adaptive windows decide by.
+    drafter: None for n-gram lookup, which has no cache. cost_table: cost table that adaptive windows decide by.
     """
     if drafter is None:
-        return state, _looked_up(state, speculation, prices)
+        return state, _looked_up(state, speculation, cost_table)
     start_B, g_BxK1xE, following_BxK1, new = _pending_keys(params, drafter, state)
     K1, L = g_BxK1xE.shape[1], state.tokens_BxL.shape[1]
     last_Bx1 = (state.pending_B - 1)[:, None]
@@ -58,10 +58,10 @@ def draft_window(
     ]
     anchor_Bx1 = state.length_B[:, None] - 2
     anchored = drafter, params["embed"], g_Bx1xE, root_Bx1, anchor_Bx1, prefix
-    how = _decisions(state, speculation, sampling, prices) if speculation.adaptive else {}
+    how = _decisions(state, speculation, sampling, cost_table) if speculation.adaptive else {}
     draft: Draft | Tree | Drafts
     if speculation.lookup:
-        draft = _mixed(anchored, state, speculation, prices)
+        draft = _mixed(anchored, state, speculation, cost_table)
         first_B = draft.tree.token_BxN.min(-1)
     elif speculation.shape:
         draft = tree = propose_tree(*anchored, speculation.shape, **how)
@@ -73,25 +73,27 @@ def draft_window(
     return state.replace(drafter_kv=drafter_kv, pending_B=jnp.zeros_like(state.pending_B)), draft
 
 
-def _looked_up(state: State, speculation: Speculation, prices: Prices | None) -> Drafts:
+def _looked_up(state: State, speculation: Speculation, cost_table: CostTable | None) -> Drafts:
     """N-gram lookup by itself."""
     match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup)
-    return mixture.lookup(state.pace, state.sources, speculation.adaptive or THROUGHPUT, prices, match, ~state.done_B)
+    return mixture.lookup(
+        state.stats, state.sources, speculation.adaptive or THROUGHPUT, cost_table, match, ~state.done_B
+    )
 
 
-def _mixed(anchored: Any, state: State, speculation: Speculation, prices: Prices | None) -> Drafts:
-    """A tree of the drafter and the lookup; without prices, of its full size. anchored: see `draft_candidates`."""
-    pace, found, live_B = state.pace, state.sources, ~state.done_B
+def _mixed(anchored: Any, state: State, speculation: Speculation, cost_table: CostTable | None) -> Drafts:
+    """A tree of both sources; without a cost table, of its full size. anchored: see `draft_candidates`."""
+    stats, found, live_B = state.stats, state.sources, ~state.done_B
     shape, stopping = speculation.shape, speculation.adaptive or THROUGHPUT
     match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup)
     log_q_BxN = ngram.log_chances(found.counts, match)
-    alone_B = mixture.worth(pace, found, stopping, prices, log_q_BxN, live_B)
+    alone_B = mixture.worth(stats, found, stopping, cost_table, log_q_BxN, live_B)
     go_on, keep = None, None
-    if prices is not None:
-        go_on = mixture.decisions(pace, found, stopping, prices, shape, log_q_BxN, alone_B, state.done_B)
-        keep = mixture.keeping(pace, found, stopping, prices, live_B)
-    drafted = draft_candidates(*anchored, shape, go_on)
-    return mixture.merge(drafted, match, log_q_BxN, pace.trust_B, shape, speculation.window, keep, alone_B)
+    if cost_table is not None:
+        go_on = mixture.decisions(stats, found, stopping, cost_table, shape, log_q_BxN, alone_B, state.done_B)
+        keep = mixture.keeping(stats, found, stopping, cost_table, live_B)
+    drafted = draft_candidates(*(*anchored, shape, go_on))
+    return mixture.merge(drafted, match, log_q_BxN, stats.calibration_B, shape, speculation.window, keep, alone_B)
 
 
 def _pending_keys(params, drafter: Drafter, state: State) -> tuple[Array, Array, Array, tuple[KV, ...]]:
@@ -126,19 +128,19 @@ def _deciding(state: State, speculation: Speculation, sampling: Sampling) -> Arr
     return ~state.done_B if speculation.decides_together(sampling) else None
 
 
-def _decisions(state: State, speculation: Speculation, sampling: Sampling, prices: Prices) -> dict[str, Any]:
+def _decisions(state: State, speculation: Speculation, sampling: Sampling, cost_table: CostTable) -> dict[str, Any]:
     """Keyword arguments of `propose` and `propose_tree` that make a window adaptive."""
-    pace, stopping, live_B = state.pace, speculation.adaptive, _deciding(state, speculation, sampling)
+    stats, stopping, live_B = state.stats, speculation.adaptive, _deciding(state, speculation, sampling)
 
     def go_on(steps: int, logp_BxX: Array) -> Array:
         if steps == 0:  # the first step is always taken: its outcome feeds the acceptance statistics
-            return pace.drafts_B & ~state.done_B
-        price = prices.of_step(steps, widens=speculation.shape is None)
-        return goes_on(pace, stopping, price, logp_BxX, live_B)
+            return stats.drafts_B & ~state.done_B
+        price = cost_table.of_step(steps, widens=speculation.shape is None)
+        return continues(stats, stopping, price, logp_BxX, live_B)
 
     if not speculation.shape:
         return {"go_on": lambda steps, logp_Bx1: go_on(steps, logp_Bx1)[:, None]}
-    keep = functools.partial(kept, pace, stopping, prices.verify_N1, live_B=live_B)
+    keep = functools.partial(kept, stats, stopping, cost_table.verify_N1, live_B=live_B)
     return {"go_on": go_on, "keep": keep}
 
 
@@ -150,9 +152,9 @@ def verify_window(
     draft: Draft | Tree | Drafts | None,
     speculation: Speculation,
     sampling: Sampling,
-    prices: Prices | None = None,
+    cost_table: CostTable | None = None,
     width: int | None = None,
-) -> tuple[State, Round]:
+) -> tuple[State, Verification]:
     """Runs the target over root and draft, accepts, and commits tokens, keys and features.
 
     width: verify only the first `width` places of the draft, which must hold all drafted tokens.
@@ -161,21 +163,21 @@ def verify_window(
     drafted_B = jnp.zeros_like(root_B) if draft is None else draft.count_B
     tokens = draft.tree if isinstance(draft, Drafts) else draft
     seen = tokens if width is None else tokens.cut(width) if width else None
-    result = judge(params, config, drafter, state, speculation, sampling, seen)
+    result = verify_draft(params, config, drafter, state, speculation, sampling, seen)
     start_B = cache.after(root_B, result.token_BxK1[:, 0])
     target_kv = stack.each_layer(functools.partial(cache.write, start_B=start_B), state.target_kv, result.kv)
     counted_B = jnp.where(state.done_B, 0, 1)
     K1 = state.histogram_BxK1.shape[1]
     accepted_BxK1 = jax.nn.one_hot(result.accepted_B, K1, dtype=jnp.int32)
     before_B = state.length_B
-    pace, found = state.pace, state.sources
+    stats, found = state.stats, state.sources
     if isinstance(draft, Drafts):
-        if prices is not None:
+        if cost_table is not None:
             judged = result.token_BxK1, result.index_BxK1, result.accepted_B
-            pace, found = mixture.settle(pace, found, draft, *judged, prices, ~state.done_B)
+            stats, found = mixture.settle(stats, found, draft, *judged, cost_table, ~state.done_B)
     elif speculation.adaptive:
         live_B = _deciding(state, speculation, sampling)
-        pace = _updated(pace, draft, drafted_B, result.accepted_B, prices, live_B)
+        stats = _updated(stats, draft, drafted_B, result.accepted_B, cost_table, live_B)
     healthy_B = state.healthy_B & (state.done_B | result.healthy_B)
     experts_B = state.experts_B
     if experts_B is not None:
@@ -186,7 +188,7 @@ def verify_window(
         target_kv=target_kv,
         histogram_BxK1=state.histogram_BxK1 + counted_B[:, None] * accepted_BxK1,
         drafted_B=state.drafted_B + counted_B * drafted_B,
-        pace=pace,
+        stats=stats,
         sources=found,
         experts_B=experts_B,
     )
@@ -205,7 +207,9 @@ def verify_window(
     return state.replace(features_BxK1xF=features, pending_B=pending_B), result
 
 
-def _at_width(widths: Sequence[int], count: Array, verify: Callable[..., tuple[State, Round]], state: State) -> State:
+def _at_width(
+    widths: Sequence[int], count: Array, verify: Callable[..., tuple[State, Verification]], state: State
+) -> State:
     """Calls `verify` at the least of `widths` that holds `count` drafted tokens.
 
     Uses a `while_loop` that runs at most once per width: XLA copies the outputs of `cond`, but updates loop carries
@@ -227,23 +231,28 @@ def _at_width(widths: Sequence[int], count: Array, verify: Callable[..., tuple[S
 
 def _drafts(state: State) -> Array:
     """True if any live row drafts in the next round."""
-    return (state.pace.drafts_B & ~state.done_B).any()
+    return (state.stats.drafts_B & ~state.done_B).any()
 
 
 def _updated(
-    pace: Pace, draft: Draft | Tree | None, drafted_B: Array, accepted_B: Array, prices: Prices, live_B: Array | None
-) -> Pace:
+    stats: AcceptanceStats,
+    draft: Draft | Tree | None,
+    drafted_B: Array,
+    accepted_B: Array,
+    cost_table: CostTable,
+    live_B: Array | None,
+) -> AcceptanceStats:
     if draft is None:
         none_B = jnp.zeros_like(accepted_B)
-        return update(pace, none_B, none_B, none_B, none_B, none_B, live_B)
+        return update(stats, none_B, none_B, none_B, none_B, none_B, live_B)
     if isinstance(draft, Tree):
         steps_B, depth_B, logp_BxN = draft.steps_B, draft.depth_BxN1.max(-1), draft.logp_BxN
     else:
         steps_B = depth_B = drafted_B
         logp_BxN = jnp.where(draft.token_BxMxK[:, 0] == NONE, -jnp.inf, jnp.cumsum(draft.logp_BxMxK[:, 0], -1))
     paid_B = (steps_B, drafted_B) if live_B is None else (steps_B.max(), drafted_B.max())
-    cost_B = jnp.broadcast_to(prices.of_round(*paid_B), accepted_B.shape)
-    return update(pace, accepted_B, steps_B, depth_B, jnp.exp(logp_BxN).sum(-1), cost_B, live_B)
+    cost_B = jnp.broadcast_to(cost_table.of_round(*paid_B), accepted_B.shape)
+    return update(stats, accepted_B, steps_B, depth_B, jnp.exp(logp_BxN).sum(-1), cost_B, live_B)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("state",))
@@ -256,11 +265,11 @@ def decode(
     *,
     speculation: Speculation,
     sampling: Sampling,
-    prices: Prices | None = None,
+    cost_table: CostTable | None = None,
 ) -> State:
     """Decodes until every row is done, or for at most `rounds` rounds.
 
-    speculation: its window must be the state's K. prices: see `draft_window`.
+    speculation: its window must be the state's K. cost_table: see `draft_window`.
     """
 
     def unfinished(carry):
@@ -271,8 +280,13 @@ def decode(
         step, state = carry
         draft, used = None, drafter if speculation.needs_drafter else None
         if drafts:
-            state, draft = draft_window(params, used, state, speculation, sampling, prices)
-        how: dict[str, Any] = {"draft": draft, "speculation": speculation, "sampling": sampling, "prices": prices}
+            state, draft = draft_window(params, used, state, speculation, sampling, cost_table)
+        how: dict[str, Any] = {
+            "draft": draft,
+            "speculation": speculation,
+            "sampling": sampling,
+            "cost_table": cost_table,
+        }
         verify = functools.partial(verify_window, params, config, used, **how)
         if draft is not None and speculation.adaptive:
             state = _at_width(speculation.widths, draft.count_B.max(), verify, state)

@@ -19,7 +19,16 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax.speculation import ngram, sources
-from ppow_jax.speculation.adaptive import MARGIN, Pace, Prices, Stopping, goes_on, kept, together, update
+from ppow_jax.speculation.adaptive import (
+    MARGIN,
+    AcceptanceStats,
+    CostTable,
+    Stopping,
+    continues,
+    kept,
+    together,
+    update,
+)
 from ppow_jax.speculation.ngram import Match
 from ppow_jax.speculation.sources import DRAFTER, NGRAM, Drafts, Sources
 from ppow_jax.speculation.tree import ABSENT, Candidates, TreeShape, assemble, choose, depths_of
@@ -29,40 +38,50 @@ LONGEST_IDLE = 32  # rounds without the drafter, after which it drafts again: it
 LEVEL_NODES = 2  # verified nodes that a level of the drafter's tree is expected to add
 
 
-def timed(pace: Pace, found: Sources) -> Pace:
+def timed(stats: AcceptanceStats, found: Sources) -> AcceptanceStats:
     """The drafter's statistics with the speed of all rounds in place of those that it drafted in."""
-    return pace.replace(tokens_B=found.tokens_B, cost_B=found.cost_B)
+    return stats.replace(tokens_B=found.tokens_B, cost_B=found.cost_B)
 
 
-def _certain(pace: Pace) -> Pace:
+def _certain(stats: AcceptanceStats) -> AcceptanceStats:
     """Statistics for probabilities that are calibrated already."""
-    return pace.replace(accepted_B=jnp.ones_like(pace.accepted_B), expected_B=jnp.ones_like(pace.expected_B))
+    return stats.replace(accepted_B=jnp.ones_like(stats.accepted_B), expected_B=jnp.ones_like(stats.expected_B))
 
 
 def worth(
-    pace: Pace, found: Sources, stopping: Stopping, prices: Prices | None, log_q_BxN: Array, live_B: Array | None
+    stats: AcceptanceStats,
+    found: Sources,
+    stopping: Stopping,
+    cost_table: CostTable | None,
+    log_q_BxN: Array,
+    live_B: Array | None,
 ) -> Array:
     """Number [B] of the lookup's tokens worth verifying by themselves. log_q_BxN: see `ngram.log_chances`.
 
-    Without prices, all of them.
+    Without cost_table, all of them.
     """
     B, N = log_q_BxN.shape
-    if prices is None:
+    if cost_table is None:
         count_B = jnp.full(B, N, jnp.int32)
     else:
-        verify_N1 = prices.verify_N1[: N + 1]
+        verify_N1 = cost_table.verify_N1[: N + 1]
         most = len(verify_N1) - 1
-        count_B = kept(_certain(timed(pace, found)), stopping, verify_N1, log_q_BxN[:, :most], live_B)
+        count_B = kept(_certain(timed(stats, found)), stopping, verify_N1, log_q_BxN[:, :most], live_B)
     return jnp.where(log_q_BxN[:, 0] > -jnp.inf, count_B, 0)
 
 
 def lookup(
-    pace: Pace, found: Sources, stopping: Stopping, prices: Prices | None, match: Match, live_B: Array | None
+    stats: AcceptanceStats,
+    found: Sources,
+    stopping: Stopping,
+    cost_table: CostTable | None,
+    match: Match,
+    live_B: Array | None,
 ) -> Drafts:
     """The lookup's continuation alone, as far as it is worth verifying."""
     B, N = match.token_BxN.shape
     log_q_BxN = ngram.log_chances(found.counts, match)
-    alone_B = worth(pace, found, stopping, prices, log_q_BxN, live_B)
+    alone_B = worth(stats, found, stopping, cost_table, log_q_BxN, live_B)
     kept_BxN = jnp.arange(N) < alone_B[:, None]
     chosen_BxN = jnp.where(kept_BxN, jnp.arange(N), N)
     parent_BxN, none_B = jnp.broadcast_to(jnp.arange(N), (B, N)), jnp.zeros(B, jnp.int32)
@@ -72,10 +91,10 @@ def lookup(
 
 
 def decisions(
-    pace: Pace,
+    stats: AcceptanceStats,
     found: Sources,
     stopping: Stopping,
-    prices: Prices,
+    cost_table: CostTable,
     shape: TreeShape,
     log_q_BxN: Array,
     alone_B: Array,
@@ -85,25 +104,25 @@ def decisions(
 
     A level gains what the drafter gets right there and the lookup does not. log_q_BxN, alone_B: see `worth`.
     """
-    live_B, pace = ~done_B, timed(pace, found)
+    live_B, stats = ~done_B, timed(stats, found)
     q_BxN = jnp.exp(log_q_BxN)
     missed_BxD = 1 - jnp.pad(q_BxN, ((0, 0), (0, shape.depth)))[:, : shape.depth]
     runs_B = jnp.ones_like(done_B)
     if stopping.rule == "throughput":
         levels_D = 1 + jnp.arange(shape.depth)
-        gained_BxD = together(jnp.cumsum(pace.usual_B[:, None] ** levels_D * missed_BxD, 1), live_B)
+        gained_BxD = together(jnp.cumsum(stats.acceptance_rate_B[:, None] ** levels_D * missed_BxD, 1), live_B)
         verified_BxD = jnp.minimum(alone_B[:, None] + LEVEL_NODES * levels_D, shape.nodes)
-        verify_BxD = together(prices.verify_N1[verified_BxD] - prices.verify_N1[alone_B][:, None], live_B)
-        price_BxD = MARGIN * together(pace.rate_B, live_B)[:, None] * (prices.step * levels_D + verify_BxD)
+        verify_BxD = together(cost_table.verify_N1[verified_BxD] - cost_table.verify_N1[alone_B][:, None], live_B)
+        price_BxD = MARGIN * together(stats.rate_B, live_B)[:, None] * (cost_table.step * levels_D + verify_BxD)
         unmatched_B = together(q_BxN[:, 0], live_B) == 0
         runs_B = ((gained_BxD > price_BxD).any(1)) | unmatched_B | (found.idle_B >= LONGEST_IDLE)
 
     def go_on(steps: int, logp_BxX: Array) -> Array:
         if steps == 0:
-            return pace.drafts_B & runs_B & live_B
+            return stats.drafts_B & runs_B & live_B
         if stopping.rule == "throughput":
             logp_BxX += jnp.log(missed_BxD[:, steps, None])
-        return goes_on(pace, stopping, prices.of_step(steps, widens=False), logp_BxX, live_B)
+        return continues(stats, stopping, cost_table.of_step(steps, widens=False), logp_BxX, live_B)
 
     return go_on
 
@@ -112,7 +131,7 @@ def merge(
     drafted: Candidates,
     match: Match,
     log_q_BxN: Array,
-    trust_B: Array,
+    calibration_B: Array,
     shape: TreeShape,
     depth: int,
     keep: Callable[[Array], Array] | None,
@@ -120,11 +139,11 @@ def merge(
 ) -> Drafts:
     """One tree of both sources' most probable nodes; depth: its most levels.
 
-    trust_B: calibration of the drafter's probabilities. keep: see `propose_tree`. log_q_BxN, alone_B: see `worth`.
+    calibration_B: factor for the drafter's probabilities. keep: see `propose_tree`. log_q_BxN, alone_B: see `worth`.
     """
     B, N = match.token_BxN.shape
     C, row_Bx1 = drafted.logp_BxC.shape[1], jnp.arange(B)[:, None]
-    logp_BxC = jnp.minimum(jnp.log(trust_B)[:, None] + drafted.logp_BxC, 0.0)
+    logp_BxC = jnp.minimum(jnp.log(calibration_B)[:, None] + drafted.logp_BxC, 0.0)
     log_r_BxN = jnp.where(log_q_BxN > -jnp.inf, jnp.diff(log_q_BxN, prepend=0.0), -jnp.inf)
     place_B, joined_B = jnp.zeros(B, jnp.int32), match.matched_B > 0  # of the node before; on a path of the drafter's
     above_B = log_own_B = jnp.zeros(B)  # log-probability of the path so far: estimated, and the drafter's
@@ -168,27 +187,27 @@ def merge(
 
 
 def keeping(
-    pace: Pace, found: Sources, stopping: Stopping, prices: Prices, live_B: Array | None
+    stats: AcceptanceStats, found: Sources, stopping: Stopping, cost_table: CostTable, live_B: Array | None
 ) -> Callable[[Array], Array]:
     """The rule by which a tree of both sources is cut: `adaptive.kept`, with probabilities that are calibrated."""
 
     def keep(logp_BxN: Array) -> Array:
-        return kept(_certain(timed(pace, found)), stopping, prices.verify_N1, logp_BxN, live_B)
+        return kept(_certain(timed(stats, found)), stopping, cost_table.verify_N1, logp_BxN, live_B)
 
     return keep
 
 
 def settle(
-    pace: Pace,
+    stats: AcceptanceStats,
     found: Sources,
     draft: Drafts,
     token_BxK1: Array,
     index_BxK1: Array,
     accepted_B: Array,
-    prices: Prices,
+    cost_table: CostTable,
     live_B: Array,
-) -> tuple[Pace, Sources]:
-    """Statistics after a round. token_BxK1, index_BxK1, accepted_B: see `judge.Round`. live_B: unfinished rows.
+) -> tuple[AcceptanceStats, Sources]:
+    """Statistics after a round. token_BxK1, index_BxK1, accepted_B: see `Verification`. live_B: unfinished rows.
 
     The drafter is counted as gaining what the lookup alone would not have gained, for what it cost beyond the lookup.
     """
@@ -199,17 +218,17 @@ def settle(
     depth_B = jnp.where(mine_BxN, depths_of(tree), 0).max(1)
     expected_B = jnp.exp(draft.drafter_logp_BxN).sum(1)
     steps, count, alone = (jnp.where(live_B, x, 0).max() for x in (tree.steps_B, draft.count_B, draft.alone_B))
-    cost = prices.of_round(steps, count)
+    cost = cost_table.of_round(steps, count)
     lookup_B = jnp.minimum(ngram.right(draft.match, token_BxK1, accepted_B), draft.alone_B)
-    extra_B = jnp.broadcast_to(jnp.maximum(1 + cost - prices.verify_N1[alone], 0.0), accepted_B.shape)
+    extra_B = jnp.broadcast_to(jnp.maximum(1 + cost - cost_table.verify_N1[alone], 0.0), accepted_B.shape)
     more_B = 1 + accepted_B - lookup_B
-    pace = update(pace, own_B, tree.steps_B, depth_B, expected_B, extra_B, live_B, gained_B=more_B)
+    stats = update(stats, own_B, tree.steps_B, depth_B, expected_B, extra_B, live_B, gained_B=more_B)
 
     def fade(sum_B: Array, new_B: Array) -> Array:
         return jnp.where(live_B, sources.MEMORY * sum_B + new_B, sum_B)
 
     live_Bx1 = live_B[:, None]
-    return pace, Sources(
+    return stats, Sources(
         ngram.count(found.counts, draft.match, token_BxK1, accepted_B, live_B),
         fade(found.tokens_B, 1 + accepted_B),
         fade(found.cost_B, cost),

@@ -17,7 +17,7 @@ from ppow_jax.models import cache
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
-from ppow_jax.speculation.adaptive import Pace
+from ppow_jax.speculation.adaptive import AcceptanceStats
 from ppow_jax.speculation.sources import Sources
 
 Array = jax.Array
@@ -39,7 +39,7 @@ class State(flax.struct.PyTreeNode):
     which the row must stop. done_B: finished rows. key_B: one PRNG key per row, so that a row's output does not depend
     on its neighbours. healthy_B: True while the target's logits have been usable, see `usable`; a row stops where they
     are not. target_kv: per run of layers (`models.stack`). drafter_kv: per layer. features_BxK1xF, pending_B: see the
-    module. histogram_BxK1: numbers of verifications that accepted k tokens. drafted_B: number of drafted tokens. pace:
+    module. histogram_BxK1: numbers of verifications that accepted k tokens. drafted_B: number of drafted tokens. stats:
     acceptance statistics, see `speculation.adaptive`. sources: those of n-gram lookup and mixtures. experts_B: distinct
     experts touched, summed over verifications; None for targets without experts. own_BxL: True for the tokens that the
     target added itself, False for accepted drafts and the prompt; None where nobody asks.
@@ -58,7 +58,7 @@ class State(flax.struct.PyTreeNode):
     pending_B: Array
     histogram_BxK1: Array
     drafted_B: Array
-    pace: Pace
+    stats: AcceptanceStats
     sources: Sources
     experts_B: Array | None = None
     own_BxL: Array | None = None
@@ -95,7 +95,7 @@ class State(flax.struct.PyTreeNode):
             pending_B=jnp.ones(B, jnp.int32),
             histogram_BxK1=jnp.zeros((B, K + 1), jnp.int32),
             drafted_B=jnp.zeros(B, jnp.int32),
-            pace=Pace.start(B),
+            stats=AcceptanceStats.start(B),
             sources=Sources.start(B),
             experts_B=jnp.zeros(B) if experts else None,
         )

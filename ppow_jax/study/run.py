@@ -15,13 +15,13 @@ from ppow_jax.data.templates import with_date
 from ppow_jax.evaluation import measure
 from ppow_jax.evaluation.benchmarks import load_benchmark
 from ppow_jax.models.drafter import Drafter, cast
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.settings import of_mode
 from ppow_jax.study import results
 from ppow_jax.study.arms import Arm, find_arm, settings_of
 from ppow_jax.study.settings import StudySettings
 from ppow_jax.training.context import RunContext
-from ppow_jax.training.replays import feature_store, measured_prices, replay_modes
+from ppow_jax.training.replays import feature_store, measured_cost_table, replay_modes
 from ppow_jax.training.run.checkpoint import Best
 from ppow_jax.training.run.clock import Clock
 from ppow_jax.training.run.metrics import MetricsWriter, NoMetrics
@@ -44,7 +44,7 @@ class _Study:
     start: Drafter
     held_out: FeatureStore
     test: FeatureStore
-    prices: Prices
+    cost_table: CostTable
 
 
 def run(settings: StudySettings) -> int:
@@ -87,8 +87,8 @@ def _open(settings: StudySettings, stop: StopSignal) -> _Study:
     layers = start.config.feature_layers
     held_out = feature_store(context, "features_held_out", corpus.held_out, layers)
     test = feature_store(context, "features_test", corpus.test, layers)
-    prices = measured_prices(context, cast(start, settings.dtype), of_mode("adaptive", settings.window))
-    return _Study(settings, workdir, context, start, held_out, test, prices)
+    cost_table = measured_cost_table(context, cast(start, settings.dtype), of_mode("adaptive", settings.window))
+    return _Study(settings, workdir, context, start, held_out, test, cost_table)
 
 
 def _tune(study: _Study) -> dict[str, float]:
@@ -132,7 +132,7 @@ def _measured(
     missing = [mode for mode in study.settings.modes if mode not in result["replayed"]]
     if missing:
         drafter = _trained(study, arm, seed, rate, directory)  # restored
-        found = replay_modes(study.context, drafter, missing, study.prices, answers)
+        found = replay_modes(study.context, drafter, missing, study.cost_table, answers)
         log.info("%s, seed %d: tau %s", arm.name, seed, {mode: round(x.tau, 3) for mode, x in found.items()})
         result["replayed"] |= {mode: results.counts(x) for mode, x in found.items()}
         files.write_atomic(path, json.dumps(result))

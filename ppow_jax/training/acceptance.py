@@ -12,7 +12,7 @@ from ppow_jax.evaluation.replay import replay
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.settings import of_mode
 from ppow_jax.training.context import RunContext
-from ppow_jax.training.replays import measured_prices
+from ppow_jax.training.replays import measured_cost_table
 
 
 def decoded_acceptance(context: RunContext, drafter: Drafter) -> Callable[[dict], dict[str, float]]:
@@ -27,11 +27,11 @@ def decoded_acceptance(context: RunContext, drafter: Drafter) -> Callable[[dict]
     shape = {"batch_size": s.batch_size, "row_length": s.row_length, "max_anchors": s.max_anchors}
     batches = Batches(examples, seed=s.seed, **shape)
     speculation = of_mode(s.decoded_mode, s.window)
-    prices = measured_prices(context, cast(drafter, s.dtype), speculation) if speculation.adaptive else None
+    cost_table = measured_cost_table(context, cast(drafter, s.dtype), speculation) if speculation.adaptive else None
 
     def measure(params: dict) -> dict[str, float]:
         mine = cast(drafter.replace(params=params, compute_dtype=None, remat="none"), s.dtype)
-        found = replay(mine, target.params, target.config, batches, speculation, prices)
+        found = replay(mine, target.params, target.config, batches, speculation, cost_table)
         tau = micro_average(Counts(found.tokens_N, found.rounds_N))
         name = "held_out_tau_decoded"
         return {name: tau.value, f"{name}_low": tau.low, f"{name}_high": tau.high}

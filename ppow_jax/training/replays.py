@@ -12,9 +12,9 @@ from ppow_jax.corpus.features import FeatureStore
 from ppow_jax.data.batches import Batches
 from ppow_jax.evaluation.intervals import Counts, Estimate, micro_average, paired_difference, paired_ratio
 from ppow_jax.evaluation.replay import Replayed, replay_all
-from ppow_jax.inference.costs import measure_prices
+from ppow_jax.inference.costs import measure_cost_table
 from ppow_jax.models.drafter import Drafter, cast
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.settings import Speculation, of_mode
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.run.preemption import Stopped
@@ -31,26 +31,26 @@ def feature_store(context: RunContext, name: str, batches: Batches, layers: tupl
     return store
 
 
-def measured_prices(context: RunContext, drafter: Drafter, speculation: Speculation) -> Prices:
+def measured_cost_table(context: RunContext, drafter: Drafter, speculation: Speculation) -> CostTable:
     """Cost table of drafting and verifying, measured once per shared directory, so resumed runs repeat decisions."""
     path: Path = context.shared / "prices.json"
     known = path.exists()
-    distributed.wait("prices")  # no process writes before all have looked
+    distributed.wait("cost_table")  # no process writes before all have looked
     if not known:
-        found = measure_prices(context.target, drafter, speculation, TYPICAL_CACHE)
+        found = measure_cost_table(context.target, drafter, speculation, TYPICAL_CACHE)
         table = {"step": float(found.step), "verify": np.asarray(found.verify_N1).tolist()}
         distributed.by_leader(lambda: files.write_atomic(path, json.dumps(table)))
     table = json.loads(path.read_text())
-    return Prices.of(table["step"], np.array(table["verify"]))
+    return CostTable.of(table["step"], np.array(table["verify"]))
 
 
 def replay_modes(
-    context: RunContext, drafter: Drafter, modes: Sequence[str], prices: Prices, answers: FeatureStore
+    context: RunContext, drafter: Drafter, modes: Sequence[str], cost_table: CostTable, answers: FeatureStore
 ) -> dict[str, Replayed]:
     """Replayed decoding of the answers with a drafter, in each mode."""
     speculations = [of_mode(mode, context.settings.window) for mode in modes]
     mine, target = cast(drafter, context.settings.dtype), context.target
-    found = replay_all(mine, target.params, target.config, answers.batches, speculations, prices, answers)
+    found = replay_all(mine, target.params, target.config, answers.batches, speculations, cost_table, answers)
     return dict(zip(modes, found, strict=True))
 
 

@@ -15,7 +15,7 @@ from ppow_jax.evaluation.measure import environment, evaluate
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.settings import MODES, of_mode
 from ppow_jax.training.context import RunContext
-from ppow_jax.training.replays import compare, feature_store, measured_prices, replay_modes
+from ppow_jax.training.replays import compare, feature_store, measured_cost_table, replay_modes
 from ppow_jax.training.run.metrics import read_metrics
 from ppow_jax.training.run.preemption import Stopped
 from ppow_jax.training.settings import TrainSettings
@@ -88,8 +88,8 @@ def _replayed(context: RunContext, arms: dict[str, Drafter]) -> dict[str, dict[s
     first, *_ = arms.values()
     log.info("computing the acceptance of every arm on %d answers kept for testing", len(test.examples))
     store = feature_store(context, "features_test", test, first.config.feature_layers)
-    prices = measured_prices(context, cast(first, s.dtype), of_mode("adaptive", s.window))
-    found = {name: replay_modes(context, drafter, modes, prices, store) for name, drafter in arms.items()}
+    cost_table = measured_cost_table(context, cast(first, s.dtype), of_mode("adaptive", s.window))
+    found = {name: replay_modes(context, drafter, modes, cost_table, store) for name, drafter in arms.items()}
     start = next(iter(arms))
     compared = {mode: compare({name: replays[mode] for name, replays in found.items()}, start) for mode in modes}
     return {name: {"replayed": {mode: rows[name] for mode, rows in compared.items()}} for name in arms}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.speculation import judge
+from ppow_jax.speculation import verification
 from ppow_jax.speculation.sampling import Sampling, inverse
 from ppow_jax.speculation.settings import chain
 from ppow_jax.speculation.tree import ABSENT, Tree, ancestors
@@ -45,7 +45,7 @@ def emitted_law(tokens, parents, p_of, biased: str = "") -> np.ndarray:
     B, u_BxD = len(combos), jnp.asarray([[middle for middle, _ in combo] for combo in combos])
 
     def number(_state, use, depth_B):
-        assert use == judge.OWN
+        assert use == verification.OWN
         return u_BxD[jnp.arange(B), 0 * depth_B if biased == "the same number for all depths" else depth_B]
 
     def chosen(u, weight_xV):
@@ -53,8 +53,8 @@ def emitted_law(tokens, parents, p_of, biased: str = "") -> np.ndarray:
 
     repeated = jax.tree.map(lambda x: jnp.repeat(x, B, 0), tree)
     logits_BxN1xV = jnp.broadcast_to(jnp.log(p_N1xV), (B, N + 1, V))
-    with mock.patch.object(judge, "row_keys", number), mock.patch.object(judge, "sample", chosen):
-        accepted_B, _, token_BxK1 = judge._accept_tree(None, repeated, logits_BxN1xV, Sampling(1.0), chain(N))
+    with mock.patch.object(verification, "row_keys", number), mock.patch.object(verification, "sample", chosen):
+        accepted_B, _, token_BxK1 = verification._accept_tree(None, repeated, logits_BxN1xV, Sampling(1.0), chain(N))
     law = np.zeros((V,) * ROUND)
     for combo, accepted, token_K1 in zip(combos, np.asarray(accepted_B), np.asarray(token_BxK1), strict=True):
         weight = np.prod([width for _, width in combo])

@@ -13,7 +13,7 @@ from ppow_jax.inference.model import Model
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.settings import adaptive, chain, mixture, ngram, off, tree
 from ppow_jax.training import initialise
 from ppow_jax.weights.targets import Target
@@ -30,8 +30,8 @@ MODES = {
     "ngram": ngram(2),
     "mixture": mixture(2, 2, 4, 3),
 }
-DEAR = Prices.of(0.05, np.array([1.0, 1.1, 1.1]))  # so that some adaptive rows rest while others draft
-WIDE = Prices.of(0.05, 1 + 0.05 * np.arange(5))
+DEAR = CostTable.of(0.05, np.array([1.0, 1.1, 1.1]))  # so that some adaptive rows rest while others draft
+WIDE = CostTable.of(0.05, 1 + 0.05 * np.arange(5))
 
 
 @functools.cache
@@ -49,10 +49,10 @@ def model() -> Model:
     config = initialise.drafter_config(CONFIG, len(written), (0, 1, 2), fc_norm=True)
     drafter = Drafter(config, drafting.init(jax.random.key(2), config, scale=0.2), jnp.array(written))
     tables = {"adaptive": DEAR, "ngram": DEAR, "mixture": WIDE}
-    prices = {
+    cost_table = {
         (MODES[mode], rows, greedy): table
         for mode, table in tables.items()
         for rows in (1, 2, 4, 8)
         for greedy in (True, False)
     }
-    return Model(Target("small", CONFIG, params, tokenizer()), drafter, prices)
+    return Model(Target("small", CONFIG, params, tokenizer()), drafter, cost_table)

@@ -16,7 +16,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
-from ppow_jax.speculation.adaptive import Prices
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation, chain
 from ppow_jax.training import initialise
@@ -30,7 +30,7 @@ DRAFTER = initialise.drafter_config(CONFIG, 9, (0, 1, 2))
 LAYERED = 6  # the seed of a drafter of two layers, narrower than the target, with an embedding of its own
 ARMS = [(1, False, 0), (3, True, 1), (3, True, 2), (5, False, 3), (3, False, LAYERED)]  # K, EAGLE-3.1, seed
 GREEDY = Sampling()
-FREE, CHEAP, DEAR = 0.0, 0.05, 1.0  # see `prices_of`
+FREE, CHEAP, DEAR = 0.0, 0.05, 1.0  # see `cost_table_of`
 PARAMS = jax.tree.map(jnp.asarray, models.target_params(CONFIG, seed=5))
 
 
@@ -127,21 +127,21 @@ def speculative(K: int, fc_norm: bool, seed: int) -> tuple[list[list[int]], np.n
     return [a for state in states for a in answers(state)], histogram_NxK1
 
 
-def prices_of(price: float, speculation: Speculation) -> Prices:
+def cost_table_of(price: float, speculation: Speculation) -> CostTable:
     """price: of a draft step, and of verifying one more token."""
-    return Prices.of(price, 1 + price * np.arange(speculation.verified + 1))
+    return CostTable.of(price, 1 + price * np.arange(speculation.verified + 1))
 
 
 @functools.cache
 def with_mode(speculation: Speculation, price: float | None = None, make: Callable[[bool, int], Drafter] = drafter):
-    """(answers, histogram_NxK1, drafted_N) of all prompts. price: see `prices_of`. make: gives the drafter."""
+    """(answers, histogram_NxK1, drafted_N) of all prompts. price: see `cost_table_of`. make: gives the drafter."""
     found, histogram, drafted = [], [], []
     made = make(True, 1)
     for rows in batches():
         state = prefill(rows, speculation.window, made)
-        prices = None if price is None else prices_of(price, speculation)
+        cost_table = None if price is None else cost_table_of(price, speculation)
         state = generate.decode(
-            PARAMS, CONFIG, made, state, 10_000, speculation=speculation, sampling=GREEDY, prices=prices
+            PARAMS, CONFIG, made, state, 10_000, speculation=speculation, sampling=GREEDY, cost_table=cost_table
         )
         found += answers(state)
         histogram.append(np.asarray(state.histogram_BxK1)), drafted.append(np.asarray(state.drafted_B))

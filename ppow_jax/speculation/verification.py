@@ -34,7 +34,7 @@ class Window(NamedTuple):
     seen_BxN1xN1: Array
 
 
-class Round(NamedTuple):
+class Verification(NamedTuple):
     """Verification result of a window.
 
     accepted_B: numbers of accepted drafts. token_BxK1: the accepted tokens, then the target's own, then padding.
@@ -53,7 +53,7 @@ class Round(NamedTuple):
     experts_B: Array | None = None
 
 
-def judge(params, config, drafter, state: State, speculation: Speculation, sampling, draft) -> Round:
+def verify_draft(params, config, drafter, state: State, speculation: Speculation, sampling, draft) -> Verification:
     """Runs the target over a window and applies the acceptance rule."""
     B, L = state.tokens_BxL.shape
     root_B = state.length_B - 1
@@ -81,7 +81,7 @@ def judge(params, config, drafter, state: State, speculation: Speculation, sampl
         accepted_B, token_BxK1 = _accept_chain(state, draft, logits, drafter, speculation, sampling)
         index_BxK1 = jnp.broadcast_to(jnp.arange(token_BxK1.shape[1]), token_BxK1.shape)
         kv, features = out.kv, out.features_BxSxF
-    return Round(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B, experts_B)
+    return Verification(accepted_B, token_BxK1, out.hidden_BxSxD, features, kv, index_BxK1, healthy_B, experts_B)
 
 
 def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:
