@@ -8,12 +8,12 @@ from ppow_jax.training.settings import TrainSettings
 
 
 def test_every_program_has_the_same_defaults():
-    adaptive = adaptive_tree(branch=3, depth=7, nodes=15)
+    adaptive = adaptive_tree(branch=3, depth=4, nodes=15)
     assert SPECULATIONS["adaptive"] == adaptive and SPECULATIONS["chain"] == chain(4)
     assert SPECULATIONS["tree"] == tree(branch=3, depth=4, nodes=15)
     train = TrainSettings(workdir="x")
-    assert [of_mode(mode, train.window) for mode in train.modes] == [adaptive]
-    assert evaluate.Settings().speculations() == [adaptive]
+    assert [of_mode(mode, 4) for mode in train.modes] == [adaptive]  # its rounds can be replayed
+    assert evaluate.Settings().speculations() == [SPECULATIONS["mixture"]] == [SPECULATIONS[defaults.MODE]]
     assert evaluate.Settings(modes=evaluate.MODES).speculations() == [SPECULATIONS[mode] for mode in evaluate.MODES]
     for mode, speculation in SPECULATIONS.items():
         settings = generate.Settings(prompt="a", speculation=mode)
@@ -35,5 +35,5 @@ def test_a_window_means_the_same_in_all_modes():
 def test_help_shows_them():
     for module in (evaluate, generate):
         text = " ".join(cli.usage(module.main, module.Settings).split())
-        assert "4 (chain), 7 (adaptive), 4 (tree), 7 (mixture)." in text and f"By default {defaults.NODES}." in text
+        assert f"By default {defaults.WINDOW}." in text and f"By default {defaults.NODES}." in text
     assert f"By default {defaults.MODE} if" in " ".join(cli.usage(generate.main, generate.Settings).split())

@@ -200,7 +200,7 @@ class TrainSettings:
         group="Stage 2, PPOW",
     )
     window: int = field(
-        defaults.WINDOWS["adaptive"],
+        7,
         "Drafted tokens per window, K; also for measuring: length of a chain, levels of a tree.",
         group="Stage 2, PPOW",
     )
@@ -300,7 +300,7 @@ class TrainSettings:
         group="Measuring",
     )
     modes: tuple[str, ...] = field(
-        (defaults.MODE,),
+        ("adaptive",),
         f"Speculation modes to measure, with windows of --window tokens and trees of up to {defaults.NODES} nodes.",
         choices=(*MODES, *LOOKUP_MODES),
         may_change=True,
