@@ -38,7 +38,7 @@ def main(output: str, *paths: str) -> None:
     axes.set_xticks(range(len(benchmarks)), [name(benchmark) for benchmark in benchmarks])
     axes.set_ylabel("speedup over plain decoding")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(modes), loc="upper right")
+    axes.legend(frameon=False, ncols=len(modes), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(output, dpi=110)
 
 
