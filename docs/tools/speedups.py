@@ -7,9 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = {"adaptive": "#1f6f8b", "mixture": "#d9822b", "ngram": "#9aa5b1"}
@@ -27,6 +24,7 @@ def main(output: str, *paths: str) -> None:
     benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
     modes = [mode for mode in COLOURS if any(row["mode"] == mode for row in rows)]
     speedup = {(row["benchmark"], row["mode"]): row["speedup"] for row in rows}
+    plt.switch_backend("Agg")
     figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
     width = 0.8 / len(modes)
     for m, mode in enumerate(modes):
