@@ -4,8 +4,8 @@
   is a maximum.
 - nodes: verified nodes of a tree, in adaptive mode the maximum. branch: nodes expanded per level, children per node.
 
-The mixture of drafter and n-gram lookup is the default: it was the fastest mode on the mean of every group of prompts that was
-measured (docs/ngram.md), and it drafts and verifies only what is worth its measured cost on the device. Training measures
+The mixture of drafter and n-gram lookup is the default: it was the fastest mode on the mean of the prompts that were
+measured (README), and it drafts and verifies only what is worth its measured cost on the device. Training measures
 adaptive decoding, whose rounds can be replayed.
 """
 
