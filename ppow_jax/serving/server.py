@@ -19,12 +19,15 @@ KEEP = 75  # seconds that idle connections stay open, longer than clients keep t
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket for --host and --port (0: any free one). Raises UserError where it cannot be had."""
+    found = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
     except OSError as error:
+        if found is not None:
+            found.close()
         raise UserError(f"--host={host} --port={port}: cannot be used ({error.strerror or error})") from None
     return found
 
