@@ -66,7 +66,7 @@ def test_evaluate(run, drafter, tmp_path):
     assert result["schema"] == 1 and result["precision"] == "float32"
     assert result["settings"]["window"] == [2] and result["settings"]["benchmarks"] == [prompts]
     assert [row["benchmark"] for row in result["results"]] == ["mine"]
-    assert len(result["results"][0]["accepted_histogram"]) == 3
+    assert len(result["results"][0]["accepted_histogram"]) == 16  # a mixture may accept all 15 looked-up tokens
     assert paths["plot"].read_bytes().startswith(b"\x89PNG")
 
     lines = [json.loads(line) for line in paths["dump_outputs"].read_text().splitlines()]

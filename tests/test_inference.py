@@ -353,7 +353,7 @@ def test_mistakes_of_chats_and_models():
     plain = Model(model().target)
     with pytest.raises(UserError, match="speculation=tree: needs a drafter"):
         plain.generate("a", speculation="tree")
-    assert plain.resolve(None) == off() and model().resolve(None) == SPECULATIONS["adaptive"]
+    assert plain.resolve(None) == off() and model().resolve(None) == SPECULATIONS["mixture"]
     with pytest.raises(UserError, match="dtype=float64"):
         ppow_jax.load("tiny", dtype="float64")
     with pytest.raises(UserError, match="nowhere"):
