@@ -147,3 +147,9 @@ def test_no_valid_window_at_all():
         lambda x: surrogate(x, np.zeros((2, 3)), [1.0, -1.0], valid=[False, False]).objective
     )(jnp.zeros((2, 3)))
     assert value == 0 and not gradient.any()
+
+
+def test_a_group_of_equal_rewards_has_no_advantage_whatever_the_rounding_of_its_mean():
+    reward_NxG = jnp.broadcast_to(jnp.linspace(0.05, 3.0, 400)[:, None], (400, 7))
+    assert (np.asarray(reward_NxG - reward_NxG.mean(-1, keepdims=True)) != 0).any()  # means are rounded
+    np.testing.assert_array_equal(group_advantage(reward_NxG), 0)

@@ -18,8 +18,9 @@ def group_advantage(reward_xG: Array, delta: float = 1e-4) -> Array:
 
 
 def centred(reward_xG: Array) -> Array:
-    """R - mean inside each group."""
-    return reward_xG - reward_xG.mean(-1, keepdims=True)
+    """R - mean inside each group; zeros for a group whose rewards are equal."""
+    above_xG = reward_xG - reward_xG.mean(-1, keepdims=True)
+    return jnp.where(flat_groups(reward_xG)[..., None], 0.0, above_xG)  # the mean of equal numbers may be rounded
 
 
 def flat_groups(reward_xG: Array) -> Array:
