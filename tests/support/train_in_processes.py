@@ -47,6 +47,7 @@ def settings(workdir: str, stages: str) -> TrainSettings:
         gamma=0.12,
         checkpoint_every=2,
         evaluate_every=3,
+        modes=("chain",),  # what an adaptive window drafts depends on the costs that each run measures
         benchmarks=("builtin",),
         num_prompts=2,
         max_new_tokens=8,
