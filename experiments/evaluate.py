@@ -152,7 +152,12 @@ def _measure(settings: Settings) -> dict[str, Any]:
     target = targets.load(settings.target, settings.dtype)
     dialogues.require_known_texts(target, benchmarks)
     drafter = loading.load_drafter(directory, target, settings.dtype) if needed else None
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def keep(more: list[dict[str, Any]]) -> None:
+        if settings.output:
+            report.write_json(settings.output, _result(settings, directory, rows + more))
+
     with line_writer(settings.dump_outputs) as write:
         for temperature, batch_size in itertools.product(settings.temperature, settings.batch_size):
             rows += measuring.evaluate(
@@ -166,9 +171,8 @@ def _measure(settings: Settings) -> dict[str, Any]:
                 seeds=settings.seeds,
                 skip_long_prompts=settings.skip_long_prompts,
                 on_output=lambda output: write(output.as_json()),
+                on_rows=keep,
             )
-            if settings.output:  # as it goes
-                report.write_json(settings.output, _result(settings, directory, rows))
     return _result(settings, directory, rows)
 
 

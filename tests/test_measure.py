@@ -284,6 +284,21 @@ def test_a_stop_ends_between_two_batches(target, drafter, monkeypatch):
     assert decoded == [3, 3]
 
 
+def test_rows_are_given_as_soon_as_a_benchmark_ends(target, drafter, greedy, monkeypatch):
+    found, measured = [], measure._measure
+
+    def fail_in_the_second(comparison, name, *rest):
+        if found:
+            raise KeyboardInterrupt
+        return measured(comparison, name, *rest)
+
+    monkeypatch.setattr(measure, "_measure", fail_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        measure.evaluate(target, drafter, [SINGLE, TURNS], **SETTINGS, on_rows=lambda rows: found.extend(rows))
+    (row,), first = found, greedy[0][0]
+    assert (row["benchmark"], row["tau"], row["total"]) == (first["benchmark"], first["tau"], first["total"])
+
+
 def test_long_prompts_can_be_skipped(target, drafter, caplog):
     row = measure.evaluate(target, drafter, [LONG], **SETTINGS, skip_long_prompts=True)[0]
     assert (row["num_prompts"], row["total"]) == (1, 1)

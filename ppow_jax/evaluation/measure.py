@@ -138,6 +138,7 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     skip_long_prompts: bool = False,
     on_output: Callable[[Output], None] | None = None,
+    on_rows: Callable[[list[dict[str, Any]]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """Decodes every prompt plainly and with `drafter` -> one row per benchmark and speculation mode, see the module.
@@ -155,6 +156,7 @@ def evaluate(
       seeds: seeds of sampling at temperature > 0; the prompts are decoded once for each.
       skip_long_prompts: leave out prompts that do not fit the target's positions.
       on_output: called with every answer pair, mode by mode in the order of the prompts, at the end of a benchmark.
+      on_rows: called with the rows so far, still without costs, at the end of a benchmark.
       stop: checked before every batch; once it returns True, no rows are returned.
 
     Raises:
@@ -179,6 +181,8 @@ def evaluate(
             rows += measured.rows(target, len(prompts))
             for output in itertools.chain(*measured.outputs) if on_output else ():
                 on_output(output)
+            if on_rows:
+                on_rows(rows)
             lengths += [len(output.prompt_ids) for output in measured.outputs[-1]]
     columns = comparison.costs(statistics.median_low(lengths))
     return [row | columns[i % len(modes)] for i, row in enumerate(rows)]
