@@ -10,7 +10,7 @@ from experiments import train
 from ppow_jax import cli
 from ppow_jax.training import pipeline
 from ppow_jax.training.settings import TrainSettings
-from ppow_jax.training.workdir import open_workdir
+from ppow_jax.training.workdir import hold_workdir, open_workdir
 from ppow_jax.weights import targets
 
 
@@ -103,6 +103,16 @@ def test_a_workdir_of_other_settings_is_refused(whole, tmp_path, monkeypatch, ca
     (tmp_path / "notes.txt").write_text("mine")
     assert "is not empty and holds no run" in refuse(arguments(tmp_path), monkeypatch, capsys)
     assert "--workdir: must name the directory" in refuse(arguments("none"), monkeypatch, capsys)
+
+
+def test_a_second_command_in_the_same_workdir_is_refused(whole, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    with hold_workdir(settings(whole)):
+        message = refuse(arguments(whole), monkeypatch, capsys)
+        assert f"--workdir={whole}: another command is running there" in message
+        assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    with hold_workdir(settings(whole)) as held:
+        assert held == whole
 
 
 def test_a_drafter_of_another_kind_than_the_flags_ask_for_is_refused(whole, tmp_path, monkeypatch, capsys):

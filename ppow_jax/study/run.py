@@ -30,7 +30,7 @@ from ppow_jax.training.run.sinks import check_sinks, open_sinks
 from ppow_jax.training.stages import train_stage_2
 from ppow_jax.training.start import find_start, keep_start
 from ppow_jax.training.texts import collect_questions, collect_recorded, load_corpus
-from ppow_jax.training.workdir import fix_date, open_workdir
+from ppow_jax.training.workdir import fix_date, hold_workdir
 from ppow_jax.weights import targets
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,11 @@ class _Study:
 
 def run(settings: StudySettings) -> int:
     """Runs the missing parts of a study, and writes its results after every arm -> exit code."""
-    with StopSignal() as stop:
+    settings = fix_date(settings)
+    check_sinks(settings)
+    with StopSignal() as stop, hold_workdir(settings) as workdir:
         try:
-            study = _open(settings, stop)
+            study = _open(settings, workdir, stop)
             rates = _tune(study)
             for seed in settings.seeds:
                 for arm in map(find_arm, settings.arms):
@@ -62,16 +64,13 @@ def run(settings: StudySettings) -> int:
         except Stopped:
             log.warning("stopped; the same command resumes here")
             return stop.exit_code
-    print(results.summary_table(json.loads((study.workdir / "study.json").read_text())))
-    print(f"\nstudy: {study.workdir}")
+    print(results.summary_table(json.loads((workdir / "study.json").read_text())))
+    print(f"\nstudy: {workdir}")
     return 0
 
 
-def _open(settings: StudySettings, stop: StopSignal) -> _Study:
+def _open(settings: StudySettings, workdir: Path, stop: StopSignal) -> _Study:
     """Sets up what all arms share: reads the models, answers the prompts, stores features."""
-    settings = fix_date(settings)
-    check_sinks(settings)
-    workdir = open_workdir(settings)
     target = targets.load(settings.target, settings.dtype)
     target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
     start = find_start(settings, workdir, target)

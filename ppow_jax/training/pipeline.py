@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import logging
+from pathlib import Path
 
 from ppow_jax import distributed, files, flags, sharding
 from ppow_jax.data.templates import with_date
@@ -22,7 +23,7 @@ from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.stages import train_arms
 from ppow_jax.training.start import find_start, keep_start, new_config
 from ppow_jax.training.texts import collect_questions, collect_recorded, load_corpus
-from ppow_jax.training.workdir import fix_date, open_workdir
+from ppow_jax.training.workdir import fix_date, hold_workdir
 from ppow_jax.weights import targets
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ def run(settings: TrainSettings) -> int:
             mesh = sharding.make_mesh(MeshShape.parse(s.mesh))
             s.check_rows(sharding.shape_of(mesh))
             with precision.use(precision.of_flag(s.precision, s.dtype)), sharding.use(mesh):
-                _stages(s, stop)
+                s = fix_date(s)
+                with hold_workdir(s) as workdir:
+                    _stages(s, workdir, stop)
         except Stopped:
             log.warning("stopped; the same command resumes from here")
             return stop.exit_code
@@ -60,9 +63,7 @@ def run(settings: TrainSettings) -> int:
     return 0
 
 
-def _stages(settings: TrainSettings, stop: StopSignal) -> None:
-    settings = fix_date(settings)
-    workdir = open_workdir(settings)
+def _stages(settings: TrainSettings, workdir: Path, stop: StopSignal) -> None:
     distributed.wait("workdir")  # from here on only one process writes there
     leader = distributed.leader()
     check_sinks(settings)

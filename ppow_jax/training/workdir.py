@@ -1,7 +1,12 @@
 """The directory of a run: new, or with results of an earlier command of the same settings."""
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,6 +14,7 @@ from ppow_jax import distributed, files, flags
 from ppow_jax.errors import UserError
 from ppow_jax.training.settings import TrainSettings
 
+log = logging.getLogger(__name__)
 S = TypeVar("S", bound=TrainSettings)
 TRAINED = ("supervised", "ppow")  # the stages that train a drafter
 
@@ -34,6 +40,28 @@ def open_workdir(settings: TrainSettings) -> Path:
         rule = f"--workdir={settings.workdir} holds no checkpoint of {' or '.join(TRAINED)}; name a stage that trains"
         raise UserError(f"--stages={','.join(settings.stages)}: {rule}")
     return workdir
+
+
+@contextlib.contextmanager
+def hold_workdir(settings: TrainSettings) -> Iterator[Path]:
+    """Opens the workdir (see `open_workdir`) for this run alone: a second command raises UserError until this one ends."""
+    workdir = open_workdir(settings)
+    with contextlib.ExitStack() as stack:
+        distributed.by_leader(lambda: _hold(stack, workdir, settings))
+        yield workdir
+
+
+def _hold(stack: contextlib.ExitStack, workdir: Path, settings: TrainSettings) -> None:
+    """Locks the directory, where its file system can; the lock ends with the process, however that ends."""
+    directory = os.open(workdir, os.O_RDONLY)
+    stack.callback(os.close, directory)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        rule = "another command is running there, or has not finished stopping; wait until it ends"
+        raise UserError(f"--workdir={settings.workdir}: {rule}") from None
+    except OSError as error:
+        log.warning("--workdir=%s: cannot be locked (%s); run one command at a time there", workdir, error.strerror)
 
 
 def _kept_settings(kind: type[S], flagfile: Path) -> S:
