@@ -33,7 +33,7 @@ class Settings(ModelFlags):
     )
     draft_vocab_size: int = field(32000, "Vocabulary of a random drafter.", low=1, group="Models")
     scan_layers: bool | None = field(
-        None, "Stack the target's layers and scan over them; none: except on a CPU.", group="Models"
+        None, "Stack the target's layers and scan over them; by default except on a CPU.", group="Models"
     )
 
     parts: tuple[str, ...] = field(PARTS, "Parts to measure.", choices=PARTS, group="Measuring")

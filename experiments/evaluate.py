@@ -149,7 +149,7 @@ def _measure(settings: Settings) -> dict[str, Any]:
     benchmarks = [
         load_benchmark(name, settings.num_prompts, settings.seed, settings.benchmark_dir) for name in settings.chosen
     ]
-    target = targets.load(settings.target, settings.dtype)
+    target = targets.scanned(targets.load(settings.target, settings.dtype))
     dialogues.require_known_texts(target, benchmarks)
     drafter = loading.load_drafter(directory, target, settings.dtype) if needed else None
     rows: list[dict[str, Any]] = []

@@ -23,6 +23,7 @@ from ppow_jax.training import stages
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.steps import ppow_sampled
 from ppow_jax.training.steps.state import TrainState
+from ppow_jax.weights import targets
 
 CONFIG = small_world.CONFIG
 
@@ -163,3 +164,12 @@ def test_answers_are_written_with_stacked_layers():
     apart, together = write(small_world.target_params()), write(stacked_params())
     np.testing.assert_array_equal(together.tokens_BxL, apart.tokens_BxL)
     assert apart.length_B.tolist() == [7, 6]
+
+
+def test_layers_are_scanned_except_on_a_cpu(monkeypatch):
+    target = targets.load("tiny", "float32")
+    assert targets.scanned(target) is target
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    runs = stack.runs(targets.scanned(target).params["layers"])
+    assert any(run.stacked for run in runs)
+    assert targets.scanned(target, scan=False) is target

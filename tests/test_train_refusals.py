@@ -10,7 +10,7 @@ from experiments import train
 from ppow_jax import cli
 from ppow_jax.training import pipeline
 from ppow_jax.training.settings import TrainSettings
-from ppow_jax.training.workdir import hold_workdir, open_workdir
+from ppow_jax.training.workdir import fix_date, hold_workdir, open_workdir
 from ppow_jax.weights import targets
 
 
@@ -107,12 +107,13 @@ def test_a_workdir_of_other_settings_is_refused(whole, tmp_path, monkeypatch, ca
 
 def test_a_second_command_in_the_same_workdir_is_refused(whole, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    with hold_workdir(settings(whole)):
+    held = fix_date(settings(whole))
+    with hold_workdir(held):
         message = refuse(arguments(whole), monkeypatch, capsys)
         assert f"--workdir={whole}: another command is running there" in message
         assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
-    with hold_workdir(settings(whole)) as held:
-        assert held == whole
+    with hold_workdir(held) as workdir:
+        assert workdir == whole
 
 
 def test_a_drafter_of_another_kind_than_the_flags_ask_for_is_refused(whole, tmp_path, monkeypatch, capsys):

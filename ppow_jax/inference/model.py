@@ -60,7 +60,7 @@ def load(target: str, drafter: str | None = "auto", dtype: str = "bfloat16") -> 
     """
     require(dtype in targets.DTYPES, f"dtype={dtype}: must be one of {', '.join(targets.DTYPES)}")
     directory = loading.find_drafter(drafter, target)
-    loaded = targets.load(target, dtype)
+    loaded = targets.scanned(targets.load(target, dtype))
     return Model(loaded, loading.load_drafter(directory, loaded, dtype) if directory else None)
 
 

@@ -31,7 +31,7 @@ def markdown(study: Mapping[str, Any], table: str, plots: Sequence[str]) -> str:
             tablefmt="github",
             disable_numparse=True,
         ),
-        "## tau by mode",
+        "## tau by mode, and its paired difference to cst",
         _by_mode(study["arms"]),
     ]
     if any("tau_by_benchmark" in row for row in study["arms"]):
@@ -91,9 +91,17 @@ def verdict(ratio: Mapping[str, float], claimed: tuple[float, float] | None) -> 
 
 
 def _by_mode(rows: Sequence[Row]) -> str:
+    """tau of every mode, and the paired difference to cst."""
     modes = list(rows[0]["tau_by_mode"])
-    table = [[row["arm"], *(f"{row['tau_by_mode'][mode]['mean']:.3f}" for mode in modes)] for row in rows]
-    return tabulate(table, ["arm", *modes], tablefmt="github", disable_numparse=True)
+    heads = ["arm", *(head for mode in modes for head in (mode, "minus cst"))]
+    table = [[row["arm"], *(cell for mode in modes for cell in _in_mode(row, mode))] for row in rows]
+    return tabulate(table, heads, tablefmt="github", disable_numparse=True)
+
+
+def _in_mode(row: Row, mode: str) -> tuple[str, str]:
+    difference = row.get("paired_difference_to_cst_by_mode", {}).get(mode)
+    found = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference) if difference else "-"
+    return f"{row['tau_by_mode'][mode]['mean']:.3f}", found
 
 
 def _decoded(rows: Sequence[Row]) -> str:

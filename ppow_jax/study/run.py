@@ -71,7 +71,7 @@ def run(settings: StudySettings) -> int:
 
 def _open(settings: StudySettings, workdir: Path, stop: StopSignal) -> _Study:
     """Sets up what all arms share: reads the models, answers the prompts, stores features."""
-    target = targets.load(settings.target, settings.dtype)
+    target = targets.scanned(targets.load(settings.target, settings.dtype), settings.scan_layers)
     target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
     start = find_start(settings, workdir, target)
     flags.require(start is not None, "--drafter: a study needs a drafter to start from")

@@ -69,10 +69,8 @@ def _stages(settings: TrainSettings, workdir: Path, stop: StopSignal) -> None:
     check_sinks(settings)
     clock = Clock(workdir / "attempts.jsonl" if leader else None)
     benchmarks = _benchmarks(settings)
-    target = targets.load(settings.target, settings.dtype)
+    target = targets.scanned(targets.load(settings.target, settings.dtype), settings.scan_layers)
     target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
-    if settings.scan_layers:
-        target = targets.stacked(target)
     require_known_texts(target, benchmarks)
     start = find_start(settings, workdir, target)
     questions = collect_questions(settings, target)

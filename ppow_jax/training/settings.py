@@ -39,8 +39,11 @@ class TrainSettings:
     )
     dtype: str = field("bfloat16", "Dtype of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
     precision: str = field("auto", precision.HELP, choices=precision.CHOICES, group="Run")
-    scan_layers: bool = field(
-        False, "Stack the target's layers and scan over them: compiles faster, but runs slower on a CPU.", group="Run"
+    scan_layers: bool | None = field(
+        None,
+        "Stack the target's layers and scan over them: compiles faster, runs slower on CPUs; by default not on CPUs.",
+        may_change=True,
+        group="Run",
     )
     seed: int = field(0, "Seed for data order, initialisation and rollouts.", low=0, group="Run")
     checkpoint_every: int = field(100, "Steps between two checkpoints.", low=1, may_change=True, group="Run")

@@ -44,7 +44,7 @@ def open_workdir(settings: TrainSettings) -> Path:
 
 @contextlib.contextmanager
 def hold_workdir(settings: TrainSettings) -> Iterator[Path]:
-    """Opens the workdir (see `open_workdir`) for this run alone: a second command raises UserError until this one ends."""
+    """Opens the workdir (see `open_workdir`) for this run alone: until it ends, a second command raises UserError."""
     workdir = open_workdir(settings)
     with contextlib.ExitStack() as stack:
         distributed.by_leader(lambda: _hold(stack, workdir, settings))

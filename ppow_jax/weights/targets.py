@@ -78,8 +78,18 @@ def architecture(name: str | None) -> str | None:
     return _ARCHITECTURES.get(name or "")
 
 
+def scanned(target: Target, scan: bool | None = None) -> Target:
+    """The target with its layers stacked, so that programs hold one layer's code and scan over it; see `models.stack`.
+
+    scan: whether to do so; None: except on a CPU, where layers of their own run faster.
+    """
+    if scan is None:
+        scan = jax.default_backend() != "cpu"
+    return stacked(target) if scan else target
+
+
 def stacked(target: Target) -> Target:
-    """The target with its layers stacked, so that programs hold one layer's code; see `models.stack`."""
+    """The target with its layers stacked."""
     return dataclasses.replace(target, params=stack.stack(target.params, target.config))
 
 
