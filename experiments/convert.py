@@ -120,12 +120,12 @@ class ConvertSettings:
         check_fields(self)
         require(self.format is not None, "--format: must be named, flat or speculators")
         _check_output(self.output, _check_directory(self.directory))
-        if self.base_model is not None:
-            from ppow_jax.weights import hub
+        from ppow_jax.weights import hub
 
+        if self.base_model is not None:
             hub.check_name("--base_model=", self.base_model)
         if self.push_to_hub is not None:
-            _check_upload(self.push_to_hub)
+            hub.check_upload(self.push_to_hub)
 
 
 def convert(settings: ConvertSettings) -> None:
@@ -133,9 +133,7 @@ def convert(settings: ConvertSettings) -> None:
     from ppow_jax.weights import conversion
 
     source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
-    conversion.convert(
-        source, output, settings.format, settings.dtype, settings.target, base_model=settings.base_model
-    )
+    conversion.convert(source, output, settings.format, settings.dtype, settings.target, base_model=settings.base_model)
     print(f"{output}: the {settings.format} format of {source}")
     if settings.push_to_hub is not None:
         push(PushSettings(directory=settings.output, push_to_hub=settings.push_to_hub))
@@ -165,14 +163,6 @@ def card(settings: CardSettings) -> None:
         print(f"warning: {line}")
 
 
-def _check_upload(name: str) -> None:
-    """Raises UserError for what can be known before anything is sent: the name, and that there is a token."""
-    from ppow_jax.weights import hub
-
-    hub.check_name("--push_to_hub=", name)
-    hub.check_token("--push_to_hub=", name)
-
-
 @dataclasses.dataclass(frozen=True)
 class PushSettings:
     """The flags of `push`."""
@@ -189,10 +179,10 @@ class PushSettings:
         directory = _check_directory(self.directory)
         require((directory / "config.json").is_file(), f"{self.directory}: not a drafter, it has no config.json")
         require(self.push_to_hub is not None, "--push_to_hub: must be named, OWNER/NAME on the hub")
-        _check_upload(self.push_to_hub)
-        if self.base_model is not None:
-            from ppow_jax.weights import hub
+        from ppow_jax.weights import hub
 
+        hub.check_upload(self.push_to_hub)
+        if self.base_model is not None:
             hub.check_name("--base_model=", self.base_model)
 
 
@@ -289,9 +279,7 @@ def vocabulary(settings: VocabularySettings) -> None:
     source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
     target = targets.load(settings.target)
     V = target.config.vocab_size
-    stored = import_drafter(
-        source, num_target_layers=target.config.num_layers, target_embed_VxD=target.params["embed"]
-    )
+    stored = import_drafter(source, num_target_layers=target.config.num_layers, target_embed_VxD=target.params["embed"])
     count_V = count_tokens(target.tokenizer, V, settings.data, settings.answers_from, settings.target)
     head_VxD = jax.device_get(transformer.head(target.params))
     before = draft_vocabulary.coverage(stored.target_ids_W, count_V)

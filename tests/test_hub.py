@@ -33,24 +33,8 @@ def drafter(made, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A stand-in that huggingface_hub takes for the hub, and a user without a token."""
-    with hub_stand_in.running() as hub:
-        set_endpoint(monkeypatch, hub.url)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        close_session()
+    with hub_stand_in.in_place(monkeypatch, tmp_path) as hub:
         yield hub
-        close_session()
-
-
-def set_endpoint(monkeypatch, url: str) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 @pytest.fixture
@@ -193,7 +177,7 @@ def test_offline(run, hub, drafter, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "writer")
     commands = ("push", f"--push_to_hub={NAME}", drafter), ("fetch", NAME, f"--output={tmp_path / 'out'}")
     nowhere = "http://127.0.0.1:9"
-    set_endpoint(monkeypatch, nowhere)
+    hub_stand_in.set_endpoint(monkeypatch, nowhere)
     for command in commands:
         code, _, err = run(*command)
         assert code == 2 and f": the hub {nowhere} does not answer (" in err

@@ -13,7 +13,7 @@ from ppow_jax.evaluation.dialogues import require_known_texts, short_enough
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.models import precision
 from ppow_jax.training.context import RunContext
-from ppow_jax.training.results import evaluate_arms, export_arm
+from ppow_jax.training.results import evaluate_arms, export_arm, push_drafter
 from ppow_jax.training.run.clock import Clock
 from ppow_jax.training.run.metrics import MetricsWriter, NoMetrics, NonFiniteError
 from ppow_jax.training.run.preemption import Stopped, StopSignal
@@ -24,7 +24,7 @@ from ppow_jax.training.stages import train_arms
 from ppow_jax.training.start import find_start, keep_start, new_config
 from ppow_jax.training.texts import collect_questions, collect_recorded, load_corpus
 from ppow_jax.training.workdir import fix_date, hold_workdir
-from ppow_jax.weights import targets
+from ppow_jax.weights import hub, targets
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ def run(settings: TrainSettings) -> int:
             s.check_rows(sharding.shape_of(mesh))
             with precision.use(precision.of_flag(s.precision, s.dtype)), sharding.use(mesh):
                 s = fix_date(s)
+                if s.push_to_hub is not None:
+                    distributed.by_leader(lambda: hub.check_upload(settings.push_to_hub))
                 with hold_workdir(s) as workdir:
                     _stages(s, workdir, stop)
         except Stopped:
@@ -98,6 +100,8 @@ def _stages(settings: TrainSettings, workdir: Path, stop: StopSignal) -> None:
             best = "ppow" if "ppow" in arms else "supervised"
             with clock.stage("export"):
                 export_arm(context, best, arms[best], "drafter")
+                if settings.push_to_hub is not None:
+                    distributed.by_leader(lambda: push_drafter(workdir / "drafter", settings.push_to_hub))
 
 
 def _benchmarks(settings: TrainSettings) -> list[Benchmark]:

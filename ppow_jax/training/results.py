@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import zlib
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ppow_jax import distributed, files, flags, sharding
+from ppow_jax.errors import UserError
 from ppow_jax.evaluation import plots, report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
@@ -19,6 +21,7 @@ from ppow_jax.training.replays import compare, feature_store, measured_cost_tabl
 from ppow_jax.training.run.metrics import read_metrics
 from ppow_jax.training.run.preemption import Stopped
 from ppow_jax.training.settings import TrainSettings
+from ppow_jax.weights import hub
 from ppow_jax.weights.card import write_card
 from ppow_jax.weights.drafters import best_format, export_drafter
 from ppow_jax.weights.targets import base_model
@@ -131,6 +134,20 @@ def export_arm(context: RunContext, arm: str, drafter: Drafter, name: str) -> No
 
     distributed.by_leader(lambda: files.replace_directory(workdir / name, write))
     log.info("exported %s: %s", arm, workdir / name)
+
+
+def push_drafter(directory: Path, name: str) -> None:
+    """Uploads an exported drafter to the hub as OWNER/NAME.
+
+    Raises:
+      UserError: see `hub.push`; the drafter and the run stay, and the message has the command that uploads it later.
+    """
+    try:
+        url = hub.push(directory, name)
+    except UserError as error:
+        again = f"python -m experiments.convert push --push_to_hub={name} {shlex.quote(str(directory))}"
+        raise UserError(f"{error}; the run is complete, and its drafter kept; to upload it: {again}") from None
+    print(f"{url}: uploaded from {directory}")
 
 
 def former_arms(workdir: Path) -> dict[str, dict]:

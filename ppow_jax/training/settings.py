@@ -37,6 +37,9 @@ class TrainSettings:
         may_change=True,
         group="Run",
     )
+    push_to_hub: str | None = field(
+        None, "Also upload the exported drafter, as this OWNER/NAME on the hub.", may_change=True, group="Run"
+    )
     dtype: str = field("bfloat16", "Dtype of the target's matrices.", choices=("float32", "bfloat16"), group="Run")
     precision: str = field("auto", precision.HELP, choices=precision.CHOICES, group="Run")
     scan_layers: bool | None = field(
@@ -337,6 +340,8 @@ class TrainSettings:
         order = [STAGES.index(stage) for stage in self.stages]
         given = f"--stages={','.join(self.stages)}"
         require(order == sorted(set(order)), f"{given}: must be some of {','.join(STAGES)}, in order")
+        uploads = self.push_to_hub is None or "export" in self.stages
+        require(uploads, f"--push_to_hub={self.push_to_hub}: needs the stage export, but {given} does not have it")
         rule = "needs --decoded_mode and answers at --answer_temperature=0"
         require(self.select != "tau_decoded" or self.decodes, f"--select={self.select}: {rule}")
 

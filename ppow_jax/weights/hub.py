@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 WAIT = 5.0  # seconds for a first answer of the hub, before anything is sent
 WANTED = ["*.json", "*.safetensors", "*.bin", "README.md", "LICENSE*"]  # files of a drafter
 OURS = [CONFIG, WEIGHTS, "README.md"]
+PUSH = "--push_to_hub="  # the flag that uploads, in errors
 
 
 def check_name(flag: str, name: str) -> None:
@@ -31,13 +32,21 @@ def check_name(flag: str, name: str) -> None:
 
 
 def check_token(flag: str, name: str) -> str:
-    """The user's token. Raises UserError if there is none."""
-    import huggingface_hub
-
+    """The user's token. Raises UserError if there is none, or if the hub's library is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{flag}{name}: needs the package huggingface_hub: pip install huggingface_hub") from None
     token = huggingface_hub.get_token()
     where = "make one that may write at https://huggingface.co/settings/tokens, then HF_TOKEN=... or `hf auth login`"
     require(bool(token), f"{flag}{name}: there is no token for the hub; {where}")
     return token
+
+
+def check_upload(name: str) -> None:
+    """Raises UserError for what can be known before anything is sent: the name, and that there is a token."""
+    check_name(PUSH, name)
+    check_token(PUSH, name)
 
 
 def push(directory: Path, name: str, *, private: bool = False) -> str:
@@ -48,13 +57,12 @@ def push(directory: Path, name: str, *, private: bool = False) -> str:
     Raises:
       UserError: without a token or the right to write, for a hub that cannot be reached or refuses the files.
     """
+    check_name(PUSH, name)
+    token = check_token(PUSH, name)
     import huggingface_hub
 
-    flag = "--push_to_hub="
-    check_name(flag, name)
-    token = check_token(flag, name)
     api = huggingface_hub.HfApi(token=token)
-    with _one_line(f"{flag}{name}", api.endpoint):
+    with _one_line(f"{PUSH}{name}", api.endpoint):
         _reach(api.endpoint)
         url = api.create_repo(name, private=private, exist_ok=True)
         message = "Upload an EAGLE-3 drafter"

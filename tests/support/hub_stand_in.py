@@ -11,6 +11,9 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
+from huggingface_hub.utils import close_session
+
 
 class Hub:
     """What the stand-in holds. models: name -> files by path; requests: method and path of each, in their order."""
@@ -188,3 +191,25 @@ def running():
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def in_place(monkeypatch, directory):
+    """A stand-in that huggingface_hub takes for the hub, and a user without a token."""
+    with running() as hub:
+        set_endpoint(monkeypatch, hub.url)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(directory / "no token"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(directory / "cache"))
+        close_session()
+        yield hub
+        close_session()
+
+
+def set_endpoint(monkeypatch, url: str) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
