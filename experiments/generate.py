@@ -114,7 +114,7 @@ def _answer(settings: Settings, text: str | None) -> None:
     from ppow_jax.weights import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)
-    mode = settings.speculation or ("off" if directory is None else defaults.MODE)
+    mode = settings.speculation or defaults.mode(directory is not None)
     compares, windows = settings.compare and mode != "ngram", bool(settings.window)
     wanted = ("compare", compares), (f"window={settings.window}", windows)
     for flag, needed in (*wanted, (f"speculation={mode}", mode not in ("off", "ngram"))):

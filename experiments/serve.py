@@ -1,6 +1,6 @@
 """Serves a target and its drafter with the OpenAI API, over HTTP.
 
-    python -m experiments.serve --target=smollm2-135m --speculation=adaptive
+    python -m experiments.serve --target=smollm2-135m --port=8000
     python -m experiments.serve --target=DIR --drafter=DIR --slots=16 --context=4096 --port=8000
 
 Then http://localhost:8000/ is a page to chat, and http://localhost:8000/v1 the address for clients of the API:
@@ -10,13 +10,20 @@ docs/endpoint.md. It needs the packages of the extra `serve`: pip install 'ppow_
 import dataclasses
 import importlib.util
 import logging
+from typing import TYPE_CHECKING, Any
 
 from experiments.common import ModelFlags, StoppingFlags
 from ppow_jax import cli, defaults
 from ppow_jax.flags import field, require
 
 PACKAGES = ("anyio", "prometheus_client", "starlette", "uvicorn")
-CONTEXT = 2048
+if TYPE_CHECKING:
+    from ppow_jax.serving.machine import Machine
+
+CONTEXT, ROUNDS = 2048, 4
+SPECULATIONS = ("off", "chain", "tree", "adaptive", "ngram", "mixture")
+CONTEXT_HELP = f"Most tokens of a prompt and its answer; by default {CONTEXT}, or fewer if the target has fewer."
+ROUNDS_HELP = "Decoding rounds between two looks at the answers; fewer stream in smaller pieces."
 
 log = logging.getLogger(__name__)
 
@@ -29,37 +36,35 @@ class Settings(StoppingFlags, ModelFlags):
     port: int = field(8000, "Port to listen at; 0: any free one.", low=0, high=65535, group="Server")
     model_name: str | None = field(None, "Name of the model in the API; by default --target.", group="Server")
     slots: int = field(8, "Requests that are decoded at once.", low=1, high=512, group="Server")
-    context: int | None = field(
-        None,
-        f"Most tokens of a prompt and its answer; by default {CONTEXT}, or fewer if the target has fewer.",
-        low=64,
-        group="Server",
-    )
+    context: int | None = field(None, CONTEXT_HELP, low=64, group="Server")
     queue: int = field(64, "Requests that may wait for a slot; more get status 429.", low=0, group="Server")
     time_limit: float = field(600.0, "Seconds that a request may take, waiting included.", low=1, group="Server")
     drain: float = field(30.0, "Seconds for accepted requests to finish after SIGTERM.", low=0, group="Server")
-    rounds: int = field(
-        4, "Decoding rounds between two looks at the answers; fewer stream in smaller pieces.", low=1, group="Server"
-    )
-    speculation: str | None = field(
-        None,
-        defaults.MODE_HELP,
-        choices=("off", "chain", "tree", "adaptive", "ngram", "mixture"),
-        group="Speculation",
-    )
+    rounds: int = field(ROUNDS, ROUNDS_HELP, low=1, group="Server")
+    speculation: str | None = field(None, defaults.MODE_HELP, choices=SPECULATIONS, group="Speculation")
 
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.host), "--host: must not be empty")
         require(self.model_name != "", "--model_name: must not be empty")
-        plain = self.speculation in (None, "off", "ngram") or self.drafter is not None
-        require(plain, f"--speculation={self.speculation}: needs a drafter, but --drafter=none")
+        check_speculation(self)
+
+
+def check_speculation(settings: Any) -> None:
+    """Raises UserError for a mode that needs a drafter where --drafter=none."""
+    without = settings.speculation in (None, "off", "ngram") or settings.drafter is not None
+    require(without, f"--speculation={settings.speculation}: needs a drafter, but --drafter=none")
+
+
+def check_packages() -> None:
+    """Raises UserError if a package of the extra `serve` is missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    require(not missing, f"not installed: {', '.join(missing)}; install them: pip install 'ppow_jax[serve]'")
 
 
 def main(settings: Settings) -> None:
     """Serves until SIGTERM or Ctrl-C."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    require(not missing, f"not installed: {', '.join(missing)}; install them: pip install 'ppow_jax[serve]'")
+    check_packages()
     cli.keep_compiled(settings.compilation_cache)
 
     with settings.in_use() as mesh:  # imports JAX: after the settings' checks
@@ -67,35 +72,45 @@ def main(settings: Settings) -> None:
 
 
 def _serve(settings: Settings, mesh) -> None:
-    from ppow_jax.inference.model import SPECULATIONS, load
     from ppow_jax.serving import server
     from ppow_jax.serving.app import Endpoint
     from ppow_jax.serving.engine import Engine
-    from ppow_jax.serving.machine import Machine
     from ppow_jax.serving.metrics import Metrics
-    from ppow_jax.weights import loading
 
     with server.bind(settings.host, settings.port) as bound:
-        directory = loading.find_drafter(settings.drafter, settings.target)
-        mode = settings.speculation or ("off" if directory is None else defaults.MODE)
-        missing = f"--speculation={mode}: needs a drafter, but --target={settings.target} has none"
-        speculation = SPECULATIONS[mode]
-        require(not speculation.needs_drafter or directory is not None, f"{missing}; name one: --drafter=DIR")
-        if speculation.adaptive:
-            speculation = dataclasses.replace(speculation, adaptive=settings.stopping())
-        model = load(settings.target, str(directory) if directory else None, settings.dtype)
-        positions = model.target.config.max_position_embeddings
-        context = min(CONTEXT, positions) if settings.context is None else settings.context
-        require(context <= positions, f"--context={context}: {settings.target} has {positions} positions")
-        machine = Machine(model, speculation, settings.slots, context, settings.rounds)
+        machine = make_machine(settings)
         machine.warm_up()
-        name = settings.model_name or settings.target
+        name, speculation = settings.model_name or settings.target, machine.speculation
         engine = Engine(machine, Metrics(name, speculation.window), settings.queue, mesh)
-        endpoint = Endpoint(model, engine, name, settings.time_limit)
-        url = server.address(bound)
+        endpoint = Endpoint(machine.model, engine, name, settings.time_limit)
+        url, mode = server.address(bound), speculation.mode
         print(f"serving {name} ({mode}, {settings.slots} slots) at {url}/v1, chat at {url}/", flush=True)
         server.Server(endpoint, settings.drain).run([bound])
     log.info("ended")
+
+
+def make_machine(settings: Any) -> "Machine":
+    """The slots of a server, with the models and the speculation mode that the flags name; nothing is compiled yet.
+
+    Raises:
+      UserError: no drafter where the mode needs one, more context than the target has positions, wrong files.
+    """
+    from ppow_jax.inference.model import SPECULATIONS, load
+    from ppow_jax.serving.machine import Machine
+    from ppow_jax.weights import loading
+
+    directory = loading.find_drafter(settings.drafter, settings.target)
+    mode = settings.speculation or defaults.mode(directory is not None)
+    missing = f"--speculation={mode}: needs a drafter, but --target={settings.target} has none"
+    speculation = SPECULATIONS[mode]
+    require(not speculation.needs_drafter or directory is not None, f"{missing}; name one: --drafter=DIR")
+    if speculation.adaptive:
+        speculation = dataclasses.replace(speculation, adaptive=settings.stopping())
+    model = load(settings.target, str(directory) if directory else None, settings.dtype)
+    positions = model.target.config.max_position_embeddings
+    context = min(CONTEXT, positions) if settings.context is None else settings.context
+    require(context <= positions, f"--context={context}: {settings.target} has {positions} positions")
+    return Machine(model, speculation, settings.slots, context, settings.rounds)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,23 @@ measured (README), and it drafts and verifies only what is worth its measured co
 adaptive decoding, whose rounds can be replayed.
 """
 
-MODE = "mixture"
+MODE = "mixture"  # with a drafter
+MODE_WITHOUT = "ngram"  # a drafter
 WINDOW = 4
 WINDOWS = dict.fromkeys(("chain", "adaptive", "tree", "mixture"), WINDOW)
 BRANCH, NODES = 3, 15
+
+
+def mode(drafter: bool) -> str:
+    """The default speculation mode. drafter: there is one."""
+    return MODE if drafter else MODE_WITHOUT
+
 
 WINDOW_HELP = (
     "Drafted tokens per round, K: length of a chain, levels of a tree; a maximum in adaptive mode. "
     f"By default {WINDOW}."
 )
-MODE_HELP = f"Speculation mode. By default {MODE} if there is a drafter; ngram needs none."
+MODE_HELP = f"Speculation mode. By default {MODE} if there is a drafter, else {MODE_WITHOUT}."
 NODES_HELP = f"Verified nodes of a tree; a maximum in adaptive mode. By default {NODES}."
 BRANCH_HELP = f"Nodes expanded per level of a tree, and children per node. By default {BRANCH}."
 DEPTH_HELP = "Levels of a tree of fixed size, in place of --window."

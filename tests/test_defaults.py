@@ -1,6 +1,10 @@
 """All programs start from the same mode and sizes."""
 
-from experiments import evaluate, generate
+import dataclasses
+
+from small_model import model
+
+from experiments import evaluate, generate, serve
 from ppow_jax import cli, defaults
 from ppow_jax.inference.model import SPECULATIONS
 from ppow_jax.speculation.settings import adaptive_tree, chain, of_mode, tree
@@ -15,6 +19,9 @@ def test_every_program_has_the_same_defaults():
     assert [of_mode(mode, 4) for mode in train.modes] == [adaptive]  # its rounds can be replayed
     assert evaluate.Settings().speculations() == [SPECULATIONS["mixture"]] == [SPECULATIONS[defaults.MODE]]
     assert evaluate.Settings(modes=evaluate.MODES).speculations() == [SPECULATIONS[mode] for mode in evaluate.MODES]
+    assert (defaults.mode(drafter=True), defaults.mode(drafter=False)) == ("mixture", "ngram")
+    assert model().resolve(None) == SPECULATIONS["mixture"]
+    assert dataclasses.replace(model(), drafter=None).resolve(None) == SPECULATIONS["ngram"]
     for mode, speculation in SPECULATIONS.items():
         settings = generate.Settings(prompt="a", speculation=mode)
         assert generate.speculation(settings, speculation) == speculation
@@ -33,7 +40,8 @@ def test_a_window_means_the_same_in_all_modes():
 
 
 def test_help_shows_them():
-    for module in (evaluate, generate):
+    for module in (evaluate, generate, serve):
         text = " ".join(cli.usage(module.main, module.Settings).split())
-        assert f"By default {defaults.WINDOW}." in text and f"By default {defaults.NODES}." in text
-    assert f"By default {defaults.MODE} if" in " ".join(cli.usage(generate.main, generate.Settings).split())
+        sizes = f"By default {defaults.WINDOW}." in text and f"By default {defaults.NODES}." in text
+        assert sizes or module is serve  # has the sizes of each mode by name
+        assert f"By default {defaults.MODE} if there is a drafter, else ngram." in text or module is evaluate

@@ -15,6 +15,7 @@ from ppow_jax.inference import slots
 from ppow_jax.serving.errors import ApiError
 from ppow_jax.serving.machine import Machine
 from ppow_jax.speculation import generate
+from ppow_jax.speculation.sources import NAMES
 from ppow_jax.weights.targets import Target
 
 PROMPTS = ["a", "Once upon a time", "b" * 30, "é€ and more", "zz top", "The end?", "x = 3", "d" * 150]
@@ -53,11 +54,17 @@ def test_answers_are_those_of_generate_whatever_runs_beside_them(mode):
             got = news.result
             assert (got.text, got.token_ids, got.finish_reason) == (want.text, want.token_ids, want.finish_reason)
             assert got.prompt_ids == want.prompt_ids
-            if "stop" not in SETTINGS[i] and mode != "adaptive":  # rounds until it is seen; joint decisions
+            if not MODES[mode].adaptive:  # else the rows decide together what is drafted
+                assert got.sources == want.sources
                 counts = [(x.acceptance_histogram, x.num_draft_tokens) for x in (got.stats, want.stats)]
-                assert counts[0] == counts[1]
+                assert counts[0] == counts[1] or "stop" in SETTINGS[i]  # rounds until it is seen
             assert "".join(progress.text for progress in one.emit.all) == want.text
             assert "".join(text for progress in one.emit.all for text, _ in progress.pieces) == want.text
+
+
+def told(one) -> list[str]:
+    """Who proposed each character, by the pieces of a finished ticket."""
+    return [source for news in one.emit.all for text, source in news.pieces for _ in text]
 
 
 def test_pieces_tell_who_proposed_each_token():
@@ -66,18 +73,36 @@ def test_pieces_tell_who_proposed_each_token():
     with running(new_engine("chain")) as engine:
         engine.submit([one])
         result = one.emit.last.result
-        until(lambda: engine.idle)
-        found = engine.machine.look()
-    row = next(b for b in range(4) if found.tokens_BxL[b, 16 : 16 + len(result.token_ids)].tolist() == result.token_ids)
-    own = found.own_BxL[row, 16 : 16 + len(result.token_ids)]
+    own = ~np.array(result.drafted)
     steps, K1 = result.stats.num_spec_steps, np.arange(3)
     gained = [int(n) for n in np.diff([0, *(1 + np.flatnonzero(own))])]
     whole = gained[1:] if own[-1] else [*gained[1:], len(own) - int(np.flatnonzero(own)[-1])]
     assert own[0] and len(whole) == steps
     counted = np.bincount(np.array(whole[:-1]) - 1, minlength=3)
     assert ((np.array(result.stats.acceptance_histogram) - counted) >= 0).all() and (counted @ K1) > 0
-    told = [drafted for news in one.emit.all for text, drafted in news.pieces]
-    assert True in told and False in told and sum(map(bool, told)) <= (~own).sum()
+    assert set(told(one)) == {"target", "drafter"} and set(result.sources) == {"target", "drafter"}
+    assert one.emit.last.accepted == (result.stats.num_accepted_draft_tokens, 0, 0)
+    assert one.emit.last.drafted == (result.stats.num_draft_tokens, 0, 0)
+
+
+@pytest.mark.parametrize("mode", suites.keep(["mixture"], ["mixture", "ngram"]))
+def test_a_mixture_tells_which_source_proposed_each_token(mode):
+    """One request in four rows decides as one alone, so that every count is that of `generate`'s batch of one."""
+    prompt = "abcdabcdabcdab" * 2
+    settings = {"temperature": 0.7, "seed": 4, "max_new_tokens": NEW}
+    one = ticket(prompt, **settings)
+    with running(new_engine(mode, model)) as engine:
+        engine.submit([one])
+        last = one.emit.last
+    (want,) = model().generate(prompt, speculation=MODES[mode], **settings)
+    assert last.result.sources == want.sources and last.result.text == want.text
+    stats = last.result.stats
+    assert sum(last.drafted) == stats.num_draft_tokens and sum(last.accepted) == stats.num_accepted_draft_tokens
+    assert all(accepted <= drafted for accepted, drafted in zip(last.accepted, last.drafted, strict=True))
+    counted = [last.result.sources.count(name) for name in NAMES]
+    assert sum(last.accepted) - MODES[mode].window <= sum(counted) <= sum(last.accepted)  # the last round may be cut
+    assert counted[1] > 0 and (mode == "mixture") == bool(last.drafted[0])
+    assert set(told(one)) <= set(last.result.sources) and "ngram" in told(one)
 
 
 def test_long_prompts_move_the_running_answers_to_longer_caches():

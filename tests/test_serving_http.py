@@ -87,6 +87,9 @@ def test_streams_are_the_same_text_and_tell_who_proposed_it(client):
     told = [chunk.model_extra["ppow"] for chunk in chunks if "ppow" in chunk.model_extra]
     pieces = [piece for news in told for piece in news["pieces"]]
     assert "".join(text for text, _ in pieces) == want.text
+    assert {source for _, source in pieces} == set(want.sources) == {"target", "drafter"}
+    assert told[-1]["accepted"] == {"drafter": want.stats.num_accepted_draft_tokens, "ngram": 0, "both": 0}
+    assert told[-1]["drafted"] == {"drafter": want.stats.num_draft_tokens, "ngram": 0, "both": 0}
     assert told[-1]["tokens"] == len(want.token_ids) and told[-1]["tokens_per_second"] > 0
     assert told[-1]["tau"] == pytest.approx(want.stats.mean_acceptance_length, abs=1e-3)
     plain = list(client.completions.create(model=NAME, prompt="a", stream=True, n=2, **SAMPLED))
@@ -188,6 +191,7 @@ def test_a_request_that_takes_too_long_ends_with_an_error():
 def test_metrics_count_under_the_names_of_vllm(server, client):
     names = ["prompt_tokens", "generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens"]
     names += ["spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos", "request_success"]
+    sources = [f"ppow:spec_decode_num_{kind}_tokens_by_source_total" for kind in ("draft", "accepted")]
     until(lambda: free(server))
     before = {name: metric(server[1], f"vllm:{name}_total") for name in names}
     client.completions.create(model=NAME, prompt="Once upon a time", **SAMPLED)
@@ -197,6 +201,10 @@ def test_metrics_count_under_the_names_of_vllm(server, client):
     assert list(new.values()) == [16, 20, stats.num_spec_steps, stats.num_draft_tokens, accepted, accepted, 1]
     page = httpx.get(f"{server[1]}/metrics", timeout=WAIT)
     assert page.headers["content-type"].startswith("text/plain")
+    for name, total in zip(sources, ("draft", "accepted"), strict=True):
+        label = f'{{model_name="{NAME}",source="drafter"}}'
+        assert metric(server[1], name) == metric(server[1], f"vllm:spec_decode_num_{total}_tokens_total") > 0
+        assert f"{name}{label} {metric(server[1], name)}" in page.text  # all of it by the drafter
     assert 'finished_reason="length"' in page.text and f'model_name="{NAME}",position="1"' in page.text
     for name in ("time_to_first_token_seconds_count", "e2e_request_latency_seconds_count"):
         assert metric(server[1], f"vllm:{name}") > 0

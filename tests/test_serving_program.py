@@ -65,7 +65,7 @@ def test_a_process_ends_with_its_answers_at_sigterm():
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     ) as process:
         line = process.stdout.readline()
-        found = re.search(r"serving tiny \(off, 2 slots\) at (http://127.0.0.1:\d+)/v1, chat at \1/$", line)
+        found = re.search(r"serving tiny \(ngram, 2 slots\) at (http://127.0.0.1:\d+)/v1, chat at \1/$", line)
         assert found, line + process.stderr.read()
         body = {"prompt": "a", "max_tokens": 500, "temperature": 1, "seed": 1, "n": 2}
         replies: list = []

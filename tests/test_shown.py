@@ -18,7 +18,7 @@ def result(text: str, drafted: str, **changes) -> Result:
     """A result of one token per byte. drafted: a sign per token, d for those that were drafted."""
     ids = tokenizer()(text)["input_ids"]
     stats = Stats.of([1, 1, 1], 6)
-    origin = [sign == "d" for sign in drafted]
+    origin = ["drafter" if sign == "d" else "target" for sign in drafted]
     made = Result(text, ids, "length", PROMPT, stats, 0.5, 2.0, origin, AnswerText(tokenizer(), PROMPT))
     assert len(ids) == len(drafted)
     return dataclasses.replace(made, **changes)

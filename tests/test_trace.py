@@ -39,16 +39,17 @@ def test_a_trace_is_of_the_answer_that_generate_gives(mode):
     assert [getattr(found.result, name) for name in same] == [getattr(result, name) for name in same]
     if mode != "tree":  # there the trace looks for the stop text after every round
         assert repr(found.result.stats) == repr(result.stats)
-    ids, origin = result.token_ids[:1], [False]
+    ids, origin = result.token_ids[:1], ["target"]
     for step in found.steps:
         assert step.root == ids[-1]
         path = [step.drafted[n] for n in step.accepted]
         assert [token.parent for token in path] == [0, *(n + 1 for n in step.accepted)][: len(path)]
         ids += [*(token.token for token in path), step.own][: step.gained]
-        origin += [*(True for _ in path), False][: step.gained]
+        origin += [*(token.source for token in path), "target"][: step.gained]
         assert step.verify_seconds > 0 and step.draft_seconds >= 0
     assert ids[: len(result.token_ids)] == result.token_ids
-    assert result.drafted == found.result.drafted == origin[: len(result.token_ids)]
+    assert result.sources == found.result.sources == origin[: len(result.token_ids)]
+    assert result.drafted == [source != "target" for source in result.sources]
     assert any(result.drafted) or mode != "chain"
     assert sum(len(step.accepted) for step in found.steps) == found.result.stats.num_accepted_draft_tokens
     assert sum(len(step.drafted) for step in found.steps) == found.result.stats.num_draft_tokens

@@ -109,8 +109,8 @@ class Model:
             stops at that token; a stop text that contains one beside other text is refused.
           seed: seed of sampling. The same prompt with the same seed and settings gets the same answer.
           speculation: "off", "chain", "adaptive", "tree", "mixture", "ngram" (which needs no drafter; sizes:
-            SPECULATIONS), or a `Speculation`; by default "adaptive" if there is a drafter. The answers are the same, or
-            have the same distribution, in all modes.
+            SPECULATIONS), or a `Speculation`; by default "mixture" if there is a drafter, else "ngram". The answers are
+            the same, or have the same distribution, in all modes.
           batch_size: prompts decoded at once.
 
         Raises:
@@ -168,7 +168,7 @@ class Model:
     def resolve(self, speculation: str | Speculation | None) -> Speculation:
         """The `Speculation` of a name, or of None. Raises UserError for unknown names and missing drafters."""
         if speculation is None:
-            speculation = defaults.MODE if self.drafter else "off"
+            speculation = defaults.mode(self.drafter is not None)
         if isinstance(speculation, str):
             names = ", ".join(SPECULATIONS)
             require(speculation in SPECULATIONS, f"speculation={speculation}: must be one of {names}")
@@ -215,9 +215,8 @@ class Model:
         )
         jax.block_until_ready(generation.state.length_B)  # for the clock: nothing is transferred to the host
         seconds = time.perf_counter() - begin
-        own_BxL = np.zeros(generation.state.tokens_BxL.shape, bool)
-        own_BxL[np.arange(len(requests)), [len(request.prompt_ids) for request in requests]] = True
-        generation.state = generation.state.replace(**sharding.place({"own_BxL": jnp.asarray(own_BxL)}))
+        source_BxL = jnp.zeros(generation.state.tokens_BxL.shape, jnp.int8)
+        generation.state = generation.state.replace(**sharding.place({"source_BxL": source_BxL}))
         answers = [Answer(self.target, request, seconds) for request in requests]
         return Batch(generation, answers)
 

@@ -19,6 +19,7 @@ from ppow_jax.inference.answer_text import AnswerText, split_stops
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
+from ppow_jax.speculation.sources import ORIGINS
 from ppow_jax.weights.targets import Target
 
 Text = str | Sequence[int] | np.ndarray  # a prompt: text, or token ids
@@ -58,8 +59,9 @@ class Result:
     text: the continuation of the prompt's text (including the blank it may begin with), without special tokens, cut
     before a stop text. token_ids: the new tokens, including an end token or those of a stop text. finish_reason: "stop"
     after an end token or a stop text; "length" at max_new_tokens, or where the target's positions end.
-    prefill_seconds, decode_seconds: times of the whole batch, compilation included. drafted: for each new token, True
-    if it was drafted and accepted, False if the target added it itself. text_of: decodes the new tokens.
+    prefill_seconds, decode_seconds: times of the whole batch, compilation included. sources: for each new token, who
+    proposed it: "target" (the target itself), "drafter", "ngram" (n-gram lookup) or "both". text_of: decodes the new
+    tokens.
 
     A notebook shows the text with its drafted tokens coloured.
     """
@@ -71,8 +73,13 @@ class Result:
     stats: Stats
     prefill_seconds: float
     decode_seconds: float
-    drafted: list[bool] = dataclasses.field(default_factory=list)
+    sources: list[str] = dataclasses.field(default_factory=list)
     text_of: AnswerText | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def drafted(self) -> list[bool]:
+        """For each new token, True if it was drafted and accepted, False if the target added it itself."""
+        return [source != ORIGINS[0] for source in self.sources]
 
     def __repr__(self) -> str:
         return shown.result_line(self)
@@ -181,7 +188,7 @@ class Job:
 
 
 class Answer:
-    """An answer as it grows; `result` once it is finished."""
+    """An answer as it grows; `text` and `result` once it is finished."""
 
     def __init__(self, target: Target, request: Request, prefill_seconds: float):
         self.target, self.request, self.prefill_seconds = target, request, prefill_seconds
@@ -190,7 +197,7 @@ class Answer:
         self._text_of = AnswerText(target.tokenizer, request.prompt_ids)
         self.result: Result | None = None
 
-    def read(self, tokens_L, length, done, healthy, histogram_K1, drafted, own_L=None, *, seconds: float) -> None:
+    def read(self, tokens_L, length, done, healthy, histogram_K1, drafted, source_L, *, seconds: float) -> None:
         """Updates the answer from its row of a `generate.State`, `seconds` after decoding began."""
         prompt_ids = self.request.prompt_ids
         before, self.ids = len(self.ids), tokens_L[len(prompt_ids) : length].tolist()
@@ -199,24 +206,23 @@ class Answer:
             f"{self.request.name}: after {len(self.ids)} new tokens the logits of {self.target.name} are not finite "
             "(NaN or infinite): its weights are damaged, or too large for this dtype",
         )
-        self.text = self.decode(len(self.ids))
         by_id = (n for n in range(before, len(self.ids)) if self.ids[n] in self.request.stop_ids)
         count = 1 + next(by_id, len(self.ids))  # tokens up to and including a special one, or one more than there are
-        if self._stop_at(self.text) is not None:
+        if self.request.stop and self._stop_at(self.decode(len(self.ids))) is not None:
             counts = range(before, len(self.ids) + 1)
             count = min(count, next(n for n in counts if self._stop_at(self.decode(n)) is not None))
         stopped = count <= len(self.ids)
-        if stopped:
-            self.ids, self.text = self.ids[:count], self.decode(count)
-            self.text = self.text[: self._stop_at(self.text)]
         if done or stopped:
+            self.ids = self.ids[:count]
+            self.text = self.decode(count)
+            self.text = self.text[: self._stop_at(self.text)]
             stopped |= self.ids[-1] in self.target.config.eos_token_ids
             stats = Stats.of(histogram_K1.tolist(), int(drafted))
             reason: Literal["stop", "length"] = "stop" if stopped else "length"
             ids = prompt_ids.tolist()
             n = len(prompt_ids)
-            accepted = [False] * len(self.ids) if own_L is None else (~own_L[n : n + len(self.ids)]).tolist()
-            about = stats, self.prefill_seconds, seconds, accepted, self._text_of
+            sources = [ORIGINS[source] for source in source_L[n : n + len(self.ids)].tolist()]
+            about = stats, self.prefill_seconds, seconds, sources, self._text_of
             self.result = Result(self.text, self.ids, reason, ids, *about)
 
     @property
@@ -252,7 +258,7 @@ class Batch:
     def look(self, begin: float) -> None:
         """Reads the answers from the state, decoded since the time `begin`, and ends those with a stop text."""
         s = self.generation.state
-        read = s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B, s.own_BxL
+        read = s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B, s.source_BxL
         rows = sharding.fetch(read)
         seconds = time.perf_counter() - begin
         finished_B = np.array(rows[2])

@@ -96,7 +96,7 @@ def blank(params: dict, config: ModelConfig, drafter: Drafter | None, B: int, L:
 
     def make(key) -> State:
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        state = state.replace(key_B=jax.random.split(key, B), own_BxL=jnp.zeros((B, L), bool))
+        state = state.replace(key_B=jax.random.split(key, B), source_BxL=jnp.zeros((B, L), jnp.int8))
         return _emptied(state, jnp.ones(B, bool))
 
     return sharding.born(make, jax.random.key(0))
@@ -134,8 +134,7 @@ def insert(state: State, fresh: State, row: Array | int) -> State:
     def written(old: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (row, *[0] * (old.ndim - 1)))
 
-    index_L = jnp.arange(fresh.tokens_BxL.shape[1])
-    fresh = fresh.replace(own_BxL=index_L == fresh.prompt_B[:, None])
+    fresh = fresh.replace(source_BxL=jnp.zeros(fresh.tokens_BxL.shape, jnp.int8))
     return sharding.constrain(map_leaves(written, state, fresh))
 
 
@@ -152,7 +151,7 @@ def resize(state: State, L: int) -> State:
     drafter_kv = state.drafter_kv if state.drafter_kv is None else tuple(map(fitted, state.drafter_kv))
     resized = state.replace(
         tokens_BxL=tokens(state.tokens_BxL),
-        own_BxL=tokens(state.own_BxL),
+        source_BxL=tokens(state.source_BxL),
         target_kv=stack.each_layer(fitted, state.target_kv),
         drafter_kv=drafter_kv,
     )

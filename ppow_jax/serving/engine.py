@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 class Progress:
     """News of an answer: text since the last news, its pieces where they were asked for, and the whole answer so far.
 
-    tokens: new tokens. tau: tokens per verification. rate: tokens per second since the prompt was read. result: the
-    whole answer where this is the last news.
+    tokens: new tokens. tau: tokens per verification. rate: tokens per second since the prompt was read. drafted,
+    accepted: drafted and accepted tokens by source, see `sources.NAMES`. result: the whole answer where this is the
+    last news.
     """
 
     text: str
@@ -35,6 +36,8 @@ class Progress:
     tokens: int
     tau: float
     rate: float
+    drafted: tuple[int, ...]
+    accepted: tuple[int, ...]
     result: Result | None
 
 
@@ -71,6 +74,8 @@ class Running:
     characters: int = 0
     drafted: int = 0
     histogram_K1: np.ndarray | int = 0
+    drafted_S: np.ndarray | int = 0
+    accepted_S: np.ndarray | int = 0
     pieces: Pieces = dataclasses.field(default_factory=Pieces)
 
 
@@ -183,7 +188,7 @@ class Engine:
         now, finished, damaged = time.monotonic(), set(), set()
         for row, one in self._running.items():
             try:
-                one.answer.read(*(x[row] for x in rows[:6]), seconds=now - one.begin)
+                one.answer.read(*(x[row] for x in rows[:7]), seconds=now - one.begin)
             except UserError as error:  # logits that are not finite
                 damaged.add(row)
                 log.error("%s", error)
@@ -204,19 +209,23 @@ class Engine:
         if not one.tokens:
             self.metrics.first_tokens(now - ticket.arrived)
         new_K1 = (histogram_K1 - one.histogram_K1).tolist()
-        self.metrics.decoded(tokens - one.tokens, new_K1, drafted - one.drafted)
+        drafted_S, accepted_S = rows.drafted_BxS[row], rows.accepted_BxS[row]
+        new_S = (drafted_S - one.drafted_S).tolist(), (accepted_S - one.accepted_S).tolist()
+        self.metrics.decoded(tokens - one.tokens, new_K1, drafted - one.drafted, *new_S)
         one.tokens, one.histogram_K1, one.drafted = tokens, histogram_K1, drafted
+        one.drafted_S, one.accepted_S = drafted_S, accepted_S
         if not (ticket.every or answer.result):
             return
         text = answer.settled[one.characters :]
         one.characters += len(text)
         start = len(ticket.request.prompt_ids)
-        own_T = rows.own_BxL[row, start : start + tokens].tolist()
-        pieces = one.pieces.more(answer, own_T) if ticket.pieces else []
+        source_T = rows.source_BxL[row, start : start + tokens].tolist()
+        pieces = one.pieces.more(answer, source_T) if ticket.pieces else []
         stats = Stats.of(histogram_K1.tolist(), drafted)
         tau = stats.mean_acceptance_length if stats.num_spec_steps else 1.0
         rate = (tokens - 1) / max(now - one.begin, 1e-9)
-        self._tell(ticket, Progress(text, pieces, tokens, tau, rate, answer.result))
+        by_source = tuple(drafted_S.tolist()), tuple(accepted_S.tolist())
+        self._tell(ticket, Progress(text, pieces, tokens, tau, rate, *by_source, answer.result))
 
     def _free(self, rows: set[int], damaged: bool = False) -> None:
         if rows:

@@ -14,6 +14,7 @@ from ppow_jax.inference.requests import Request
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
+from ppow_jax.speculation.sources import NAMES
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,10 @@ class Numbers(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the host reads of all rows; see `State`."""
+    """What the host reads of all rows; see `State`.
+
+    drafted_BxS, accepted_BxS: drafted and accepted tokens by source, see `sources.NAMES`.
+    """
 
     tokens_BxL: np.ndarray
     length_B: np.ndarray
@@ -37,7 +41,9 @@ class Rows(NamedTuple):
     healthy_B: np.ndarray
     histogram_BxK1: np.ndarray
     drafted_B: np.ndarray
-    own_BxL: np.ndarray
+    source_BxL: np.ndarray
+    drafted_BxS: np.ndarray
+    accepted_BxS: np.ndarray
 
 
 class Machine:
@@ -82,7 +88,15 @@ class Machine:
 
     def look(self) -> Rows:
         """Reads all rows."""
-        rows = Rows(*sharding.fetch(tuple(getattr(self.state, name) for name in Rows._fields)))
+        found = self.state.sources
+        by_source = {"drafted_BxS": found.drafted_BxS, "accepted_BxS": found.accepted_BxS}
+        wanted = Rows(*(by_source.get(name, getattr(self.state, name, None)) for name in Rows._fields))
+        rows = Rows(*sharding.fetch(tuple(wanted)))
+        if not self.speculation.lookup:  # all by the drafter, and only counted in total
+            accepted_B = rows.histogram_BxK1 @ np.arange(rows.histogram_BxK1.shape[1])
+            totals = {"drafted_BxS": rows.drafted_B, "accepted_BxS": accepted_B}
+            first_S = np.arange(len(NAMES)) == 0
+            rows = rows._replace(**{name: total_B[:, None] * first_S for name, total_B in totals.items()})
         self.length_B = np.where(self.live_B, rows.length_B, 1)
         return rows
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ppow_jax.speculation.sources import NAMES
+
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
 
 
@@ -28,6 +30,10 @@ class Metrics:
         labels = ("model_name", "position")
         counted = Counter(per_position, "Accepted drafted tokens at a place", labels, registry=self.registry)
         self._per_position = [counted.labels(model, str(position)) for position in range(window)]
+        self._by_source = [
+            self._each_source("ppow:spec_decode_num_draft_tokens_by_source", "Verified drafted tokens of a source"),
+            self._each_source("ppow:spec_decode_num_accepted_tokens_by_source", "Accepted drafted tokens of a source"),
+        ]
         labels = ("model_name", "finished_reason")
         self._success = Counter("vllm:request_success", "Finished requests", labels, registry=self.registry)
         labels = ("model_name", "code")
@@ -42,6 +48,10 @@ class Metrics:
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, ("model_name",), registry=self.registry).labels(self._model)
 
+    def _each_source(self, name: str, text: str) -> list[Counter]:
+        counted = Counter(name, text, ("model_name", "source"), registry=self.registry)
+        return [counted.labels(self._model, source) for source in NAMES]
+
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, ("model_name",), registry=self.registry, buckets=SECONDS).labels(self._model)
 
@@ -54,8 +64,18 @@ class Metrics:
         """A request has its first tokens, `seconds` after it arrived."""
         self._first.observe(seconds)
 
-    def decoded(self, tokens: int, histogram_K1: Sequence[int], drafted: int) -> None:
-        """A request has new tokens. histogram_K1: verifications that accepted 0..K tokens; drafted: tokens."""
+    def decoded(
+        self,
+        tokens: int,
+        histogram_K1: Sequence[int],
+        drafted: int,
+        drafted_S: Sequence[int],
+        accepted_S: Sequence[int],
+    ) -> None:
+        """A request has new tokens. histogram_K1: verifications that accepted 0..K tokens; drafted: tokens.
+
+        drafted_S, accepted_S: tokens by source, see `sources.NAMES`.
+        """
         self._generation.inc(tokens)
         if not self._window:
             return
@@ -65,6 +85,9 @@ class Metrics:
             reached = sum(histogram_K1[position + 1 :])
             counter.inc(reached)
             self._accepted.inc(reached)
+        for counters, tokens_S in zip(self._by_source, (drafted_S, accepted_S), strict=True):
+            for counter, count in zip(counters, tokens_S, strict=True):
+                counter.inc(count)
 
     def finished(self, reason: str, seconds: float) -> None:
         """A request is answered, `seconds` after it arrived."""

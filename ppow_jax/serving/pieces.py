@@ -1,10 +1,11 @@
-"""Pieces of an answer's text by who proposed them: the drafter, or the target itself."""
+"""Pieces of an answer's text by who proposed them: the drafter, an n-gram lookup, or the target itself."""
 
 from collections.abc import Sequence
 
 from ppow_jax.inference.requests import Answer
+from ppow_jax.speculation.sources import ORIGINS
 
-Piece = tuple[str, bool]  # text, and True if the drafter proposed it
+Piece = tuple[str, str]  # text, and who proposed it: one of `ORIGINS`
 
 
 class Pieces:
@@ -13,13 +14,13 @@ class Pieces:
     def __init__(self) -> None:
         self.tokens = self.characters = 0
 
-    def more(self, answer: Answer, own_T: Sequence[bool]) -> list[Piece]:
-        """The pieces since the last call. own_T: for each new token of the answer, True if the target added it."""
+    def more(self, answer: Answer, source_T: Sequence[int]) -> list[Piece]:
+        """The pieces since the last call. source_T: of each new token of the answer, see `State.source_BxL`."""
         settled, pieces = answer.settled, []
 
         def add(end: int) -> None:
             if text := settled[self.characters : end]:
-                pieces.append((text, not own_T[min(self.tokens, len(own_T) - 1)]))
+                pieces.append((text, ORIGINS[source_T[min(self.tokens, len(source_T) - 1)]]))
                 self.characters += len(text)
 
         while self.tokens < len(answer.ids):

@@ -10,6 +10,7 @@ from ppow_jax.serving.bodies import Body
 from ppow_jax.serving.calls import Call
 from ppow_jax.serving.engine import Progress
 from ppow_jax.serving.errors import ApiError
+from ppow_jax.speculation.sources import NAMES
 
 
 def model_object(model: str, created: int, context: int) -> dict[str, Any]:
@@ -82,7 +83,8 @@ def _usage(call: Call, body: Body, tokens: Mapping[int, int]) -> dict[str, int]:
 
 
 def _extension(choice: int, news: Progress) -> dict[str, Any]:
-    """The field "ppow": pieces of the new text, each with True if the drafter proposed it, and the speed so far."""
+    """The field "ppow": pieces of the new text, each with who proposed it, tokens by source, and the speed so far."""
     pieces: Sequence[Any] = [list(piece) for piece in news.pieces]
     speed = {"tokens": news.tokens, "tau": round(news.tau, 3), "tokens_per_second": round(news.rate, 2)}
-    return {"index": choice, "pieces": pieces, **speed}
+    drafted, accepted = (dict(zip(NAMES, tokens_S, strict=True)) for tokens_S in (news.drafted, news.accepted))
+    return {"index": choice, "pieces": pieces, **speed, "drafted": drafted, "accepted": accepted}

@@ -17,7 +17,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, Prefix
 from ppow_jax.models.layers import KV
-from ppow_jax.speculation import mixture, ngram
+from ppow_jax.speculation import mixture, ngram, sources
 from ppow_jax.speculation.adaptive import AcceptanceStats, CostTable, continues, kept, update
 from ppow_jax.speculation.prefill import prefill
 from ppow_jax.speculation.propose import NONE, Draft, propose
@@ -193,10 +193,8 @@ def verify_window(
         experts_B=experts_B,
     )
     state = commit_tokens(state, result.token_BxK1, result.accepted_B + 1, config)
-    if state.own_BxL is not None:
-        index_BxL = jnp.broadcast_to(jnp.arange(state.own_BxL.shape[1]), state.own_BxL.shape)
-        added_BxL = (index_BxL == (before_B + result.accepted_B)[:, None]) & (index_BxL < state.length_B[:, None])
-        state = state.replace(own_BxL=jnp.where(index_BxL < before_B[:, None], state.own_BxL, added_BxL))
+    if state.source_BxL is not None:
+        state = state.replace(source_BxL=cache.write_rows(state.source_BxL, _sources(draft, result), before_B))
     if not speculation.needs_drafter:
         return state, result
     gained_B = jnp.maximum(state.length_B - before_B, 1)
@@ -205,6 +203,16 @@ def verify_window(
         features = cache.write_rows(state.features_BxK1xF, features, state.pending_B)
         pending_B += state.pending_B
     return state.replace(features_BxK1xF=features, pending_B=pending_B), result
+
+
+def _sources(draft: Draft | Tree | Drafts | None, result: Verification) -> Array:
+    """int8 [B, K1]: sources of the accepted tokens, then 0, see `sources.ORIGINS`."""
+    if isinstance(draft, Drafts):
+        path_BxK = sources.on_path(draft.source_BxN, result.index_BxK1, result.accepted_B)
+    else:
+        K = result.token_BxK1.shape[1] - 1
+        path_BxK = jnp.where(jnp.arange(K) < result.accepted_B[:, None], sources.DRAFTER, 0)
+    return jnp.pad(path_BxK, ((0, 0), (0, 1))).astype(jnp.int8)
 
 
 def _at_width(

@@ -13,6 +13,7 @@ Array = jax.Array
 
 DRAFTER, NGRAM = 1, 2  # bits of a node's source; both where both drafted the same token on the same path
 NAMES = ("drafter", "ngram", "both")  # of sources 1, 2, 3
+ORIGINS = ("target", *NAMES)  # of the tokens of an answer; 0: the target added it itself
 MEMORY = 0.9  # decay of the running sums per round
 
 

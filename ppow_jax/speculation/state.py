@@ -41,8 +41,9 @@ class State(flax.struct.PyTreeNode):
     are not. target_kv: per run of layers (`models.stack`). drafter_kv: per layer. features_BxK1xF, pending_B: see the
     module. histogram_BxK1: numbers of verifications that accepted k tokens. drafted_B: number of drafted tokens. stats:
     acceptance statistics, see `speculation.adaptive`. sources: those of n-gram lookup and mixtures. experts_B: distinct
-    experts touched, summed over verifications; None for targets without experts. own_BxL: True for the tokens that the
-    target added itself, False for accepted drafts and the prompt; None where nobody asks.
+    experts touched, summed over verifications; None for targets without experts. source_BxL: int8, who
+    proposed each token, as in `sources.ORIGINS`; 0 for those that the target added itself, and for the prompt; None
+    where nobody asks.
     """
 
     tokens_BxL: Array
@@ -61,7 +62,7 @@ class State(flax.struct.PyTreeNode):
     stats: AcceptanceStats
     sources: Sources
     experts_B: Array | None = None
-    own_BxL: Array | None = None
+    source_BxL: Array | None = None
 
     @classmethod
     def begin(
