@@ -71,6 +71,8 @@ class Chat:
 
     def answer(self, message: str) -> None:
         """Prints the answer to a message as it is written, and its speed; Ctrl-C ends it early."""
+        from ppow_jax.inference import shown
+
         self.messages.append({"role": "user", "content": message})
         said: list[str] = []
         pieces = self.model.stream(self.model.chat_prompt(self.messages), **self.decoding)
@@ -88,7 +90,7 @@ class Chat:
                 self.messages.pop()  # it was never answered
                 return
         else:
-            self._tell(figures(pieces.result))
+            self._tell(shown.figures(pieces.result))
         self.messages.append({"role": "assistant", "content": "".join(said).strip()})
 
     def _speculate(self, mode: str) -> None:
@@ -120,13 +122,6 @@ class Chat:
             print(f"{_DIM}[{text}]{_PLAIN}")
         else:
             print(f"[{text}]", file=sys.stderr)
-
-
-def figures(result: Any) -> str:
-    """Tokens, speed, tau and accepted tokens of an answer."""
-    from ppow_jax.inference import shown
-
-    return shown.figures(result)
 
 
 def _edit_lines() -> None:

@@ -269,36 +269,16 @@ def vocabulary(settings: VocabularySettings) -> None:
     `experiments.train --drafter=OUT`. No model card is written: the figures of the old one would not describe the new
     drafter.
     """
-    import jax
-
-    from ppow_jax.corpus.token_counts import count_tokens
-    from ppow_jax.models import transformer
-    from ppow_jax.weights import draft_vocabulary, targets
-    from ppow_jax.weights.drafters import export_drafter, import_drafter
+    from ppow_jax.corpus import token_counts
 
     source, output = _check_directory(settings.directory), Path(settings.output).expanduser()
-    target = targets.load(settings.target)
-    V = target.config.vocab_size
-    stored = import_drafter(source, num_target_layers=target.config.num_layers, target_embed_VxD=target.params["embed"])
-    count_V = count_tokens(target.tokenizer, V, settings.data, settings.answers_from, settings.target)
-    head_VxD = jax.device_get(transformer.head(target.params))
-    before = draft_vocabulary.coverage(stored.target_ids_W, count_V)
-    config, params, ids_W = draft_vocabulary.enlarge(
-        stored.config, stored.params, stored.target_ids_W, head_VxD, count_V, settings.size
+    found = token_counts.enlarge_vocabulary(
+        source, output, settings.target, settings.size, settings.data, settings.answers_from
     )
-    export_drafter(
-        output,
-        config,
-        params,
-        ids_W,
-        dtype=None,
-        target_name=stored.target_name or settings.target,
-        target_architecture=target.config.architecture,
-        embed_VxE=stored.embed_VxE,
+    print(f"{output}: {settings.size} draft tokens in place of {found.old_size};")
+    print(
+        f"they hold {found.coverage:.1%} of the {found.counted:,} counted tokens, the old ones {found.old_coverage:.1%}"
     )
-    after = draft_vocabulary.coverage(ids_W, count_V)
-    print(f"{output}: {settings.size} draft tokens in place of {stored.config.draft_vocab_size};")
-    print(f"they hold {after:.1%} of the {count_V.sum():,} counted tokens, the old ones {before:.1%}")
 
 
 COMMANDS: dict[str, tuple[Callable, type]] = {

@@ -65,8 +65,8 @@ def compare(
     Raises UserError for a drafter that the torch definition does not cover.
     """
     from experiments import eagle3_torch
-    from experiments.parity import questions, torch_model
     from ppow_jax import load
+    from ppow_jax.evaluation.torch_parity import questions, torch_model
     from ppow_jax.weights.drafters import import_drafter
 
     stored = import_drafter(directory)

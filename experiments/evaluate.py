@@ -76,29 +76,18 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
 
     def speculations(self) -> "list[Speculation]":
         """Every way to speculate that is asked for. Raises UserError for an impossible tree."""
-        from ppow_jax.speculation import settings as ways
-        from ppow_jax.speculation.tree import most_nodes
+        from ppow_jax.speculation.settings import adaptive, of_mode
 
-        stopping, branch, tokens = self.stopping(), self.tree_branch, self.ngram_tokens
-        found = []
+        stopping, tokens, found = self.stopping(), self.ngram_tokens, {}
         for mode in self.modes:
-            if mode == "ngram":
-                found.append(ways.ngram(tokens, stopping))
-                continue
-            windows = (self.tree_depth if mode == "tree" else ()) or self.window or (defaults.WINDOWS[mode],)
-            for window in windows:
-                sizes = self.tree_nodes or (most_nodes(branch, window, defaults.NODES),)
-                if mode == "chain":
-                    found.append(ways.chain(window, self.block))
-                elif mode == "tree":
-                    found += [ways.tree(branch, window, nodes) for nodes in sizes]
-                elif mode == "mixture":
-                    found += [ways.mixture(branch, window, nodes, tokens, stopping) for nodes in sizes]
-                elif self.adaptive_chain:
-                    found.append(ways.adaptive(window, self.block, stopping))
-                else:
-                    found += [ways.adaptive_tree(branch, window, nodes, stopping) for nodes in sizes]
-        return found
+            windows = (self.tree_depth if mode == "tree" else ()) or self.window or (defaults.WINDOW,)
+            for window, nodes in itertools.product(windows, self.tree_nodes or (None,)):
+                if mode == "adaptive" and self.adaptive_chain:
+                    found[adaptive(window, self.block, stopping)] = mode
+                    continue
+                sizes = {"branch": self.tree_branch, "nodes": nodes, "tokens": tokens, "block": self.block}
+                found[of_mode(mode, window, stopping=stopping, **sizes)] = mode
+        return list(found)
 
 
 def main(settings: Settings) -> None:

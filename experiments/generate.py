@@ -91,6 +91,14 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
         plain = self.speculation in (None, "off", "ngram") or self.drafter is not None
         require(plain, f"--speculation={self.speculation}: needs a drafter, but --drafter=none")
 
+    def sized(self, mode: str) -> "Speculation":
+        """A mode with the sizes that the flags give."""
+        from ppow_jax.speculation.settings import of_mode
+
+        window = self.tree_depth or self.window or defaults.WINDOW
+        branch, tokens = self.tree_branch or defaults.BRANCH, self.ngram_tokens
+        return of_mode(mode, window, branch=branch, nodes=self.tree_nodes, tokens=tokens, stopping=self.stopping())
+
     @property
     def decoding(self) -> dict[str, Any]:
         """What `Model.generate` takes, without the speculation."""
@@ -110,7 +118,8 @@ def main(settings: Settings) -> None:
 
 
 def _answer(settings: Settings, text: str | None) -> None:
-    from ppow_jax.inference.model import SPECULATIONS, load
+    from ppow_jax.inference import shown
+    from ppow_jax.inference.model import load
     from ppow_jax.weights import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)
@@ -120,7 +129,7 @@ def _answer(settings: Settings, text: str | None) -> None:
     for flag, needed in (*wanted, (f"speculation={mode}", mode not in ("off", "ngram"))):
         missing = f"--{flag}: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
         require(not needed or directory is not None, missing)
-    decoding = settings.decoding | {"speculation": speculation(settings, SPECULATIONS[mode])}
+    decoding = settings.decoding | {"speculation": settings.sized(mode)}
     with progress.activity(f"loading {settings.target}{' and its drafter' if directory else ''}"):
         model = load(settings.target, str(directory) if directory else None, settings.dtype)
     if settings.chat:
@@ -142,9 +151,9 @@ def _answer(settings: Settings, text: str | None) -> None:
             model.warm_up(prompt, **plain)
     result = answer(model, prompt, decoding, settings.stream, settings.compare)
     names = {"off": "without a drafter", "ngram": "with n-gram lookup", "mixture": "with drafter and n-gram lookup"}
-    print(f"\n{summary(result, names.get(mode, 'with the drafter'))}")
+    print(f"\n{shown.summary(result, names.get(mode, 'with the drafter'))}")
     if settings.compare:
-        print(comparison(model.generate(prompt, **plain)[0], result, settings.temperature))
+        print(shown.comparison(model.generate(prompt, **plain)[0], result, settings.temperature))
     return None
 
 
@@ -163,24 +172,6 @@ def read_prompt(settings: Settings) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def speculation(settings: Settings, default: "Speculation") -> "Speculation":
-    """The flags' sizes in place of the default ones."""
-    if default.adaptive:
-        default = dataclasses.replace(default, adaptive=settings.stopping())
-    if default.lookup:
-        default = dataclasses.replace(default, lookup=settings.ngram_tokens)
-    if default.lookup and not default.shape:
-        return dataclasses.replace(default, window=default.lookup)
-    if default.shape:
-        from ppow_jax.speculation.tree import TreeShape, most_nodes
-
-        depth = settings.tree_depth or settings.window or default.shape.depth
-        branch = settings.tree_branch or default.shape.branch
-        nodes = settings.tree_nodes or most_nodes(branch, depth, default.shape.nodes)
-        return dataclasses.replace(default, window=max(depth, default.lookup), shape=TreeShape(branch, depth, nodes))
-    return dataclasses.replace(default, window=settings.window) if settings.window and default.window else default
-
-
 def answer(model: "Model", prompt: Any, decoding: dict[str, Any], stream: bool, origin: bool = False) -> "Result":
     """Prints the answer, at once or as it is written. origin: a terminal shows which tokens were drafted."""
     from ppow_jax.inference import shown
@@ -195,26 +186,6 @@ def answer(model: "Model", prompt: Any, decoding: dict[str, Any], stream: bool, 
         print(piece, end="", flush=True)
     print()
     return pieces.result
-
-
-def summary(result: "Result", name: str) -> str:
-    """One line: tokens and speed, and tau and accepted tokens where tokens were drafted."""
-    from ppow_jax.inference import shown
-
-    return f"{name}: {shown.figures(result)} (prefill {result.prefill_seconds:.2f} s)"
-
-
-def comparison(plain: "Result", fast: "Result", temperature: float) -> str:
-    """Plain decoding's line, and what the drafter gained."""
-    lines = [summary(plain, "without a drafter")]
-    counts = [len(result.token_ids) - 1 for result in (plain, fast)]
-    if all(counts):
-        seconds = [result.decode_seconds / n for result, n in zip((plain, fast), counts, strict=True)]
-        lines.append(f"speedup {seconds[0] / seconds[1]:.2f}")
-    if temperature == 0:
-        differ = "the outputs differ, by rounding: --dtype=float32 makes them identical"
-        lines.append("the outputs are identical" if plain.token_ids == fast.token_ids else differ)
-    return "\n".join(lines)
 
 
 def command_line() -> NoReturn:

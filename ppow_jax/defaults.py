@@ -12,7 +12,6 @@ adaptive decoding, whose rounds can be replayed.
 MODE = "mixture"  # with a drafter
 MODE_WITHOUT = "ngram"  # a drafter
 WINDOW = 4
-WINDOWS = dict.fromkeys(("chain", "adaptive", "tree", "mixture"), WINDOW)
 BRANCH, NODES = 3, 15
 
 

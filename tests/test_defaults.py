@@ -24,7 +24,7 @@ def test_every_program_has_the_same_defaults():
     assert dataclasses.replace(model(), drafter=None).resolve(None) == SPECULATIONS["ngram"]
     for mode, speculation in SPECULATIONS.items():
         settings = generate.Settings(prompt="a", speculation=mode)
-        assert generate.speculation(settings, speculation) == speculation
+        assert settings.sized(mode) == speculation
 
 
 def test_a_window_means_the_same_in_all_modes():
@@ -33,7 +33,7 @@ def test_a_window_means_the_same_in_all_modes():
     assert asked == [chain(2), adaptive_tree(3, 2, 12), tree(3, 2, 12)]  # 12: all nodes of two levels
     for mode, expected in zip(modes, asked, strict=True):
         settings = generate.Settings(prompt="a", speculation=mode, window=2)
-        assert generate.speculation(settings, SPECULATIONS[mode]) == expected
+        assert settings.sized(mode) == expected
     sizes = {"tree_depth": (3,), "tree_nodes": (5, 8), "window": (2,)}
     deeper = evaluate.Settings(modes=("tree", "chain"), **sizes).speculations()
     assert deeper == [tree(3, 3, 5), tree(3, 3, 8), chain(2)]

@@ -1,9 +1,12 @@
 """`experiments.serve_check` on the tiny target, with recorded answers in the engine's place."""
 
 import copy
+import dataclasses
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import fake_engine
@@ -243,8 +246,49 @@ def test_the_engine_decides_how_sampled_chains_draft():
 
 def test_drivers_run_without_this_package():
     for engine in job.ENGINES.values():
-        text = (job.DRIVERS / engine.driver).read_text()
-        assert "ppow_jax" not in text and "sys.exit(3)" in text
+        assert "sys.exit(3)" in (job.DRIVERS / engine.driver).read_text()
+    for path in set(job.DRIVERS.glob("*.py")) - {job.DRIVERS / "__init__.py"}:
+        assert "ppow_jax" not in path.read_text()
+
+
+STAND_IN = """
+class Engine:
+    def __init__(self, **settings):
+        self.window = settings.get("speculative_num_steps")
+
+    def generate(self, input_ids, sampling_params):
+        if isinstance(sampling_params, list):  # sglang-jax answers a list of prompts
+            return [self.generate(*pair) for pair in zip(input_ids, sampling_params)]
+        tokens = (input_ids * 8)[: sampling_params["max_new_tokens"]]
+        return {"output_ids": tokens, "meta_info": {"spec_correct_drafts_histogram": [3, 2, 1]} if self.window else {}}
+
+    def shutdown(self):
+        print("shut down")
+
+
+__version__ = "7"
+"""
+
+
+@pytest.mark.parametrize(("name", "module"), [("sglang", "sglang"), ("sglang-jax", "sgl_jax/srt/entrypoints/engine")])
+def test_drivers_answer_every_prompt_at_every_temperature(name, module, tmp_path):
+    metadata = f"{name.replace('-', '_')}-7.dist-info/METADATA"
+    for path, text in ((f"{module}.py", STAND_IN), (metadata, f"Name: {name}\nVersion: 7\n")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    wanted = job.Job("target", "drafter", False, 2, [[1, 2], [3]], 5, 64, [9], (0.0, 0.5), (4, 6))
+    (tmp_path / "job.json").write_text(json.dumps(dataclasses.asdict(wanted)))
+    driver = job.DRIVERS / job.ENGINES[name].driver
+    command = [sys.executable, str(driver), "job.json", "answers.json"]
+    environment = job.environment() | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "shut down\n", done.stderr
+    found = job.read_answers(job.ENGINES[name], tmp_path / "answers.json", wanted)
+    assert (found["engine"], found["version"]) == (name, "7")
+    for run in found["runs"]:
+        assert [answer["tokens"] for answer in run["answers"]] == [[1, 2, 1, 2, 1], [3] * 5]
+        counts = {(answer["rounds"], answer["accepted"] and tuple(answer["accepted"])) for answer in run["answers"]}
+        assert counts == {(6, (3, 1))} if name == "sglang" else {(None, None)}
 
 
 @pytest.mark.slow

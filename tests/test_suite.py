@@ -21,6 +21,7 @@ THROUGH_OTHERS = {
     "experiments.common": "test_entry_points.py",
     "experiments.drafter_parity": "test_flags_in_messages.py",  # needs torch: its flags alone
     "experiments.parity": "test_flags_in_messages.py",  # likewise
+    "ppow_jax.evaluation.torch_parity": "test_flags_in_messages.py",  # likewise
     "experiments.reproduce": "test_flags_in_messages.py",
     "ppow_jax.bench.timing": "test_bench.py",
     "ppow_jax.corpus.token_counts": "test_draft_vocabulary.py",

@@ -6,7 +6,6 @@ writes the same bytes. Within a chunk a fixed number of slots is kept busy: a fi
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import time
@@ -24,13 +23,12 @@ from ppow_jax.corpus.answer_pack import Answers, prompt_key
 from ppow_jax.data.conversations import Conversation
 from ppow_jax.data.encoding import Example, encode_prompt
 from ppow_jax.errors import UserError
-from ppow_jax.inference import batch
+from ppow_jax.inference import batch, slots
 from ppow_jax.inference.batch import Generation
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import off
-from ppow_jax.speculation.state import map_leaves
 
 log = logging.getLogger(__name__)
 
@@ -226,19 +224,19 @@ def _generate_chunk(
     stop: Callable[[], bool],
     tell: Callable[[int], object],
 ) -> list[np.ndarray] | None:
-    """Decodes the questions of a chunk in `slots` rows, refilling finished rows; answers in the order of the questions.
+    """Decodes the questions of a chunk in `settings.slots` rows, refilled as they finish; answers in their order.
 
     None if stopped before all were finished: a partial chunk is discarded. tell: called with numbers of newly finished
     answers.
     """
-    slots = min(settings.slots, len(questions))
+    B = min(settings.slots, len(questions))
     longest = max(len(question.prompt) for question in questions)
     L = generate.cache_length(batch.padded(longest), settings.max_new_tokens, 0)
     waiting = sorted(range(len(questions)), key=lambda j: len(questions[j].prompt))
-    row_question = np.full(slots, -1)
+    row_question = np.full(B, -1)
     answers: list[np.ndarray | None] = [None] * len(questions)
     generation: Generation | None = None
-    refill = max(1, slots // 8)
+    refill = max(1, B // 8)
     while waiting or (row_question >= 0).any():
         if stop():
             return None
@@ -247,8 +245,9 @@ def _generate_chunk(
             taken, waiting = waiting[:refill], waiting[refill:]
             rows, free = free[: len(taken)], free[len(taken) :]
             fresh = _prefill(params, config, [questions[j] for j in taken], taken, refill, settings, L, key)
-            state = generation.state if generation else _blank(fresh.state, slots)
-            generation = dataclasses.replace(fresh, state=_insert(state, fresh.state, _rows(rows, refill, slots)))
+            state = generation.state if generation else slots.free(fresh.state, B)
+            rows_R = sharding.place(jnp.asarray([*rows, *[B] * (refill - len(rows))]))  # those without a question: none
+            generation = dataclasses.replace(fresh, state=slots.insert(state, fresh.state, rows_R))
             row_question[rows] = taken
         generation.decode(settings.segment)
         state = generation.state
@@ -271,35 +270,3 @@ def _prefill(
     limits = [len(prompt) + settings.max_new_tokens for prompt in prompts]
     rows = batch.pack(prompts, limits, batch.keys_of(key, ids, R), batch.padded(max(map(len, prompts))))
     return Generation.begin(params, config, None, rows, off(), Sampling.of(settings.temperature), L)
-
-
-def _blank(fresh: generate.State, slots: int) -> generate.State:
-    """A state of `slots` rows that are all done."""
-
-    def rows(x):
-        return jnp.zeros((slots, *x.shape[1:]), x.dtype)
-
-    shapes = jax.eval_shape(lambda: map_leaves(rows, fresh.replace(key_B=None)))
-
-    def make(key) -> generate.State:
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        length_B, prompt_B, limit_B = jnp.ones((3, slots), jnp.int32)
-        return blank.replace(
-            key_B=jax.random.split(key, slots),
-            done_B=jnp.ones(slots, bool),
-            length_B=length_B,
-            prompt_B=prompt_B,
-            limit_B=limit_B,
-        )
-
-    return sharding.born(make, jax.random.key(0))
-
-
-def _rows(rows: np.ndarray, R: int, slots: int) -> jax.Array:
-    """Row of each of R fresh entries; dummies point past the end and are dropped."""
-    return sharding.place(jnp.asarray([*rows, *[slots] * (R - len(rows))]))
-
-
-@functools.partial(jax.jit, donate_argnames=("state",))
-def _insert(state: generate.State, fresh: generate.State, rows_R: jax.Array) -> generate.State:
-    return sharding.constrain(map_leaves(lambda old, new: old.at[rows_R].set(new, mode="drop"), state, fresh))

@@ -151,7 +151,7 @@ def run(engine: Engine, python: Path, job: Job, directory: Path, what: str, time
 
 def environment() -> dict[str, str]:
     """Environment variables for another interpreter: those of this one, without what selects our own packages."""
-    ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "XLA_FLAGS", "JAX_PLATFORMS")
+    ours = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "VIRTUAL_ENV", "XLA_FLAGS", "JAX_PLATFORMS")
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 

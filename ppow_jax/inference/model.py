@@ -35,7 +35,7 @@ from ppow_jax.programs import make_room
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import LOOKUP_MODES, MODES, Speculation, of_mode, off
+from ppow_jax.speculation.settings import LOOKUP_MODES, MODES, Speculation, of_mode
 from ppow_jax.weights import loading, targets
 from ppow_jax.weights.targets import Target
 
@@ -44,10 +44,7 @@ __all__ = ["SPECULATIONS", "Model", "Result", "Stats", "Stream", "load"]
 log = logging.getLogger(__name__)
 
 # Modes given by name, with the sizes of `ppow_jax.defaults`.
-SPECULATIONS = {
-    "off": off(),
-    **{mode: of_mode(mode, defaults.WINDOWS.get(mode, 0)) for mode in (*MODES, *LOOKUP_MODES)},
-}
+SPECULATIONS = {mode: of_mode(mode, defaults.WINDOW) for mode in ("off", *MODES, *LOOKUP_MODES)}
 LOOK = 4  # rounds between two reads of the text by the host, when it streams or waits for a stop text
 ROLES = ("system", "user", "assistant")
 

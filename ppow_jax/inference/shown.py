@@ -64,6 +64,24 @@ def figures(result: Any) -> str:
     return f"{line}, {tau}, {stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} drafted tokens accepted"
 
 
+def summary(result: Any, name: str) -> str:
+    """One line about a result of the decoding called `name`: its figures, and the seconds of its prefill."""
+    return f"{name}: {figures(result)} (prefill {result.prefill_seconds:.2f} s)"
+
+
+def comparison(plain: Any, fast: Any, temperature: float) -> str:
+    """Plain decoding's line, and what the drafter gained."""
+    lines = [summary(plain, "without a drafter")]
+    counts = [len(result.token_ids) - 1 for result in (plain, fast)]
+    if all(counts):
+        seconds = [result.decode_seconds / n for result, n in zip((plain, fast), counts, strict=True)]
+        lines.append(f"speedup {seconds[0] / seconds[1]:.2f}")
+    if temperature == 0:
+        differ = "the outputs differ, by rounding: --dtype=float32 makes them identical"
+        lines.append("the outputs are identical" if plain.token_ids == fast.token_ids else differ)
+    return "\n".join(lines)
+
+
 def result_line(result: Any) -> str:
     """`repr` of a result."""
     text = repr(result.text if len(result.text) <= _TEXT else result.text[: _TEXT - 3] + "...")

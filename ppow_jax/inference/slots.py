@@ -88,16 +88,21 @@ def blank(params: dict, config: ModelConfig, drafter: Drafter | None, B: int, L:
             params, config, drafter, prompt_1x1, row_1, row_1, key_1, K=K, sampling=sampling, L=L
         ).replace(key_B=None)
 
-    def rows(x: Array) -> Array:
+    row = jax.eval_shape(one_row, jax.random.split(jax.random.key(0), 1))
+    return free(row.replace(source_BxL=jax.ShapeDtypeStruct((1, L), jnp.int8)), B)
+
+
+def free(rows: State, B: int) -> State:
+    """A state of B free rows, like `rows`, whose shapes alone are used."""
+
+    def as_many(x: Array) -> Array:
         return jnp.zeros((B, *x.shape[1:]), x.dtype)
 
-    row = jax.eval_shape(one_row, jax.random.split(jax.random.key(0), 1))
-    shapes = jax.eval_shape(functools.partial(map_leaves, rows), row)
+    shapes = jax.eval_shape(functools.partial(map_leaves, as_many), rows.replace(key_B=None))
 
     def make(key) -> State:
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        state = state.replace(key_B=jax.random.split(key, B), source_BxL=jnp.zeros((B, L), jnp.int8))
-        return _emptied(state, jnp.ones(B, bool))
+        return _emptied(state.replace(key_B=jax.random.split(key, B)), jnp.ones(B, bool))
 
     return sharding.born(make, jax.random.key(0))
 
@@ -128,13 +133,18 @@ def clear(state: State, free_B: Array) -> State:
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def insert(state: State, fresh: State, row: Array | int) -> State:
-    """Writes the row that `read` made into a row of a running state, which has as many cache slots, or more."""
+def insert(state: State, fresh: State, rows: Array | int) -> State:
+    """Writes rows that `read` or a prefill made into a running state, which has as many cache slots, or more.
+
+    rows: where, one index or [R]; fresh rows whose index is past the end are left out.
+    """
+    rows_R = jnp.atleast_1d(rows)
 
     def written(old: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (row, *[0] * (old.ndim - 1)))
+        return old.at[(rows_R, *map(slice, new.shape[1:]))].set(new.astype(old.dtype), mode="drop")
 
-    fresh = fresh.replace(source_BxL=jnp.zeros(fresh.tokens_BxL.shape, jnp.int8))
+    if state.source_BxL is not None:
+        fresh = fresh.replace(source_BxL=jnp.zeros(fresh.tokens_BxL.shape, jnp.int8))
     return sharding.constrain(map_leaves(written, state, fresh))
 
 

@@ -112,13 +112,28 @@ def mixture(branch: int, depth: int, nodes: int, tokens: int, stopping: Stopping
     return Speculation(max(depth, tokens), adaptive=stopping, shape=shape, lookup=tokens)
 
 
-def of_mode(mode: str, window: int) -> Speculation:
-    """Builds a mode of MODES or LOOKUP_MODES by name, with `window` drafted tokens or levels, and default sizes."""
+def of_mode(
+    mode: str,
+    window: int,
+    *,
+    branch: int = BRANCH,
+    nodes: int | None = None,
+    tokens: int = TOKENS,
+    block: bool = True,
+    stopping: Stopping = THROUGHPUT,
+) -> Speculation:
+    """Builds a mode by name: one of MODES or LOOKUP_MODES, or "off". Settings that a mode does not have are ignored.
+
+    window: drafted tokens, or levels of a tree. branch, nodes: of trees; by default up to NODES nodes. tokens: of an
+    n-gram lookup. block: see `Speculation`. stopping: of modes that adapt.
+    """
+    if mode == "off":
+        return off()
     if mode == "chain":
-        return chain(window)
+        return chain(window, block)
     if mode == "ngram":
-        return ngram(TOKENS)
-    nodes = most_nodes(BRANCH, window, NODES)
+        return ngram(tokens, stopping)
+    nodes = nodes or most_nodes(branch, window, NODES)
     if mode == "mixture":
-        return mixture(BRANCH, window, nodes, TOKENS)
-    return adaptive_tree(BRANCH, window, nodes) if mode == "adaptive" else tree(BRANCH, window, nodes)
+        return mixture(branch, window, nodes, tokens, stopping)
+    return adaptive_tree(branch, window, nodes, stopping) if mode == "adaptive" else tree(branch, window, nodes)

@@ -11,7 +11,9 @@ import numpy as np
 
 from experiments.drafter_parity import compare
 from experiments.eagle3_torch import eagle3
-from experiments.parity import (
+from ppow_jax.data.conversations import Message
+from ppow_jax.data.encoding import encode_prompt
+from ppow_jax.evaluation.torch_parity import (
     CHATS,
     TEXTS,
     gguf_file,
@@ -21,8 +23,6 @@ from experiments.parity import (
     torch_model,
     torch_tokenizer,
 )
-from ppow_jax.data.conversations import Message
-from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.files import write_atomic
 from ppow_jax.weights import targets
 from ppow_jax.weights.loading import find_drafter

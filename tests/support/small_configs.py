@@ -1,10 +1,12 @@
 """Descriptions of small models, once for all tests: configs of targets and drafters, and entries of config.json files.
 
-The models of `golden` have their own: values that other implementations computed belong to them.
+Those of `golden` are the models that other implementations computed values of.
 """
 
 import dataclasses
 from typing import Any
+
+from golden import models
 
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter_config import DrafterConfig
@@ -45,23 +47,9 @@ def read(**changes) -> ModelConfig:
 
 
 def target_config(**changes) -> ModelConfig:
-    """A Llama of three layers and 61 tokens, with changes."""
-    config = ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        eos_token_ids=(60,),
-    )
-    return dataclasses.replace(config, **changes)
+    """A Llama of three layers and 61 tokens, with changes: the shapes of a golden model."""
+    own = {"max_position_embeddings": 512, "eos_token_ids": (60,)}
+    return dataclasses.replace(models.TARGETS["untied"], **own | changes)
 
 
 def drafter_config(target: ModelConfig, draft_vocab_size: int, **changes) -> DrafterConfig:

@@ -4,11 +4,12 @@ The job's `code` is a directory of that code (github.com/SafeAILab/EAGLE), which
 chain is its tree with one branch: top_k = 1, depth = K - 1 (it drafts one level before the first), total_token = K + 1.
 """
 
-import json
 import random
 import sys
 import time
 import types
+
+import answering
 
 try:
     import torch
@@ -50,8 +51,9 @@ def cut(tokens, job):
     return tokens[: min([job["max_new_tokens"], *ends])]
 
 
-def decode(model, module, job, prompt, temperature, seed):
+def decode(started, job, prompt, temperature, seed):
     """One answer: its tokens, seconds, rounds and accepted tokens by position."""
+    model, module = started
     accepted = []
     evaluate = module.evaluate_posterior
 
@@ -85,21 +87,6 @@ def decode(model, module, job, prompt, temperature, seed):
     return {"tokens": tokens, "rounds": len(used), "accepted": by_position} | spent
 
 
-def main(job_path, answers_path):
-    """Answers every prompt at every temperature, after one that only warms up."""
-    with open(job_path, encoding="utf-8") as file:
-        job = json.load(file)
-    model, module = start(job)
-    decode(model, module, job | {"max_new_tokens": 4}, job["prompts"][0], 0.0, 0)
-    runs = []
-    for temperature in job["temperatures"]:
-        for seed in job["seeds"] if temperature else job["seeds"][:1]:
-            answers = [decode(model, module, job, prompt, temperature, seed) for prompt in job["prompts"]]
-            runs.append({"temperature": temperature, "seed": seed, "answers": answers})
-    version = f"with torch {torch.__version__}, transformers {transformers.__version__}"
-    with open(answers_path, "w", encoding="utf-8") as file:
-        json.dump({"engine": "eagle", "version": version, "runs": runs}, file)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    version = f"with torch {torch.__version__}, transformers {transformers.__version__}"
+    answering.main("eagle", version, start, decode)

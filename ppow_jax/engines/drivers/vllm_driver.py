@@ -1,10 +1,11 @@
 """Decodes the prompts of a job with vLLM, one at a time, and counts what its drafter gained."""
 
-import json
 import os
 import sys
 import time
 from pathlib import Path
+
+import answering
 
 OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"  # vLLM asks for it on CPUs: without it, drafting is slow
 if OPENMP.exists() and "libiomp5" not in os.environ.get("LD_PRELOAD", ""):
@@ -77,20 +78,5 @@ def decode(llm, job, prompt, temperature, seed):
     return found
 
 
-def main(job_path, answers_path):
-    """Answers every prompt at every temperature, after one that only warms up."""
-    with open(job_path, encoding="utf-8") as file:
-        job = json.load(file)
-    llm = start(job)
-    decode(llm, job | {"max_new_tokens": 4}, job["prompts"][0], 0.0, 0)
-    runs = []
-    for temperature in job["temperatures"]:
-        for seed in job["seeds"] if temperature else job["seeds"][:1]:
-            answers = [decode(llm, job, prompt, temperature, seed) for prompt in job["prompts"]]
-            runs.append({"temperature": temperature, "seed": seed, "answers": answers})
-    with open(answers_path, "w", encoding="utf-8") as file:
-        json.dump({"engine": "vllm", "version": vllm.__version__, "runs": runs}, file)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answering.main("vllm", vllm.__version__, start, decode)
