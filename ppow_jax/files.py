@@ -7,7 +7,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 from ppow_jax.errors import UserError
@@ -109,6 +109,18 @@ def replace_directory(directory: pathlib.Path, write: Callable[[pathlib.Path], o
         directory.rename(old)
     new.rename(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_result(path: str, kind: str, keys: Iterable[str]) -> dict[str, Any]:
+    """A result named by --compare: a JSON object with these keys. Raises UserError for any other file than `kind`."""
+    try:
+        result = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--compare={path}: cannot be read as {kind} ({error})") from None
+    missing = [key for key in keys if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise UserError(f"--compare={path}: is not {kind}, it lacks {', '.join(missing)}")
+    return result
 
 
 @contextlib.contextmanager

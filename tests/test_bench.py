@@ -95,7 +95,7 @@ def test_mistakes(capsys, arguments, message):
 def test_a_file_that_is_no_benchmark(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("[1]")
-    with pytest.raises(UserError, match="is no benchmark of experiments.bench, it lacks bench, device"):
+    with pytest.raises(UserError, match="is not a benchmark, it lacks bench, device"):
         tables.read(str(path))
 
 

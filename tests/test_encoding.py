@@ -7,7 +7,7 @@ import pytest
 
 from ppow_jax.data import encoding, templates
 from ppow_jax.data.conversations import Conversation, Message, builtin_conversations
-from ppow_jax.data.encoding import encode_conversation, encode_prompt, require_chat_template, tiny_tokenizer
+from ppow_jax.data.encoding import encode_conversation, encode_prompt, tiny_tokenizer
 from ppow_jax.errors import UserError
 
 
@@ -139,8 +139,6 @@ def test_template_that_refuses(tokenizer):
 
 def test_base_model_gets_plain_text(tokenizer, caplog):
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="'tiny' has no chat template"):
-        require_chat_template(tokenizer)
     templates._warn_plain.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert tokenizer.decode(encode_prompt(tokenizer, chat("q").messages).tolist()) == "q\n\n"
@@ -149,7 +147,3 @@ def test_base_model_gets_plain_text(tokenizer, caplog):
         "a<|im_end|>",
         "b<|im_end|>",
     ]
-
-
-def test_chat_template_is_enough(tokenizer):
-    assert require_chat_template(tokenizer) is None  # no UserError

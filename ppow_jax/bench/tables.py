@@ -1,13 +1,11 @@
 """Tables, comparisons and plots of benchmark results."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from ppow_jax.errors import UserError
+from ppow_jax import files
 
 GIB = 1 << 30
 KEY = ("part", "mode", "batch", "width")  # columns that tell rows of one result apart
@@ -18,14 +16,7 @@ Row = Mapping[str, Any]
 
 def read(path: str) -> dict[str, Any]:
     """A result of `experiments.bench --output`. Raises UserError for any other file."""
-    try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--compare={path}: cannot be read as a benchmark ({error})") from None
-    missing = [key for key in _NEEDED if not isinstance(result, dict) or key not in result]
-    if missing:
-        raise UserError(f"--compare={path}: is no benchmark of experiments.bench, it lacks {', '.join(missing)}")
-    return result
+    return files.read_result(path, "a benchmark", _NEEDED)
 
 
 def table(rows: Sequence[Row], style: str = "simple") -> str:

@@ -34,15 +34,6 @@ class Example:
     source: str
 
 
-def require_chat_template(tokenizer: Any) -> None:
-    """Raises UserError unless the tokenizer has a chat template."""
-    if is_plain(tokenizer):
-        raise UserError(
-            f"tokenizer {name_of(tokenizer)} has no chat template: use the instruction-tuned model, or add "
-            "chat_template.jinja to its directory"
-        )
-
-
 def encode_text(tokenizer: Any, text: str, source: str = "prompt") -> np.ndarray:
     """Token ids int32 [T] of a text that is to be continued as it is.
 

@@ -1,13 +1,11 @@
 """Plans as text: one in full, several in a Markdown table, and a plot of message sizes over the number of devices."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-from ppow_jax.errors import UserError
+from ppow_jax import files
 
 GIB = 1 << 30
 _NEEDED = ("target", "program", "topology", "mesh", "devices", "fits", "hbm_used_bytes", "collective_bytes")
@@ -15,14 +13,7 @@ _NEEDED = ("target", "program", "topology", "mesh", "devices", "fits", "hbm_used
 
 def read(path: str) -> dict[str, Any]:
     """A plan written by `experiments.plan --output`. Raises UserError for any other file."""
-    try:
-        plan = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--compare={path}: cannot be read as a plan ({error})") from None
-    missing = [key for key in _NEEDED if not isinstance(plan, dict) or key not in plan]
-    if missing:
-        raise UserError(f"--compare={path}: is not a plan, it lacks {', '.join(missing)}")
-    return plan
+    return files.read_result(path, "a plan", _NEEDED)
 
 
 def text(result: dict[str, Any]) -> str:
