@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ppow_jax.models.layers import KV
 
 Array = jax.Array
 
 
-def empty(B: int, num_kv_heads: int, L: int, head_dim: int, dtype=jnp.float32) -> KV:
+def empty(B: int, num_kv_heads: int, L: int, head_dim: int, dtype: DTypeLike = jnp.float32) -> KV:
     """A cache of one layer for L positions."""
     k_BxKvxdxL = jnp.zeros((B, num_kv_heads, head_dim, L), dtype)
     return KV(k_BxKvxdxL, jnp.zeros((B, num_kv_heads, L, head_dim), dtype))
@@ -34,7 +35,7 @@ def write_rows(buffer: Array, new: Array, start_B: Array, axis: int = 0) -> Arra
     return update(buffer, new, start_B)
 
 
-def grow(kv: KV, L: int, dtype=jnp.float32) -> KV:
+def grow(kv: KV, L: int, dtype: DTypeLike = jnp.float32) -> KV:
     """Copies keys and values to the start of a cache of length L."""
     room = L - kv.v_BxKvxLxd.shape[2]
     k_BxKvxdxL = jnp.pad(kv.k_BxKvxdxL.astype(dtype), ((0, 0), (0, 0), (0, 0), (0, room)))

@@ -19,6 +19,7 @@ from ppow_jax.models.drafter_config import DrafterConfig, is_vector, layer_name,
 from ppow_jax.models.layers import (
     KV,
     Keys,
+    Product,
     attention,
     heads,
     linear,
@@ -61,7 +62,7 @@ class DrafterSpec(flax.struct.PyTreeNode):
     embed_VxE: Array | None = None
     remat: str = flax.struct.field(pytree_node=False, default="none")
 
-    def with_params(self, params: dict) -> "Drafter":
+    def with_params(self, params: dict[str, Any]) -> "Drafter":
         """The drafter with these parameters."""
         return Drafter(self.config, params, self.target_ids_W, self.compute_dtype, self.embed_VxE, self.remat)
 
@@ -76,7 +77,7 @@ class Drafter(flax.struct.PyTreeNode):
     """
 
     config: DrafterConfig = flax.struct.field(pytree_node=False)
-    params: dict
+    params: dict[str, Any]
     target_ids_W: Array
     compute_dtype: str | None = flax.struct.field(pytree_node=False, default=None)
     embed_VxE: Array | None = None
@@ -94,12 +95,12 @@ class Drafter(flax.struct.PyTreeNode):
         return y if bias is None else (y + bias.astype(jnp.float32)).astype(y.dtype)
 
     @property
-    def linear(self):
+    def linear(self) -> Product:
         """Matrix product in the drafter's compute dtype, with a float32 result."""
         return linear_bf16 if self.compute_dtype == "bfloat16" else linear
 
     @property
-    def project(self):
+    def project(self) -> Product:
         """Matrix product in the drafter's compute dtype; the result has the dtype of the input."""
         return project_bf16 if self.compute_dtype == "bfloat16" else project
 
@@ -191,13 +192,22 @@ def step(
     position_BxM: anchor index + step. prefix: blocks of keys of the indices up to the anchor (mask_BxMxL). The first
     step's own key is the anchor's, which the prefix already holds; later steps append theirs to the chain.
     """
-    once: Callable = functools.partial(_step, first=first)
+    once: Callable[..., Any] = functools.partial(_step, first=first)
     if drafter.remat != "none":
         once = jax.checkpoint(once, policy=REMAT[drafter.remat])
     return once(drafter, g_BxMxE, embed_BxMxE, position_BxM, prefix, chain)
 
 
-def _step(drafter: Drafter, g_BxMxE, embed_BxMxE, position_BxM, prefix, chain: tuple[Layers, ...], *, first: bool):
+def _step(
+    drafter: Drafter,
+    g_BxMxE: Array,
+    embed_BxMxE: Array,
+    position_BxM: Array,
+    prefix: Sequence[Prefix],
+    chain: tuple[Layers, ...],
+    *,
+    first: bool,
+) -> tuple[Array, tuple[Layers, ...]]:
     rotary = drafter.rotation(position_BxM)
     a, residual = inputs(drafter, g_BxMxE, embed_BxMxE)
     mine: Layers = ()
@@ -272,7 +282,7 @@ def cast(drafter: Drafter, dtype: str) -> Drafter:
     return drafter.replace(params=params, compute_dtype=None)
 
 
-def init(key: Array, config: DrafterConfig, scale: float = 0.02) -> dict:
+def init(key: Array, config: DrafterConfig, scale: float = 0.02) -> dict[str, Any]:
     """Random float32 parameters (see `training.initialise` for initialisation from the target's own layers)."""
     shapes = parameter_shapes(config)
     matrices = [name for name in shapes if not is_vector(name)]

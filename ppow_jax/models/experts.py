@@ -5,7 +5,7 @@ non-empty blocks multiplies each with its expert's matrices, so time and memory 
 touched, not with all experts: this matters when a window of a few tokens is verified.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def block_rows(N: int, E: int) -> int:
     return min(BLOCK, max(8, 1 << (N // E).bit_length()))
 
 
-def mixture(layer: dict, x_MxD: Array, routes: Routes, first: Array | int = 0) -> Array:
+def mixture(layer: dict[str, Any], x_MxD: Array, routes: Routes, first: Array | int = 0) -> Array:
     """sum_i weight_i expert_i(x), float32 [M, D].
 
     layer: gate_proj, up_proj [E, I, D] and down_proj [E, D, I]. They may hold a part of the experts, from number
@@ -75,7 +75,7 @@ def mixture(layer: dict, x_MxD: Array, routes: Routes, first: Array | int = 0) -
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 
 
-def _matrix(layer: dict, name: str, e: Array) -> Array:
+def _matrix(layer: dict[str, Any], name: str, e: Array) -> Array:
     """Slices an expert's matrix out of the stacked array."""
     w = layer[name]
     where = (e,) if w.ndim == 3 else (layer["number"], e)
@@ -83,7 +83,7 @@ def _matrix(layer: dict, name: str, e: Array) -> Array:
     return found.reshape(w.shape[-2:])
 
 
-def spread_mixture(layer: dict, x_MxD: Array, routes: Routes) -> Array:
+def spread_mixture(layer: dict[str, Any], x_MxD: Array, routes: Routes) -> Array:
     """`mixture` on the mesh in use: every device applies its shard of the experts, and of their width.
 
     Tokens are gathered along the expert axis before, and the results of its devices are summed after.
@@ -100,7 +100,7 @@ def spread_mixture(layer: dict, x_MxD: Array, routes: Routes) -> Array:
     rows = sharding.spec(("tokens", None), x_MxD.shape, sizes, {})
     summed = [axis for axis in ("expert", "tensor") if axis in lying["gate_proj"]]
 
-    def here(used: dict, x_MxD: Array, routes: Routes) -> Array:
+    def here(used: dict[str, Any], x_MxD: Array, routes: Routes) -> Array:
         first = jax.lax.axis_index("expert") * used["gate_proj"].shape[-3] if "expert" in summed else 0
         return jax.lax.psum(mixture(used, x_MxD, routes, first), summed)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from ppow_jax import sharding
 from ppow_jax.cpu import attention as cpu_attention
@@ -22,6 +23,7 @@ from ppow_jax.models.attention_backends import Packed
 from ppow_jax.models.rope import Scaling
 
 Array = jax.Array
+Product = Callable[[Array, Array], Array]
 QUERY_BLOCK = 128
 precision.context()  # before any program is compiled
 NEGATIVE = -1e30  # mask value of scores; finite, so that a row without any key gives no NaN
@@ -160,10 +162,10 @@ def weight_gradient(g_PxMxO: Array, x_PxMxI: Array) -> Array:
     On a CPU in bfloat16 the cotangent is first transposed in memory, which is twice as fast.
     """
 
-    def plain(g_PxMxO, x_PxMxI):
+    def plain(g_PxMxO: Array, x_PxMxI: Array) -> Array:
         return jnp.einsum("pmo,pmi->poi", g_PxMxO, x_PxMxI, preferred_element_type=jnp.float32)
 
-    def transposed(g_1xMxO, x_1xMxI):
+    def transposed(g_1xMxO: Array, x_1xMxI: Array) -> Array:
         g_OxM = with_layout_constraint(jax.lax.optimization_barrier(g_1xMxO[0].T), Layout((0, 1)))
         return jnp.einsum("om,mi->oi", g_OxM, x_1xMxI[0], preferred_element_type=jnp.float32)[None]
 
@@ -173,16 +175,16 @@ def weight_gradient(g_PxMxO: Array, x_PxMxI: Array) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_bf16(x_MxI, w_OxI, out):
+def _product_bf16(x_MxI: Array, w_OxI: Array, out: DTypeLike) -> Array:
     return _product(x_MxI, w_OxI.astype(jnp.bfloat16), out)
 
 
-def _product_bf16_fwd(x_MxI, w_OxI, out):
+def _product_bf16_fwd(x_MxI: Array, w_OxI: Array, out: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
     x_MxI, w_OxI = x_MxI.astype(jnp.bfloat16), w_OxI.astype(jnp.bfloat16)
     return _product(x_MxI, w_OxI, out), (x_MxI, w_OxI)
 
 
-def _product_bf16_bwd(_, saved, g_MxO):
+def _product_bf16_bwd(_: DTypeLike, saved: tuple[Array, Array], g_MxO: Array) -> tuple[Array, Array]:
     x_MxI, w_OxI = saved
     g_MxO = g_MxO.astype(jnp.bfloat16)
     return input_gradient(g_MxO, w_OxI), weight_gradient(g_MxO[None], x_MxI[None])[0]
@@ -270,11 +272,11 @@ def _fused(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
     return cpu_attention.attend(q_BxSxHxd, [(*kv, mask_BxSxL) for kv, mask_BxSxL in (*contexts, own)])
 
 
-def _fused_fwd(*arguments):
+def _fused_fwd(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     return _fused(*arguments), arguments
 
 
-def _fused_bwd(arguments, g_BxSxHxd):
+def _fused_bwd(arguments: tuple[Any, ...], g_BxSxHxd: Array) -> tuple[Any, ...]:
     return jax.vjp(_in_query_blocks, *arguments)[1](g_BxSxHxd)
 
 
@@ -291,12 +293,12 @@ def _attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
     return out
 
 
-def biased(x: Array, params: dict, name: str) -> Array:
+def biased(x: Array, params: dict[str, Any], name: str) -> Array:
     """x times the matrix `name`_proj of `params`, plus `name`_bias if present."""
     y, bias_O = project(x, params[f"{name}_proj"]), params.get(f"{name}_bias")
     return y if bias_O is None else (y + bias_O.astype(jnp.float32)).astype(y.dtype)
 
 
-def swiglu(x: Array, gate_IxD: Array, up_IxD: Array, down_DxI: Array, product=linear) -> Array:
+def swiglu(x: Array, gate_IxD: Array, up_IxD: Array, down_DxI: Array, product: Product = linear) -> Array:
     """down(silu(gate x) * up x)."""
     return product(jax.nn.silu(product(x, gate_IxD)) * product(x, up_IxD), down_DxI)

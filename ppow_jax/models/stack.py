@@ -33,11 +33,11 @@ class Run(NamedTuple):
 
     begin: int
     number: int
-    params: dict
+    params: dict[str, Any]
     stacked: bool
 
 
-def runs(layers: Sequence[dict]) -> Iterator[Run]:
+def runs(layers: Sequence[dict[str, Any]]) -> Iterator[Run]:
     """Iterates over a model's runs of layers, in order."""
     begin = 0
     for params in layers:
@@ -47,19 +47,19 @@ def runs(layers: Sequence[dict]) -> Iterator[Run]:
         begin += number
 
 
-def layer(layers: Sequence[dict], index: int) -> dict:
+def layer(layers: Sequence[dict[str, Any]], index: int) -> dict[str, Any]:
     """The parameters of one layer; negative indices count from the end."""
     apart = [(run, n) for run in runs(layers) for n in range(run.number)]
     run, n = apart[index]
     return {name: x[n] for name, x in run.params.items()} if run.stacked else run.params
 
 
-def stack(params: dict, config: ModelConfig) -> dict:
+def stack(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Stacks the layers of a parameter tree, one run per sequence of adjacent layers of the same kind.
 
     Works on arrays and, under `jax.eval_shape`, on shapes.
     """
-    kinds: list[list[dict]] = []
+    kinds: list[list[dict[str, Any]]] = []
     before: Any = None
     for n, one in enumerate(params["layers"]):
         kind = {name: x.shape for name, x in one.items()}, config.window(n)
@@ -84,7 +84,7 @@ def each_layer(function: Callable[..., KV], *kv: Sequence[KV | StackedKV]) -> tu
     return tuple(of_run(*run) for run in zip(*kv, strict=True))
 
 
-def like(layers: Sequence[dict], kv: KV) -> tuple[KV | StackedKV, ...]:
+def like(layers: Sequence[dict[str, Any]], kv: KV) -> tuple[KV | StackedKV, ...]:
     """A copy of `kv` for every layer."""
     return tuple(
         StackedKV(*(jnp.broadcast_to(x, (run.number, *x.shape)) for x in kv))
@@ -105,7 +105,7 @@ class Scanned(NamedTuple):
 
 
 def scan(
-    one: Callable[[dict, Array, Sequence[KV]], tuple],
+    one: Callable[[dict[str, Any], Array, Sequence[KV]], tuple[Any, ...]],
     run: Run,
     x_BxSxD: Array,
     contexts: Iterable[KV | StackedKV],
@@ -124,7 +124,7 @@ def scan(
     inside = range(run.begin, run.begin + run.number)
     slot_N = jnp.array([wanted.index(n) if n in wanted else len(wanted) for n in inside])
 
-    def body(carry, layer_slot):
+    def body(carry: Any, layer_slot: Any) -> tuple[Any, list[Any]]:
         x_BxSxD, kept = carry
         params, kv, slot, number = layer_slot
         params |= experts | ({"number": number} if experts else {})

@@ -3,11 +3,12 @@
 Llama and Qwen, dense and with experts, share this code: the parameters of a layer determine what it computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ppow_jax import sharding
 from ppow_jax.models import attention_backends, precision, stack
@@ -46,7 +47,7 @@ class Context(NamedTuple):
 
 
 def forward(
-    params: dict,
+    params: dict[str, Any],
     config: ModelConfig,
     tokens_BxS: Array,
     position_BxS: Array,
@@ -75,11 +76,11 @@ def forward(
             [c.mask_BxSxL & _near(config, position_BxS, c.position_BxL) for c in contexts],
         )
 
-    def applied(run: Run):
+    def applied(run: Run) -> Callable[..., LayerOutputs]:
         """(parameters, x_BxSxD, KVs of the contexts) -> outputs of a layer; the run's layers share masks."""
         own_mask, context_masks = masks if config.window(run.begin) is None else sliding_masks
 
-        def one(layer: dict, x_BxSxD: Array, context_kv: Sequence[KV]) -> LayerOutputs:
+        def one(layer: dict[str, Any], x_BxSxD: Array, context_kv: Sequence[KV]) -> LayerOutputs:
             blocks = [Keys(kv, mask) for kv, mask in zip(context_kv, context_masks, strict=True)]
             return decoder_layer(layer, config, x_BxSxD, rotary, own_mask, blocks)
 
@@ -106,17 +107,17 @@ def forward(
     return Outputs(rms_norm(x_BxSxD, params["norm"], config.rms_norm_eps), chosen, tuple(new), tuple(experts))
 
 
-def _by_a_library(params: dict, config: ModelConfig, tokens_BxS: Array, contexts: Sequence[Context]) -> bool:
+def _by_a_library(params: dict[str, Any], config: ModelConfig, tokens_BxS: Array, contexts: Sequence[Context]) -> bool:
     fits = attention_backends.eligible(tokens_BxS.shape[1], config.head_dim, activation(params))
     return fits and not contexts and not config.sliding_layers
 
 
-def activation(params: dict) -> Any:
+def activation(params: dict[str, Any]) -> Any:
     """Dtype of a target's activations: of the residual stream, features and hidden states."""
     return precision.current().activation(params["embed"].dtype)
 
 
-def cache_dtype(params: dict) -> Any:
+def cache_dtype(params: dict[str, Any]) -> Any:
     """Dtype of a target's caches."""
     return precision.current().keys(params["embed"].dtype)
 
@@ -138,7 +139,7 @@ class LayerOutputs(NamedTuple):
 
 
 def decoder_layer(
-    layer: dict,
+    layer: dict[str, Any],
     config: ModelConfig,
     x_BxSxD: Array,
     rotary: tuple[Array, Array],
@@ -163,7 +164,14 @@ def decoder_layer(
     return LayerOutputs(x_BxSxD, kv, routes.expert_MxX.reshape(*x_BxSxD.shape[:2], -1))
 
 
-def _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks):
+def _attend(
+    layer: dict[str, Any],
+    config: ModelConfig,
+    x_BxSxD: Array,
+    rotary: tuple[Array, Array],
+    self_mask_BxSxS: Any,
+    blocks: Sequence[Keys],
+) -> tuple[Array, KV]:
     h_BxSxD = rms_norm(x_BxSxD, layer["input_norm"], config.rms_norm_eps)
     q, k, v = (heads(biased(h_BxSxD, layer, name), config.head_dim) for name in "qkv")
     if config.qk_norm:
@@ -173,12 +181,12 @@ def _attend(layer, config, x_BxSxD, rotary, self_mask_BxSxS, blocks):
     return biased(out_BxSxHxd.reshape(*x_BxSxD.shape[:2], -1), layer, "o"), new
 
 
-def head(params: dict) -> Array:
+def head(params: dict[str, Any]) -> Array:
     """The output matrix [V, D]: the embedding itself where the two are tied."""
     return params.get("lm_head", params["embed"])
 
 
-def logits(params: dict, hidden: Array) -> Array:
+def logits(params: dict[str, Any], hidden: Array) -> Array:
     """Target logits [..., V], float32, of normed hidden states [B, ..., D]; whole along V on every device."""
     return sharding.whole_logits(linear(hidden, head(params)))
 
@@ -188,7 +196,7 @@ def causal_mask(B: int, S: int) -> Array:
     return jnp.broadcast_to(jnp.tril(jnp.ones((S, S), bool)), (B, S, S))
 
 
-def shapes(config: ModelConfig) -> dict:
+def shapes(config: ModelConfig) -> dict[str, Any]:
     """Shape of every parameter, in the structure of the parameters themselves."""
     D, V, q, kv = config.hidden_size, config.vocab_size, config.num_heads, config.num_kv_heads
     q, kv = q * config.head_dim, kv * config.head_dim
@@ -210,7 +218,7 @@ def shapes(config: ModelConfig) -> dict:
     return result if config.tie_word_embeddings else result | {"lm_head": (V, D)}
 
 
-def init(key: Array, config: ModelConfig, dtype=jnp.float32, scale: float = 0.02) -> dict:
+def init(key: Array, config: ModelConfig, dtype: DTypeLike = jnp.float32, scale: float = 0.02) -> dict[str, Any]:
     """Random parameters (for tests and the tiny target). Norms are 1; biases are random, so that they matter."""
     keys = iter(jax.random.split(key, 8 * config.num_layers + 2))
     bias_keys = iter(jax.random.split(jax.random.fold_in(key, 1), 7 * config.num_layers))
@@ -221,7 +229,7 @@ def init(key: Array, config: ModelConfig, dtype=jnp.float32, scale: float = 0.02
         random = jax.random.normal(next(bias_keys if name.endswith("bias") else keys), shape)
         return (random * scale).astype(dtype)
 
-    def values(shapes: dict) -> dict:
+    def values(shapes: dict[str, Any]) -> dict[str, Any]:
         return {
             name: [values(layer) for layer in x] if name == "layers" else value(name, x) for name, x in shapes.items()
         }
