@@ -78,16 +78,19 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
         """Every way to speculate that is asked for. Raises UserError for an impossible tree."""
         from ppow_jax.speculation.settings import adaptive, of_mode
 
-        stopping, tokens, found = self.stopping(), self.ngram_tokens, {}
+        def sized(mode: str, window: int, nodes: int | None) -> "Speculation":
+            if mode == "adaptive" and self.adaptive_chain:
+                return adaptive(window, self.block, self.stopping())
+            branch, tokens, stopping = self.tree_branch, self.ngram_tokens, self.stopping()
+            return of_mode(
+                mode, window, branch=branch, nodes=nodes, tokens=tokens, block=self.block, stopping=stopping
+            )
+
+        found: list[Speculation] = []
         for mode in self.modes:
             windows = (self.tree_depth if mode == "tree" else ()) or self.window or (defaults.WINDOW,)
-            for window, nodes in itertools.product(windows, self.tree_nodes or (None,)):
-                if mode == "adaptive" and self.adaptive_chain:
-                    found[adaptive(window, self.block, stopping)] = mode
-                    continue
-                sizes = {"branch": self.tree_branch, "nodes": nodes, "tokens": tokens, "block": self.block}
-                found[of_mode(mode, window, stopping=stopping, **sizes)] = mode
-        return list(found)
+            found += itertools.starmap(sized, itertools.product((mode,), windows, self.tree_nodes or (None,)))
+        return list(dict.fromkeys(found))  # sizes that a mode does not have make no other
 
 
 def main(settings: Settings) -> None:

@@ -16,12 +16,14 @@ from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights import targets
 from ppow_jax.weights.loading import load_drafter
 
+MODE = "chain"
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run of stage 1 whose best checkpoint is that of the decoded acceptance length, in trees."""
+    """A run of stage 1 whose best checkpoint is that of the decoded acceptance length."""
     directory = tmp_path_factory.mktemp("run") / "w"
-    changes = {"stages": "data,supervised", "select": "tau_decoded", "decoded_mode": "tree", "decoded_answers": 3}
+    changes = {"stages": "data,supervised", "select": "tau_decoded", "decoded_mode": MODE, "decoded_answers": 3}
     assert pipeline.run(small_run.settings(directory, **changes)) == 0
     return directory
 
@@ -55,7 +57,7 @@ def test_it_equals_decoding(workdir):
     for example in examples:
         first = int(example.answer_mask.argmax())
         length = len(example.tokens) - first
-        how = decoding.Decoding(of_mode("tree", small_run.FLAGS["window"]), max_new_tokens=length)
+        how = decoding.Decoding(of_mode(MODE, small_run.FLAGS["window"]), max_new_tokens=length)
         answer = decoding.decode(target, drafter, [example.tokens[:first]], how)
         assert answer.answers[0].tolist() == example.tokens[first:].tolist()
         rounds, tokens = rounds + answer.verifications, tokens + answer.decode_tokens

@@ -166,6 +166,7 @@ def test_counts_of_decoding_are_those_of_the_compiled_programs(monkeypatch):
     assert found == pytest.approx(counted, rel=0.15)
 
 
+@pytest.mark.full
 def test_counts_of_training_are_those_of_the_compiled_programs():
     model = small_model.model()
     subject = subjects.Subject(model.target, model.drafter, True)

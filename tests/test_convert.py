@@ -178,6 +178,7 @@ def test_verify_a_drafter_that_helps(tmp_path, small, capsys):
         assert ("within noise" in line) == (max(tau, other) / min(tau, other) < self_check.CLEARLY) or other == tau
 
 
+@pytest.mark.full
 def test_verify_finds_a_drafter_that_is_read_in_another_way_than_it_was_trained(tmp_path, small, capsys, monkeypatch):
     tau = self_check.self_check(target(), world.trained(), window=3, max_new_tokens=20).tau
     monkeypatch.setattr(self_check, "LEAST_TAU", tau - 0.01)  # the difference is small on a target as small as this

@@ -30,6 +30,7 @@ def run(name: str, monkeypatch) -> dict:
     return names
 
 
+@pytest.mark.full
 def test_quickstart(monkeypatch, capsys):
     names = run("quickstart", monkeypatch)
     assert names["stream"].result.text in capsys.readouterr().out

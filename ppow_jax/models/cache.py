@@ -31,8 +31,11 @@ def write_rows(buffer: Array, new: Array, start_B: Array, axis: int = 0) -> Arra
     new = new.astype(buffer.dtype)
     if buffer.shape[0] == 1:  # a plain slice update stays in place on every backend
         return jax.lax.dynamic_update_slice_in_dim(buffer, new, start_B[0], axis + 1)
-    update = jax.vmap(lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis))
-    return update(buffer, new, start_B)
+
+    def write(row: Array, value: Array, start: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, value, start, axis)
+
+    return jax.vmap(write)(buffer, new, start_B)
 
 
 def grow(kv: KV, L: int, dtype: DTypeLike = jnp.float32) -> KV:

@@ -66,7 +66,8 @@ def mixture(layer: dict[str, Any], x_MxD: Array, routes: Routes, first: Array | 
         pair_S = order_N[jnp.minimum(start_E[e] + offset, N - 1)]
         token_S = jnp.where(inside_S, pair_S // X, M)  # entries past the end are dropped
         weight_S = routes.weight_MxX.reshape(N)[pair_S]
-        out_SxD = swiglu(x_MxD[pair_S // X], *(_matrix(layer, name, e) for name in _MATRICES)) * weight_S[:, None]
+        gate, up, down = (_matrix(layer, name, e) for name in _MATRICES)
+        out_SxD = swiglu(x_MxD[pair_S // X], gate, up, down) * weight_S[:, None]
         return y_MxD.at[token_S].add(out_SxD, mode="drop")
 
     return jax.lax.fori_loop(0, end_E[-1], one_block, jnp.zeros(x_MxD.shape, jnp.float32))

@@ -113,7 +113,7 @@ def _product(x_MxI: Array, w_OxI: Array, out: Any = jnp.float32) -> Array:
 
     if w_OxI.dtype != jnp.bfloat16:
         return plain(x_MxI, w_OxI).astype(out)
-    on_cpu: Callable = doubled if x_MxI.shape[0] == 1 else plain
+    on_cpu: Product = doubled if x_MxI.shape[0] == 1 else plain
     if _ours():
         on_cpu = product.product
     return jax.lax.platform_dependent(

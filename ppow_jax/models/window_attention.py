@@ -24,7 +24,7 @@ def attend(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence[tuple[Array
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
-def _attend_block(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence) -> Array:
+def _attend_block(q_BxMxHxd: Array, prefix: Sequence[Keys], chain: Sequence[tuple[Array, Array]]) -> Array:
     B, M, H, d = q_BxMxHxd.shape
     Kv = prefix[0].kv.k_BxKvxdxL.shape[1]
     q = q_BxMxHxd.reshape(B, M, Kv, H // Kv, d)
