@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import suites
-from small_model import CONFIG, MODES, NEW, POSITIONS, model, tokenizer
+from small_model import CONFIG, JOINT, MODES, NEW, POSITIONS, model, tokenizer
 
 import ppow_jax
 from ppow_jax.data.conversations import Message
@@ -74,7 +74,7 @@ def test_a_request_does_not_depend_on_its_neighbours(mode):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mode", ["ngram", "mixture"])
+@pytest.mark.parametrize("mode", JOINT)
 def test_how_much_a_batch_drafts_changes_no_answer(mode):
     """Rows decide together how much they draft, as with adaptive trees: that changes statistics, and no answer."""
     for alone, found in zip(answers(range(8), mode, batch_size=1), together(mode), strict=True):

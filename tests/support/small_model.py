@@ -30,6 +30,7 @@ MODES = {
     "ngram": ngram(2),
     "mixture": mixture(2, 2, 4, 3),
 }
+JOINT = "ngram", "mixture"  # rows decide together: statistics, but no answers, depend on the neighbours
 DEAR = CostTable.of(0.05, np.array([1.0, 1.1, 1.1]))  # so that some adaptive rows rest while others draft
 WIDE = CostTable.of(0.05, 1 + 0.05 * np.arange(5))
 
