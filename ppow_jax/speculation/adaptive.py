@@ -51,7 +51,7 @@ class Stopping:
     rule: str = "throughput"
     threshold: float = 0.1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.rule in RULES, f"--stop_rule={self.rule}: must be one of {', '.join(RULES)}")
         rule = "must be above 0 and at most 1"
         require(0 < self.threshold <= 1, f"--stop_threshold={self.threshold}: {rule}")
@@ -184,7 +184,7 @@ def update(
     drafts_B = steps_B > 0
     gained_B = accepted_B + 1 if gained_B is None else gained_B
 
-    def fade(sum_B, new_B):
+    def fade(sum_B: Array, new_B: Array) -> Array:
         return jnp.where(drafts_B, MEMORY * sum_B + new_B, sum_B)
 
     tokens_B, spent_B = fade(stats.tokens_B, gained_B), fade(stats.cost_B, cost_B)

@@ -31,10 +31,11 @@ from ppow_jax.speculation.verification import Verification, verify_draft
 __all__ = ["Prompts", "Verification", "State", "cache_length", "decode", "draft_window", "prefill", "verify_window"]
 
 Array = jax.Array
+Carry = tuple[Array, State]  # number of rounds so far, and the state
 
 
 def draft_window(
-    params,
+    params: dict[str, Any],
     drafter: Drafter | None,
     state: State,
     speculation: Speculation,
@@ -96,7 +97,7 @@ def _mixed(anchored: Any, state: State, speculation: Speculation, cost_table: Co
     return mixture.merge(drafted, match, log_q_BxN, stats.calibration_B, shape, speculation.window, keep, alone_B)
 
 
-def _pending_keys(params, drafter: Drafter, state: State) -> tuple[Array, Array, Array, tuple[KV, ...]]:
+def _pending_keys(params: dict[str, Any], drafter: Drafter, state: State) -> tuple[Array, Array, Array, tuple[KV, ...]]:
     """(first pending index_B, and for each pending index: fused features, the token after it, the drafter's keys)."""
     B, K1 = state.features_BxK1xF.shape[:2]
     start_B = state.length_B - 1 - state.pending_B
@@ -114,7 +115,7 @@ def _written(drafter_kv: tuple[KV, ...], new: tuple[KV, ...], start_B: Array) ->
     return tuple(cache.write(old, new, start_B) for old, new in zip(drafter_kv, new, strict=True))
 
 
-def _absorb(params, drafter: Drafter, state: State) -> State:
+def _absorb(params: dict[str, Any], drafter: Drafter, state: State) -> State:
     """Writes all pending features but the last, from which the next draft starts, into the drafter's cache."""
     start_B, *_, new = _pending_keys(params, drafter, state)
     last_BxF = jnp.take_along_axis(state.features_BxK1xF, (state.pending_B - 1)[:, None, None], 1)[:, 0]
@@ -145,7 +146,7 @@ def _decisions(state: State, speculation: Speculation, sampling: Sampling, cost_
 
 
 def verify_window(
-    params,
+    params: dict[str, Any],
     config: ModelConfig,
     drafter: Drafter | None,
     state: State,
@@ -227,10 +228,10 @@ def _at_width(
     carry = jnp.asarray(True), state  # the flag says that verification is still due
     for n, width in enumerate(widths):
 
-        def due(carry, n=n):
+        def due(carry: tuple[Array, State], n: int = n) -> Array:
             return carry[0] & (widest == n)
 
-        def once(carry, width=width):
+        def once(carry: tuple[Array, State], width: int = width) -> tuple[Array, State]:
             return jnp.asarray(False), verify(state=carry[1], width=width)[0]
 
         carry = jax.lax.while_loop(due, once, carry)
@@ -265,7 +266,7 @@ def _updated(
 
 @functools.partial(jax.jit, static_argnames=("config", "speculation"), donate_argnames=("state",))
 def decode(
-    params: dict,
+    params: dict[str, Any],
     config: ModelConfig,
     drafter: Drafter | None,
     state: State,
@@ -280,11 +281,11 @@ def decode(
     speculation: its window must be the state's K. cost_table: see `draft_window`.
     """
 
-    def unfinished(carry):
+    def unfinished(carry: Carry) -> Array:
         step, state = carry
         return (step < rounds) & ~state.done_B.all()
 
-    def one_round(carry, drafts: bool):
+    def one_round(carry: Carry, drafts: bool) -> Carry:
         step, state = carry
         draft, used = None, drafter if speculation.needs_drafter else None
         if drafts:
@@ -302,15 +303,15 @@ def decode(
             state, _ = verify(state=state)
         return step + 1, state
 
-    def spell(drafts: bool, condition, carry):
+    def spell(drafts: bool, condition: Callable[[Carry], Array], carry: Carry) -> Carry:
         return jax.lax.while_loop(condition, functools.partial(one_round, drafts=drafts), carry)
 
-    def resting(carry):
+    def resting(carry: Carry) -> Array:
         _, state = carry
         room = (state.pending_B < state.features_BxK1xF.shape[1]).all()
         return unfinished(carry) & ~_drafts(state) & room
 
-    def draft_and_rest(carry):  # cooldown rounds run in a loop of their own, at the cost of plain decoding
+    def draft_and_rest(carry: Carry) -> Carry:  # cooldown rounds: a loop of their own, at the cost of plain decoding
         carry = spell(True, lambda carry: unfinished(carry) & _drafts(carry[1]), carry)
         step, state = spell(False, resting, carry)
         return step, _absorb(params, drafter, state)

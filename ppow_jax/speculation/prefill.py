@@ -1,10 +1,11 @@
 """Prefill: reads prompts, the first of the two programs of a generation."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ppow_jax import sharding
 from ppow_jax.models import cache, stack, transformer
@@ -24,7 +25,7 @@ WHOLE, PIECE = 512, 256  # tokens: longest prompt read in one pass, and the chun
 
 @functools.partial(jax.jit, static_argnames=("config", "K", "L", "cache_dtype"))
 def prefill(
-    params: dict,
+    params: dict[str, Any],
     config: ModelConfig,
     drafter: Drafter | None,
     prompt_BxP: Array,
@@ -35,7 +36,7 @@ def prefill(
     K: int,
     sampling: Sampling,
     L: int,
-    cache_dtype=None,
+    cache_dtype: DTypeLike | None = None,
 ) -> State:
     """Reads right-padded prompts (each of at least one token) and commits the first new token.
 
@@ -88,7 +89,9 @@ class Prompt(NamedTuple):
     features_BxF: Array | None
 
 
-def _unread(params, config: ModelConfig, drafter: Drafter | None, B: int, P: int, cache_dtype) -> Prompt:
+def _unread(
+    params: dict[str, Any], config: ModelConfig, drafter: Drafter | None, B: int, P: int, cache_dtype: DTypeLike | None
+) -> Prompt:
     dtype, cache_dtype = transformer.activation(params), cache_dtype or transformer.cache_dtype(params)
     empty = cache.empty(B, config.num_kv_heads, P, config.head_dim, cache_dtype)
     target_kv = stack.like(params["layers"], empty)
@@ -100,7 +103,7 @@ def _unread(params, config: ModelConfig, drafter: Drafter | None, B: int, P: int
 
 
 def _read(
-    params,
+    params: dict[str, Any],
     config: ModelConfig,
     drafter: Drafter | None,
     tokens_BxP1: Array,
@@ -122,7 +125,7 @@ def _read(
     index_Bx1 = jnp.clip(last_B - start, 0, S - 1)[:, None]
     here_Bx1 = (last_B // S == piece)[:, None]
 
-    def last(x_BxSxF, before_BxF):
+    def last(x_BxSxF: Array, before_BxF: Array) -> Array:
         return jnp.where(here_Bx1, jnp.take_along_axis(x_BxSxF, index_Bx1[..., None], 1)[:, 0], before_BxF)
 
     hidden_BxD = last(out.hidden_BxSxD, prompt.hidden_BxD)
@@ -141,6 +144,6 @@ def _fit(kv: KV, L: int) -> KV:
     return cache.grow(KV(kv.k_BxKvxdxL[..., :L], kv.v_BxKvxLxd[:, :, :L]), L, kv.v_BxKvxLxd.dtype)
 
 
-def _draw_rows(key_B, position_B, logits_BxV, sampling):
+def _draw_rows(key_B: Array, position_B: Array, logits_BxV: Array, sampling: Sampling) -> Array:
     keys = jax.vmap(jax.random.fold_in)(key_B, position_B)
     return draw(keys, logits_BxV, sampling)[0]

@@ -1,14 +1,14 @@
 """Drafting a chain of K tokens from anchors."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ppow_jax import sharding
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.drafter import Drafter, Layers, Prefix
 from ppow_jax.speculation.sampling import Sampling, draw
 
 Array = jax.Array
@@ -61,7 +61,9 @@ def propose(
     """
     B, M = root_BxM.shape
 
-    def steps(s: int, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM) -> list[tuple]:
+    def steps(
+        s: int, g_BxMxE: Array, token_BxM: Array, chain: tuple[Layers, ...], going_BxM: Array, sum_BxM: Array
+    ) -> list[tuple[Any, ...]]:
         """Drafts of steps s, s+1, .. K-1, one tuple each; going_BxM: windows that take step s."""
         embed_BxMxE = drafter.embed(embed_VxD, token_BxM)
         out, chain = drafting.step(drafter, g_BxMxE, embed_BxMxE, position_BxM + s, prefix, chain, first=s == 0)
@@ -78,7 +80,9 @@ def propose(
         sum_BxM += logp_BxM
         return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM)]
 
-    def further(s: int, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM) -> list[tuple]:
+    def further(
+        s: int, g_BxMxE: Array, token_BxM: Array, chain: tuple[Layers, ...], going_BxM: Array, sum_BxM: Array
+    ) -> list[tuple[Any, ...]]:
         if s == K:
             return []
         if go_on is None:

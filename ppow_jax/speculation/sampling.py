@@ -95,7 +95,7 @@ def _log_weights(logits: Array, sampling: Sampling) -> Array:
     if sampling.greedy:
         return jnp.where(best, 0.0, -jnp.inf).astype(logits.dtype)
 
-    def rows(setting):
+    def rows(setting: ArrayLike) -> Array:
         return jnp.reshape(setting, jnp.shape(setting) + (1,) * (logits.ndim - jnp.ndim(setting)))
 
     tiny = jnp.finfo(jnp.float32).tiny
@@ -124,7 +124,7 @@ def _fewest(distance_xV: Array, mass_xV: Array, needed_x1: Array) -> Array:
     far = np.asarray(np.inf, distance_xV.dtype).view(kind).item()
     id_xV = jax.lax.broadcasted_iota(kind, rank_xV.shape, rank_xV.ndim - 1)
 
-    def mass(chosen_xV):
+    def mass(chosen_xV: Array) -> Array:
         return jnp.sum(jnp.where(chosen_xV, mass_xV, 0), -1, keepdims=True)
 
     cut_x1 = _least(lambda x: mass(rank_xV <= x) >= needed_x1, far, rank_xV[..., :1])
@@ -137,7 +137,7 @@ def _fewest(distance_xV: Array, mass_xV: Array, needed_x1: Array) -> Array:
 def _least(reaches: Callable[[Array], Array], high: int, like: Array) -> Array:
     """The least integer from 0 for which the monotone predicate `reaches` holds, or `high`; shape of `like`."""
 
-    def halve(_, span):
+    def halve(_: int, span: tuple[Array, Array]) -> tuple[Array, Array]:
         low, up = span
         middle = low + ((up - low) >> 1)
         enough = reaches(middle)

@@ -34,7 +34,7 @@ class Speculation:
     shape: TreeShape | None = None
     lookup: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.window >= 0, f"--window={self.window}: must be at least 1, or 0 without speculation")
         require(self.lookup >= 0, f"--ngram_tokens={self.lookup}: must be at least 1")
 

@@ -8,7 +8,7 @@ token is drawn with the random numbers of its position in the text, so the resul
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ppow_jax import sharding
 from ppow_jax.flags import require
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models.drafter import Drafter, Prefix
+from ppow_jax.models.drafter import Drafter, Layers, Prefix
 from ppow_jax.models.layers import KV
 from ppow_jax.models.vocabulary import top_k
 
@@ -38,7 +38,7 @@ class TreeShape:
     depth: int
     nodes: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.branch >= 1, f"--tree_branch={self.branch}: must be at least 1")
         require(self.depth >= 1, f"--tree_depth={self.depth}: must be at least 1")
         most = self.candidates
@@ -165,7 +165,15 @@ def draft_candidates(
     def by_row(x: Array) -> Array:  # inverse of `by_tree`
         return x.reshape(B, -1, *x.shape[2:])
 
-    def levels(s: int, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T) -> list[tuple]:
+    def levels(
+        s: int,
+        g_BxMxE: Array,
+        token_BxM: Array,
+        chain: tuple[Layers, ...],
+        logp_TxM: Array,
+        index_TxM: Array,
+        going_T: Array,
+    ) -> list[tuple[Array, ...]]:
         """(logp, token, parent, going) of levels s, s+1, .., depth-1: [T, M X] for its candidates, and [T, 1].
 
         M counts the expanded nodes: those of all trees of a row, or those of each of the T = B R trees. logp_TxM,
@@ -190,22 +198,22 @@ def draft_candidates(
         g_BxMxE = by_row(_beams(by_tree(drafting.feed(drafter, out)), beam_TxM))
         chain = jax.tree.map(lambda x: by_row(_beams(by_tree(x), beam_TxM)), chain)
         token_BxM = by_row(jnp.take_along_axis(token_TxC, chosen_TxM, 1))
-        return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T)]
+        return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T=going_T)]
 
-    def further(s: int, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T) -> list[tuple]:
-        expand = functools.partial(levels, s, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM)
+    def further(s: int, *nodes: Any, going_T: Array) -> list[tuple[Array, ...]]:
+        expand = functools.partial(levels, s, *nodes)
         if go_on is None:
             return expand(going_T)
-        going_T &= go_on(s, logp_TxM)
+        going_T &= go_on(s, nodes[3])
         return jax.lax.cond(going_T.any(), lambda: expand(going_T), lambda: nothing[s:])
 
-    def blank(C: int) -> tuple:
+    def blank(C: int) -> tuple[Array, ...]:
         token_TxC, parent_TxC = jnp.zeros((B * R, C), drafter.target_ids_W.dtype), jnp.zeros((B * R, C), jnp.int32)
         return jnp.full((B * R, C), -jnp.inf), token_TxC, parent_TxC, jnp.zeros((B * R, 1), bool)
 
     nothing = [blank(C) for C in (X, *[X**2] * (shape.depth - 1))]
     roots = jnp.zeros((B * R, 1)), jnp.zeros((B * R, 1), jnp.int32)
-    drafted = further(0, g_BxRxE, root_BxR, (), *roots, jnp.ones(B * R, bool))
+    drafted = further(0, g_BxRxE, root_BxR, (), *roots, going_T=jnp.ones(B * R, bool))
     logp, token, parent, going = (jnp.concatenate(x, 1) for x in zip(*drafted, strict=True))
     return Candidates(logp, token, parent, going.sum(-1))
 

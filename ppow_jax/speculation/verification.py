@@ -1,12 +1,14 @@
 """The target's forward pass over a drafted window, and the acceptance of drafted tokens."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ppow_jax.models import cache, stack, transformer
+from ppow_jax.models.config import ModelConfig
+from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
@@ -53,7 +55,15 @@ class Verification(NamedTuple):
     experts_B: Array | None = None
 
 
-def verify_draft(params, config, drafter, state: State, speculation: Speculation, sampling, draft) -> Verification:
+def verify_draft(
+    params: dict[str, Any],
+    config: ModelConfig,
+    drafter: Drafter | None,
+    state: State,
+    speculation: Speculation,
+    sampling: Sampling,
+    draft: Draft | Tree | None,
+) -> Verification:
     """Runs the target over a window and applies the acceptance rule."""
     B, L = state.tokens_BxL.shape
     root_B = state.length_B - 1
@@ -96,7 +106,14 @@ def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:
     return Window(token_BxN1, jnp.broadcast_to(jnp.arange(N1), (B, N1)), transformer.causal_mask(B, N1))
 
 
-def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, speculation, sampling):
+def _accept_chain(
+    state: State,
+    draft: Draft | None,
+    logits_BxK1xV: Array,
+    drafter: Drafter | None,
+    speculation: Speculation,
+    sampling: Sampling,
+) -> tuple[Array, Array]:
     """(accepted_B, token_BxK1)."""
     if draft is None:
         token_B = draw(row_keys(state, OWN), logits_BxK1xV[:, 0], sampling)[0]
@@ -114,7 +131,9 @@ def _accept_chain(state: State, draft: Draft | None, logits_BxK1xV, drafter, spe
     )
 
 
-def _accept_tree(state: State, tree: Tree, logits_BxN1xV, sampling: Sampling, speculation: Speculation):
+def _accept_tree(
+    state: State, tree: Tree, logits_BxN1xV: Array, sampling: Sampling, speculation: Speculation
+) -> tuple[Array, Array, Array]:
     """(accepted_B, index_BxK1, token_BxK1).
 
     The target draws one token at each index, with one key for all indices of a depth: the key that plain decoding uses
