@@ -31,7 +31,7 @@ from ppow_jax.speculation.verification import Verification, verify_draft
 __all__ = ["Prompts", "Verification", "State", "cache_length", "decode", "draft_window", "prefill", "verify_window"]
 
 Array = jax.Array
-Carry = tuple[Array, State]  # number of rounds so far, and the state
+Carry = tuple[Any, State]  # number of rounds so far, and the state
 
 
 def draft_window(

@@ -6,7 +6,6 @@ token is drawn with the random numbers of its position in the text, so the resul
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -201,11 +200,10 @@ def draft_candidates(
         return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T=going_T)]
 
     def further(s: int, *nodes: Any, going_T: Array) -> list[tuple[Array, ...]]:
-        expand = functools.partial(levels, s, *nodes)
         if go_on is None:
-            return expand(going_T)
+            return levels(s, *nodes, going_T)
         going_T &= go_on(s, nodes[3])
-        return jax.lax.cond(going_T.any(), lambda: expand(going_T), lambda: nothing[s:])
+        return jax.lax.cond(going_T.any(), lambda: levels(s, *nodes, going_T), lambda: nothing[s:])
 
     def blank(C: int) -> tuple[Array, ...]:
         token_TxC, parent_TxC = jnp.zeros((B * R, C), drafter.target_ids_W.dtype), jnp.zeros((B * R, C), jnp.int32)

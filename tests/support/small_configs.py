@@ -6,11 +6,10 @@ Those of `golden` are the models that other implementations computed values of.
 import dataclasses
 from typing import Any
 
-from golden import models
-
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.weights import tiny
+from tests.golden import models
 
 LLAMA: dict[str, Any] = {  # config.json of SmolLM2
     "architectures": ["LlamaForCausalLM"],
