@@ -97,7 +97,7 @@ def test_adaptive_rows_rest_and_draft_at_their_own_pace():
     assert len({s.num_draft_tokens for s in stats}) > 2
 
 
-KEPT = ["chain", "tree", "mixture"]  # by the default suite: each mode compiles its own programs
+KEPT = ["chain", "tree"]  # by the default suite: each mode compiles its own programs
 
 
 @pytest.mark.parametrize("mode", suites.keep(KEPT, [mode for mode in MODES if mode != "off"]))
@@ -111,7 +111,7 @@ def test_greedy_answers_are_the_same_in_every_mode(mode):
         )
 
 
-@pytest.mark.parametrize("mode", suites.keep(["mixture"], ["tree", "ngram", "mixture"]))
+@pytest.mark.parametrize("mode", suites.keep(["tree"], ["tree", "ngram", "mixture"]))
 def test_sampled_trees_give_the_text_of_plain_decoding(mode):
     for found, expected in zip(together(mode), together("off"), strict=True):
         assert (found.text, found.token_ids) == (expected.text, expected.token_ids)
