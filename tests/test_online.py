@@ -19,7 +19,8 @@ from ppow_jax.online.guard import Guard, Replayed, rounds_of
 from ppow_jax.online.session import Online
 from ppow_jax.online.settings import OBJECTIVES
 
-DRAFTING = [mode for mode in MODES if MODES[mode].needs_drafter]
+SAMPLED = ("tree", "mixture")  # modes in which a seed draws the same tokens with every drafter
+CASES = [(mode, t) for mode in MODES if MODES[mode].needs_drafter for t in (0.0, 0.8) if t == 0 or mode in SAMPLED]
 
 
 def model_of(found: Model, drafter) -> Model:
@@ -33,18 +34,18 @@ def expected(mode: str, temperature: float) -> list[list[int]]:
     return [result.token_ids for result in results]
 
 
-@pytest.mark.parametrize("mode", suites.keep(["mixture"], DRAFTING))
-def test_the_output_never_changes(mode):
+@pytest.mark.parametrize("case", suites.keep([("mixture", 0.0)], CASES), ids=str)
+def test_the_output_never_changes(case):
     """Requests with adaptation between them, against the same requests with the first drafter."""
+    mode, temperature = case
     found = fresh()
     session = online(found)
-    temperatures = [0.0] if mode in ("chain", "adaptive") else [0.0, 0.8]  # sampled chains depend on the drafter
-    for temperature in temperatures * 3:
+    for _ in range(3):
         how = {"speculation": MODES[mode], "temperature": temperature, "seed": 3, "max_new_tokens": NEW}
         results = found.generate(PROMPTS, **how)
         assert [result.token_ids for result in results] == expected(mode, temperature)
     stats = session.stats()
-    assert stats.steps >= 4 and stats.swaps >= 1 and stats.requests == len(PROMPTS) * 3 * len(temperatures)
+    assert stats.steps >= 4 and stats.swaps >= 1 and stats.requests == len(PROMPTS) * 3
     assert found.drafter is not session.frozen
     assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (found.drafter, session.frozen)), strict=True))
 
@@ -106,6 +107,7 @@ def test_a_bad_update_never_serves():
     assert len(begun) == 2  # training began again from what serves, each time
 
 
+@pytest.mark.full
 def test_adaptation_ends_where_it_only_harms():
     found = dataclasses.replace(skilled())
     session = online(found, learning_rate=300.0)

@@ -25,6 +25,7 @@ def adapting_engine() -> Engine:
     return Engine(Machine(found, MODE, 4, 512, 4), Metrics("small", MODE.window), 64)
 
 
+@pytest.mark.full
 def test_the_endpoint_adapts_between_rounds():
     """Answers are those without adaptation, before and after swaps; then a failing learner ends nothing."""
     engine = adapting_engine()
@@ -102,6 +103,7 @@ def test_the_study_sums_up(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_the_study_serves_and_resumes():
     """Two requests, then the others, as after a kill; every answer is the same with both drafters."""
     found = dataclasses.replace(patient(), online=None)
