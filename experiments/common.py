@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppow_jax import mesh_shape
-from ppow_jax.flags import check_fields, field
+from ppow_jax.flags import check_fields, field, require
 from ppow_jax.models import precision
+from ppow_jax.online.settings import OBJECTIVES, OnlineSettings
 
 if TYPE_CHECKING:
+    from ppow_jax.inference.model import Model
+    from ppow_jax.online.session import Online
     from ppow_jax.sharding import Mesh
     from ppow_jax.speculation.adaptive import Stopping
 
@@ -79,3 +83,57 @@ class StoppingFlags:
         from ppow_jax.speculation.adaptive import Stopping
 
         return Stopping(self.stop_rule, self.stop_threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptationFlags:
+    """How a drafter is adapted to what it decodes, and where that is saved."""
+
+    online_budget: float = field(
+        0.05,
+        "Most of the time that online adaptation may take while requests are decoded, as a share; idle time is free.",
+        high=1,
+        group="Online adaptation",
+    )
+    online_objective: str = field(
+        "recipe",
+        "recipe: PPOW's expected reward in closed form, and the supervised loss; supervised: training-time test.",
+        choices=OBJECTIVES,
+        group="Online adaptation",
+    )
+    online_learning_rate: float = field(4e-4, "Learning rate of every step.", high=1, group="Online adaptation")
+    online_save: str | None = field(
+        None, "Directory to resume adaptation from and to save it to, with the drafter.", group="Online adaptation"
+    )
+    online_save_every: int = field(
+        16, "Training steps between two saves; a kill loses those since the last.", low=1, group="Online adaptation"
+    )
+
+    def adaptation(self) -> OnlineSettings:
+        """The settings that the flags name. Raises UserError for impossible ones."""
+        return OnlineSettings(
+            budget=self.online_budget, objective=self.online_objective, learning_rate=self.online_learning_rate
+        )
+
+    def adapt(self, model: "Model", save: Path | None = None) -> "Online":
+        """Begins to adapt a model's drafter, or resumes. save: directory in place of --online_save."""
+        from ppow_jax.online.session import Online
+
+        return Online(model, self.adaptation(), save=save or self.online_save, save_every=self.online_save_every)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineFlags(AdaptationFlags):
+    """Whether the drafter is adapted."""
+
+    online: bool = field(
+        False, "Adapt the drafter to what is decoded, within --online_budget.", group="Online adaptation"
+    )
+
+    def check_online(self, speculation: str | None, drafter: str | None) -> None:
+        """Raises UserError where nothing can be adapted, or flags need --online."""
+        self.adaptation()
+        require(self.online or self.online_save is None, f"--online_save={self.online_save}: needs --online")
+        require(not self.online or drafter is not None, "--online: needs a drafter to adapt, but --drafter=none")
+        without = speculation in ("off", "ngram")
+        require(not (self.online and without), f"--online: --speculation={speculation} uses no drafter")

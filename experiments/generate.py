@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.chat import QUIT, Chat
-from experiments.common import LookupFlags, ModelFlags, StoppingFlags
+from experiments.common import LookupFlags, ModelFlags, OnlineFlags, StoppingFlags
 from ppow_jax import cli, defaults, progress
 from ppow_jax.errors import UserError
 from ppow_jax.flags import field, require
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(LookupFlags, StoppingFlags, ModelFlags):
+class Settings(OnlineFlags, LookupFlags, StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     prompt: str | None = field(None, "The prompt.", group="Prompt")
@@ -90,6 +90,8 @@ class Settings(LookupFlags, StoppingFlags, ModelFlags):
             require(drafts, f"--window={self.window}: needs a drafter, and another mode than --speculation=off")
         plain = self.speculation in (None, "off", "ngram") or self.drafter is not None
         require(plain, f"--speculation={self.speculation}: needs a drafter, but --drafter=none")
+        self.check_online(self.speculation, self.drafter)
+        require(self.chat or not self.online, "--online: needs --chat, it adapts between answers")
 
     def sized(self, mode: str) -> "Speculation":
         """A mode with the sizes that the flags give."""
@@ -125,7 +127,7 @@ def _answer(settings: Settings, text: str | None) -> None:
     directory = loading.find_drafter(settings.drafter, settings.target)
     mode = settings.speculation or defaults.mode(directory is not None)
     compares, windows = settings.compare and mode != "ngram", bool(settings.window)
-    wanted = ("compare", compares), (f"window={settings.window}", windows)
+    wanted = ("compare", compares), (f"window={settings.window}", windows), ("online", settings.online)
     for flag, needed in (*wanted, (f"speculation={mode}", mode not in ("off", "ngram"))):
         missing = f"--{flag}: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
         require(not needed or directory is not None, missing)
@@ -133,7 +135,15 @@ def _answer(settings: Settings, text: str | None) -> None:
     with progress.activity(f"loading {settings.target}{' and its drafter' if directory else ''}"):
         model = load(settings.target, str(directory) if directory else None, settings.dtype)
     if settings.chat:
-        return Chat(model, decoding).run()
+        if settings.online:
+            with progress.activity("compiling what adapts the drafter"):
+                settings.adapt(model)
+        try:
+            Chat(model, decoding).run()
+        finally:
+            if model.online is not None:
+                model.online.close()
+        return None
 
     prompt = text if settings.raw else model.chat_prompt(text)
     if settings.trace is not None:

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
-from experiments.common import ModelFlags, StoppingFlags
+from experiments.common import ModelFlags, OnlineFlags, StoppingFlags
 from ppow_jax import cli, defaults
 from ppow_jax.flags import field, require
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(StoppingFlags, ModelFlags):
+class Settings(OnlineFlags, StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     host: str = field("127.0.0.1", "Address to listen at; 0.0.0.0: all addresses.", group="Server")
@@ -48,6 +48,7 @@ class Settings(StoppingFlags, ModelFlags):
         require(bool(self.host), "--host: must not be empty")
         require(self.model_name != "", "--model_name: must not be empty")
         check_speculation(self)
+        self.check_online(self.speculation, self.drafter)
 
 
 def check_speculation(settings: Any) -> None:
@@ -76,9 +77,17 @@ def _serve(settings: Settings, mesh) -> None:
     from ppow_jax.serving.app import Endpoint
     from ppow_jax.serving.engine import Engine
     from ppow_jax.serving.metrics import Metrics
+    from ppow_jax.weights import loading
 
     with server.bind(settings.host, settings.port) as bound:
+        if settings.online:
+            directory = loading.find_drafter(settings.drafter, settings.target)
+            rule = f"--online: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
+            require(directory is not None, rule)
         machine = make_machine(settings)
+        if settings.online:
+            log.info("compiling what adapts the drafter")
+            settings.adapt(machine.model)
         machine.warm_up()
         name, speculation = settings.model_name or settings.target, machine.speculation
         engine = Engine(machine, Metrics(name, speculation.window), settings.queue, mesh)

@@ -31,6 +31,7 @@ LAYERS = (
     "ppow_jax.evaluation",
     "ppow_jax.engines",
     "ppow_jax.training",
+    "ppow_jax.online",
     "ppow_jax.planning",
     "ppow_jax.bench",
     "ppow_jax.study",

@@ -25,6 +25,7 @@ PACKAGES = (
     "data",
     "corpus",
     "training",
+    "online",
     "evaluation",
     "study",
     "planning",

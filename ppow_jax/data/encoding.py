@@ -44,6 +44,11 @@ def encode_text(tokenizer: Any, text: str, source: str = "prompt") -> np.ndarray
     return np.asarray(tokens[_doubled(tokenizer, tokens) : len(tokens) - _ended(tokenizer, text, tokens)], np.int32)
 
 
+def encode_answer(tokenizer: Any, text: str, source: str = "answer") -> np.ndarray:
+    """Token ids int32 [T] of a text that follows a prompt: nothing is added at its beginning or end."""
+    return np.asarray(_tokens(tokenizer, text, False, source)["input_ids"], np.int32)
+
+
 def encode_prompt(tokenizer: Any, messages: Sequence[Message], source: str = "prompt") -> np.ndarray:
     """Token ids int32 [T] of `messages` and the generation prompt: the target's input for an answer.
 

@@ -24,11 +24,12 @@ import numpy as np
 
 from ppow_jax import defaults, sharding
 from ppow_jax.data.conversations import Message
-from ppow_jax.data.encoding import encode_prompt
+from ppow_jax.data.encoding import encode_answer, encode_prompt
 from ppow_jax.flags import require
 from ppow_jax.inference import batch, shown
 from ppow_jax.inference.batch import TO_THE_END
 from ppow_jax.inference.costs import measure_cost_table
+from ppow_jax.inference.learner import Learner, OnlineStats
 from ppow_jax.inference.requests import Answer, Batch, Job, Result, Stats, Stop, Text, pack
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
@@ -68,11 +69,14 @@ class Model:
     cost_table: cost tables of adaptive windows, per (speculation, rows, greedy), measured by
     `inference.costs.measure_cost_table` on first use. The distribution of an answer does not depend on them, but with
     adaptive chains at temperature > 0 the answer that a seed draws does: keep them to reproduce it elsewhere.
+    online: what adapts the drafter to the answers (`ppow_jax.online.session.Online` attaches itself), or None. It works
+    after each batch of answers, and may replace `drafter` then.
     """
 
     target: Target
     drafter: Drafter | None = None
     cost_table: dict[tuple[Speculation, int, bool], CostTable] = dataclasses.field(default_factory=dict)
+    online: Learner | None = None
 
     def __repr__(self) -> str:
         return shown.model_line(self)
@@ -127,8 +131,11 @@ class Model:
         )
         results: dict[int, Result] = {}
         for members in job.batches():
+            begin = time.perf_counter()
             *_, answers = self.run(job, members, LOOK if any(job.requests[i].stops for i in members) else TO_THE_END)
-            results |= zip(members, (answer.result for answer in answers), strict=True)
+            found = [answer.result for answer in answers]
+            results |= zip(members, found, strict=True)
+            self.learn_from(found, time.perf_counter() - begin)
         return [results[i] for i in range(len(job.requests))]
 
     def stream(self, prompt: Text, **settings: Any) -> "Stream":
@@ -155,6 +162,42 @@ class Model:
             messages = [Message("user", messages)]
         require(len(messages) > 0, "messages: there must be at least one")
         return encode_prompt(self.target.tokenizer, [_message(message) for message in messages])
+
+    def adapt(
+        self, prompts: Text | Sequence[Text], answers: Text | Sequence[Text] | None = None, **settings: Any
+    ) -> OnlineStats:
+        """Adapts the drafter to answers, whatever time it takes -> statistics; needs `online`.
+
+        The drafters are replayed on the answers before they are trained on: a worse drafter never serves.
+
+        Args:
+          prompts: one or several, as in `generate`.
+          answers: to the prompts, as texts or token ids, which should be the target's own; by default the target
+            answers them now, with the settings of `generate`.
+
+        Raises:
+          UserError: nothing is attached as `online`, or there are not as many answers as prompts.
+        """
+        require(self.online is not None, "adapt: nothing adapts this model; ppow_jax.online.session.Online(model) does")
+        if answers is None:
+            self.generate(prompts, **settings)
+            return self.online.learn()
+        texts = [answers] if isinstance(answers, str) else list(answers)
+        encoded = [encode_answer(self.target.tokenizer, x) if isinstance(x, str) else x for x in texts]
+        asked, given = (self.job(several, "off").requests for several in (prompts, encoded))
+        require(len(given) == len(asked), f"answers: {len(given)} for {len(asked)} prompts; give one for each")
+        for question, answer in zip(asked, given, strict=True):
+            self.online.keep(question.prompt_ids, answer.prompt_ids)
+            self.online.work(idle=True)
+        return self.online.learn()
+
+    def learn_from(self, results: Sequence[Any], seconds: float) -> None:
+        """Gives results to `online`, and lets it work within its budget. seconds: that decoding them took."""
+        if self.online is not None:
+            self.online.decoded(seconds)
+            for result in results:
+                self.online.finished(result)
+            self.online.work()
 
     def warm_up(self, prompts: Text | Sequence[Text], **settings: Any) -> None:
         """Compiles every program that `generate`, or `stream`, needs with these arguments; decodes one round."""
@@ -245,12 +288,14 @@ class Stream:
         return next(self._pieces)
 
     def _iterate(self, model: Model, job: Job) -> Iterator[str]:
-        count = 0
+        count, seconds, begin = 0, 0.0, time.perf_counter()
         for (answer,) in model.run(job, [0], LOOK):
+            seconds += time.perf_counter() - begin
             piece, self.result = answer.settled[count:], answer.result
             if piece:
                 yield piece
-            count += len(piece)
+            count, begin = count + len(piece), time.perf_counter()
+        model.learn_from([self.result], seconds)
 
 
 def _message(message: Any) -> Message:

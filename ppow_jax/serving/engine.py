@@ -82,11 +82,14 @@ class Running:
 class Engine:
     """Answers tickets in the order of their arrival, as many at once as the machine has rows.
 
+    Where the machine's model adapts its drafter (`Model.online`), that happens between rounds, in the engine's thread.
+
     queue: tickets that may wait; `submit` refuses more. mesh: of devices, see `sharding.use`.
     """
 
     def __init__(self, machine: Machine, metrics: Metrics, queue: int, mesh: sharding.Mesh | None = None):
         self.machine, self.metrics, self.queue, self.mesh = machine, metrics, queue, mesh
+        self.online = machine.model.online
         self.precision = precision.chosen()  # of the thread that makes it, for its own
         self.accepting, self._stopped = True, False
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -139,15 +142,45 @@ class Engine:
                     self._fail(errors.failed("The server failed to decode this request; its log tells why"))
                     self.machine.reset()
         self._fail(errors.closing())
+        self._close()
+
+    def _close(self) -> None:
+        """Saves what was learnt."""
+        try:
+            if self.online is not None:
+                self.online.close()
+        except UserError as error:
+            log.error("%s", error)
 
     def _wait(self) -> bool:
         """Waits for work; False if the thread must end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or not self.idle)
+            self._changed.wait_for(lambda: self._stopped or not self.idle or self._may_learn())
             return not self._stopped
 
+    def _may_learn(self) -> bool:
+        return self.online is not None and self.online.pending()
+
+    def _learn(self, begin: float, busy: bool) -> None:
+        """Counts the time of a turn, and does a unit of online adaptation where the budget allows it, or none waits."""
+        if self.online is None:
+            return
+        try:
+            if busy:
+                self.online.decoded(time.monotonic() - begin)
+            self.online.work(idle=self.idle, units=1)
+            self.metrics.adapted(self.online.stats())
+        except Exception:  # adaptation must not end requests
+            log.exception("online adaptation failed; it is off from now on, and the drafter stays as it is")
+            self.online = None
+
     def _turn(self) -> None:
-        """Replaces finished rows, decodes a few rounds, and tells the news."""
+        """Replaces finished rows, decodes a few rounds, and tells the news; then the drafter may learn."""
+        begin, busy = time.monotonic(), not self.idle
+        self._answer()
+        self._learn(begin, busy)
+
+    def _answer(self) -> None:
         self._drop()
         self._fill()
         self.metrics.running.set(len(self._running))
@@ -200,6 +233,8 @@ class Engine:
                 finished.add(row)
                 self._seconds.append(now - one.begin)
                 self.metrics.finished(one.answer.result.finish_reason, now - one.ticket.arrived)
+                if self.online is not None:
+                    self.online.finished(one.answer.result)
         self._free(finished)
         self._free(damaged, damaged=True)
 

@@ -11,6 +11,7 @@ from ppow_jax import sharding
 from ppow_jax.inference import slots
 from ppow_jax.inference.model import Model
 from ppow_jax.inference.requests import Request
+from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import Speculation
@@ -56,7 +57,6 @@ class Machine:
 
     def __init__(self, model: Model, speculation: Speculation, B: int, context: int, rounds: int):
         self.model, self.speculation, self.context, self.rounds = model, speculation, context, rounds
-        self.drafter = model.drafter if speculation.needs_drafter else None
         self.lengths, self.buckets = slots.cache_tokens(context), slots.prompt_buckets(context)
         self.cost_table = {greedy: model.cost_table_of(speculation, B, greedy) for greedy in (True, False)}
         self.live_B = np.zeros(B, bool)
@@ -64,6 +64,11 @@ class Machine:
         self.temperature_B = np.zeros(B, np.float32)
         self.top_k_B, self.top_p_B = np.zeros(B, np.int32), np.ones(B, np.float32)
         self.reset()
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """The model's drafter as it is now, if the mode needs one; `Model.online` may replace it between rounds."""
+        return self.model.drafter if self.speculation.needs_drafter else None
 
     def reset(self) -> None:
         """Frees all rows, with new caches."""

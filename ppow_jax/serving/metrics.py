@@ -1,9 +1,12 @@
 """Metrics for Prometheus, under vLLM's names, so that its dashboards show this server too."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from ppow_jax.inference.learner import OnlineStats
 from ppow_jax.speculation.sources import NAMES
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)
@@ -41,6 +44,7 @@ class Metrics:
         self._first = self._histogram("vllm:time_to_first_token_seconds", "Arrival to first tokens")
         self._queue = self._histogram("vllm:request_queue_time_seconds", "Arrival to the prompt's reading")
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "Arrival to last token")
+        self._online: _Adaptation | None = None
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, ("model_name",), registry=self.registry).labels(self._model)
@@ -98,6 +102,44 @@ class Metrics:
         """A request got an error. code: of the error object, or the HTTP status."""
         self._refused.labels(self._model, code).inc()
 
+    def adapted(self, stats: OnlineStats) -> None:
+        """What online adaptation did so far; see docs/online.md for the names."""
+        if self._online is None:
+            self._online = _Adaptation(stats, self._model)
+            self.registry.register(self._online)
+        self._online.stats = stats
+
     def page(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self.registry)
+
+
+class _Adaptation(Collector):
+    """Online adaptation, as its statistics tell it at the moment of reading."""
+
+    def __init__(self, stats: OnlineStats, model: str):
+        self.stats, self._model = stats, model
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each count and for each current value."""
+        stats = self.stats
+        counts = {
+            "requests": ("Requests that were kept to learn from", stats.requests),
+            "steps": ("Training steps of the drafter", stats.steps),
+            "swaps": ("Adapted drafters that began to serve", stats.swaps),
+            "fallbacks": ("Adapted drafters that were refused", stats.fallbacks),
+            "seconds": ("Seconds of adaptation while requests waited or ran", stats.spent_seconds),
+            "idle_seconds": ("Seconds of adaptation while no request waited or ran", stats.idle_seconds),
+        }
+        for name, (text, value) in counts.items():
+            counter = CounterMetricFamily(f"ppow:online_{name}", text, labels=("model_name",))
+            counter.add_metric((self._model,), value)
+            yield counter
+        share = GaugeMetricFamily("ppow:online_time_share", "Share of the busy time", labels=("model_name",))
+        share.add_metric((self._model,), stats.share)
+        yield share
+        labels = "model_name", "drafter"
+        length = GaugeMetricFamily("ppow:online_acceptance_length", "Over the newest requests", labels=labels)
+        for drafter, value in {"decoded": stats.acceptance_length, **stats.replayed}.items():
+            length.add_metric((self._model, drafter), value)
+        yield length

@@ -48,6 +48,23 @@ def _made(
     kind: str, clip_norm: float, names: tuple[str, ...], peak: float, steps: int, warmup: int, scale: bytes | None
 ) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, steps, peak / 10)
+    return _update_rule(kind, clip_norm, names, schedule, scale)
+
+
+@functools.lru_cache(32)
+def constant_rate(
+    kind: str, clip_norm: float, names: tuple[str, ...], rate: float, warmup: int, scale: bytes | None
+) -> optax.GradientTransformation:
+    """The optimizer of a training without end: a linear warm-up, then one rate.
+
+    kind: muon or adamw. scale: of fusion channels, float32 as bytes; see `optimizer`.
+    """
+    return _update_rule(kind, clip_norm, names, optax.linear_schedule(rate / warmup, rate, warmup), scale)
+
+
+def _update_rule(
+    kind: str, clip_norm: float, names: tuple[str, ...], schedule: optax.Schedule, scale: bytes | None
+) -> optax.GradientTransformation:
     update = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
     if kind == "muon":
         muon = optax.contrib.muon(
