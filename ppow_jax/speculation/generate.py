@@ -82,18 +82,10 @@ def _looked_up(state: State, speculation: Speculation, cost_table: CostTable | N
 
 
 def _mixed(anchored: Any, state: State, speculation: Speculation, cost_table: CostTable | None) -> Drafts:
-    """A tree of both sources; without a cost table, of its full size. anchored: see `draft_candidates`."""
-    stats, found, live_B = state.stats, state.sources, ~state.done_B
-    shape, stopping = speculation.shape, speculation.adaptive or THROUGHPUT
+    """A tree of both sources. anchored: see `draft_candidates`."""
     match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup)
-    log_q_BxN = ngram.log_chances(found.counts, match)
-    alone_B = mixture.worth(stats, found, stopping, cost_table, log_q_BxN, live_B)
-    go_on, keep = None, None
-    if cost_table is not None:
-        go_on = mixture.decisions(stats, found, stopping, cost_table, shape, log_q_BxN, alone_B, state.done_B)
-        keep = mixture.keeping(stats, found, stopping, cost_table, live_B)
-    drafted = draft_candidates(*(*anchored, shape, go_on))
-    return mixture.merge(drafted, match, log_q_BxN, stats.calibration_B, shape, speculation.window, keep, alone_B)
+    draft = functools.partial(draft_candidates, *anchored, speculation.shape)
+    return mixture.mixed(draft, state.stats, state.sources, speculation, cost_table, match, ~state.done_B)
 
 
 def _pending_keys(params, drafter: Drafter, state: State) -> tuple[Array, Array, Array, tuple[KV, ...]]:
