@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.chat import QUIT, Chat
-from experiments.common import LookupFlags, ModelFlags, StoppingFlags
+from experiments.common import DatastoreFlags, LookupFlags, ModelFlags, StoppingFlags
 from ppow_jax import cli, defaults, progress
 from ppow_jax.errors import UserError
 from ppow_jax.flags import field, require
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(LookupFlags, StoppingFlags, ModelFlags):
+class Settings(DatastoreFlags, LookupFlags, StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     prompt: str | None = field(None, "The prompt.", group="Prompt")
@@ -123,6 +123,15 @@ def _answer(settings: Settings, text: str | None) -> None:
     decoding = settings.decoding | {"speculation": speculation(settings, SPECULATIONS[mode])}
     with progress.activity(f"loading {settings.target}{' and its drafter' if directory else ''}"):
         model = load(settings.target, str(directory) if directory else None, settings.dtype)
+    model.datastore = settings.open_datastore(model.target.config.vocab_size)
+    try:
+        _say(settings, text, model, mode, decoding)
+    finally:
+        if model.datastore is not None:
+            model.datastore.save()
+
+
+def _say(settings: Settings, text: str | None, model: "Model", mode: str, decoding: dict[str, Any]) -> None:
     if settings.chat:
         return Chat(model, decoding).run()
 

@@ -82,9 +82,10 @@ def replay(
     speculation: Speculation,
     cost_table: CostTable | None = None,
     features: FeatureStore | None = None,
+    store_S: np.ndarray | None = None,
 ) -> Replayed:
     """Replays one speculation mode; see `replay_all`."""
-    return replay_all(drafter, target_params, config, batches, [speculation], cost_table, features)[0]
+    return replay_all(drafter, target_params, config, batches, [speculation], cost_table, features, store_S)[0]
 
 
 def replay_all(
@@ -95,6 +96,7 @@ def replay_all(
     speculations: Sequence[Speculation],
     cost_table: CostTable | None = None,
     features: FeatureStore | None = None,
+    store_S: np.ndarray | None = None,
 ) -> list[Replayed]:
     """Counts that greedy decoding at batch 1 would give in several speculation modes, on the answers of `batches`.
 
@@ -109,6 +111,7 @@ def replay_all(
       cost_table: costs of rounds, for at least as many verified tokens as the widest mode has; required by adaptive
         windows, which decide by it.
       features: features of these batches, where the target has read them before.
+      store_S: tokens of earlier answers, which n-gram lookups search as well (`inference.datastore`).
 
     Raises:
       UserError: for a mode without drafts, a cost table that is missing or too short, features of other batches, or an
@@ -116,7 +119,7 @@ def replay_all(
     """
     for speculation in speculations:
         _check_prices(speculation, cost_table)
-    tables = read_tables(drafter, target_params, config, batches, speculations, features)
+    tables = read_tables(drafter, target_params, config, batches, speculations, features, store_S)
     return [simulate(tables, speculation, cost_table) for speculation in speculations]
 
 
@@ -127,6 +130,7 @@ def read_tables(
     batches: Batches,
     speculations: Sequence[Speculation],
     features: FeatureStore | None = None,
+    store_S: np.ndarray | None = None,
 ) -> Tables:
     """Drafts that the speculation modes are replayed from, whatever the cost table; see `replay_all`."""
     for speculation in speculations:
@@ -145,7 +149,7 @@ def read_tables(
     start_N = np.cumsum(count_N) - count_N
     tokens = max((speculation.lookup for speculation in speculations), default=0)
     ahead = 1 + max(speculation.window for speculation in speculations)
-    lookup = lookup_table(batches, tokens, ahead) if tokens else None
+    lookup = lookup_table(batches, tokens, ahead, store_S) if tokens else None
     if not plans:
         return Tables({}, start_N, count_N, lookup)
     found: list[Table] | None = None
@@ -241,8 +245,9 @@ def _rounds(
         live_N = at_N < count_N
         here = jax.tree.map(lambda x: x[start_N + jnp.minimum(at_N, count_N - 1)], table)
         if speculation.lookup:
-            steps_N, drafted_N, accepted_N, *known = lookup_round(here, speculation, *known, cost_table)
-            known = _Statistics(*known)
+            after = lookup_round(here, speculation, known.stats, known.found, cost_table)
+            steps_N, drafted_N, accepted_N = after.steps_N, after.drafted_N, after.accepted_N
+            known = _Statistics(after.stats, after.found)
         else:
             (steps_N, drafted_N, accepted_N), known = _drafter_round(here, speculation, known, cost_table)
         cost_N = cost_table.of_round(steps_N, drafted_N) if cost_table else free_N
@@ -264,8 +269,11 @@ def _drafter_round(
     here: Table, speculation: Speculation, known: _Statistics, cost_table: CostTable | None
 ) -> tuple[tuple[Array, Array, Array], _Statistics]:
     """((steps_N, drafted_N, accepted_N), statistics after the round) of chains and trees."""
-    one_round = _chain_round if isinstance(here, ChainTable) else _tree_round
-    found: _Round = one_round(here, speculation, known.stats, cost_table)
+    if isinstance(here, ChainTable):
+        found = _chain_round(here, speculation, known.stats, cost_table)
+    else:
+        assert isinstance(here, TreeTable)
+        found = _tree_round(here, speculation, known.stats, cost_table)
     if speculation.adaptive:
         cost_N = cost_table.of_round(found.steps_N, found.drafted_N)
         stats = update(known.stats, found.accepted_N, found.steps_N, found.depth_N, found.expected_N, cost_N)

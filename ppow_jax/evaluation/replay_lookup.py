@@ -26,6 +26,7 @@ from ppow_jax.speculation.sources import Sources
 from ppow_jax.speculation.tree import Candidates, TreeShape, depths_of, follow
 
 Array = jax.Array
+BLOCK = 64  # lookups that are computed at once
 
 
 class LookupTable(NamedTuple):
@@ -45,15 +46,18 @@ class MixedTable(NamedTuple):
     drafted: CandidateTable
 
 
-def lookup_table(batches: Batches, N: int, ahead: int) -> LookupTable:
-    """Looks up to N tokens up at every anchor, answer by answer; ahead: tokens of the text to keep, K1."""
+def lookup_table(batches: Batches, N: int, ahead: int, store_S: np.ndarray | None = None) -> LookupTable:
+    """Looks up to N tokens up at every anchor, answer by answer.
+
+    ahead: tokens of the text to keep, K1. store_S: tokens of earlier texts, see `ngram.find`.
+    """
     L, most = max(len(e.tokens) for e in batches.examples), max(map(len, batches.anchors))
     parts = []
     for example, anchors in zip(batches.examples, batches.anchors, strict=True):
         tokens_L, end = np.zeros(L, np.int32), len(example.tokens)
         tokens_L[:end] = example.tokens
         length_M = np.minimum(anchors[0] + 2 + np.arange(most), end)  # of the text up to the root
-        match = jax.device_get(_find(tokens_L, length_M, N=N))
+        match = jax.device_get(_find(tokens_L, length_M, store_S, N=N))
         index_MxK1 = length_M[:, None] + np.arange(ahead)
         text_MxK1 = np.where(index_MxK1 < end, tokens_L[np.minimum(index_MxK1, L - 1)], NONE)
         parts.append([x[: len(anchors)] for x in (*match, text_MxK1)])
@@ -61,8 +65,12 @@ def lookup_table(batches: Batches, N: int, ahead: int) -> LookupTable:
 
 
 @functools.partial(jax.jit, static_argnames="N")
-def _find(tokens_L: Array, length_M: Array, *, N: int) -> Match:
-    return ngram.find(jnp.broadcast_to(tokens_L, (len(length_M), len(tokens_L))), length_M, N)
+def _find(tokens_L: Array, length_M: Array, store_S: Array | None, *, N: int) -> Match:
+    def alone(length: Array) -> Match:
+        match = ngram.find(tokens_L[None], length[None], N, store_S)
+        return jax.tree.map(lambda x: x[0], match)
+
+    return jax.lax.map(alone, length_M, batch_size=BLOCK)
 
 
 class LookupRound(NamedTuple):
