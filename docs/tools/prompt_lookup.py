@@ -61,7 +61,7 @@ def main(target: str, prompts: str, output: str, dtype: str = "bfloat16", tokens
         same = f"{row['identical']} of {row['prompts']} answers identical to plain decoding's, {row['as_ours']} to ours"
         print(f"{name}: {speeds[1]:.1f} token/s, plainly {speeds[0]:.1f}: speedup {row['speedup']:.2f}; {same}")
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
-    about |= {"dtype": dtype, "lookup_tokens": int(tokens)}
+    about |= {"dtype": dtype, "most_looked_up": int(tokens)}
     Path(output).write_text(json.dumps(about | {"results": rows}, indent=1) + "\n", encoding="utf-8")
 
 
