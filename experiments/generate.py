@@ -197,7 +197,7 @@ def answer(model: "Model", prompt: Any, decoding: dict[str, Any], stream: bool, 
     if not stream:
         result = model.generate(prompt, **decoding)[0]
         coloured = origin and shown.colours(sys.stdout)
-        print(f"{shown.coloured(result)}\n({shown.LEGEND})" if coloured else result.text)
+        print(f"{shown.coloured(result)}\n({shown.legend(result)})" if coloured else result.text)
         return result
     pieces = model.stream(prompt, **decoding)
     for piece in pieces:
