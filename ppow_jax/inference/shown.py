@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from ppow_jax.speculation.sources import ORIGINS
 
 LEGEND = "green: drafted tokens that were accepted; the others are the target's own"
-LOOKUP_LEGEND = "green: accepted from the drafter; yellow: from n-gram lookup; cyan: from both; others: the target's own"
+LOOKUP_LEGEND = "green: accepted from the drafter; yellow: from n-gram lookup; cyan: both; others: the target's own"
 _COLOURS = {"drafter": "\033[32m", "ngram": "\033[33m", "both": "\033[36m"}
 _PLAIN = "\033[0m"
 _GROUNDS = {"drafter": "#cfe8d5", "ngram": "#f6e3b4", "both": "#cbe6ee"}
