@@ -77,7 +77,8 @@ def test_evaluate(run, drafter, tmp_path):
         assert line["autoregressive_ids"] == line["speculative_ids"] and line["prompt_ids"][0] == 257
         assert set(line) >= {"benchmark", "turn"}
     parts = [[*line["prompt_ids"][-LEAD:], *line["autoregressive_ids"]] for line in lines]
-    assert Datastore(tmp_path / "store", 10_000).tokens.tolist() == sum(parts, [])
+    stored = Datastore(tmp_path / "store", 10_000).tokens.tolist()
+    assert stored in (parts[0] + parts[1], parts[1] + parts[0])  # shorter prompts are answered first
 
 
 def test_generate(run, drafter, tmp_path):
