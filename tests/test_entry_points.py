@@ -15,6 +15,7 @@ from eagle3_files import make_drafter
 from experiments import evaluate, generate
 from ppow_jax import cli
 from ppow_jax.inference import model
+from ppow_jax.inference.datastore import LEAD, Datastore
 from ppow_jax.weights import loading, targets
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,8 @@ def test_evaluate(run, drafter, tmp_path):
     prompts = write(tmp_path / "mine.jsonl", '{"prompt": "What is 3 + 4?"}\n{"turns": ["Count."]}\n')
     paths = {name: tmp_path / "new" / f"{name}.png" for name in ("output", "dump_outputs", "plot")}
     flags = [f"--{name}={path}" for name, path in paths.items()]
-    code, out, _ = run(evaluate, *SHAPES, f"--drafter={drafter}", f"--prompts={prompts}", *flags)
+    store = f"--datastore={tmp_path / 'store'}"
+    code, out, _ = run(evaluate, *SHAPES, f"--drafter={drafter}", f"--prompts={prompts}", *flags, store)
     assert code == 0 and "mine" in out and "2/2" in out and "acceptance by position" in out
     assert all(str(path) in out and path.exists() for path in paths.values())
 
@@ -74,6 +76,9 @@ def test_evaluate(run, drafter, tmp_path):
     for line in lines:
         assert line["autoregressive_ids"] == line["speculative_ids"] and line["prompt_ids"][0] == 257
         assert set(line) >= {"benchmark", "turn"}
+    parts = [[*line["prompt_ids"][-LEAD:], *line["autoregressive_ids"]] for line in lines]
+    stored = Datastore(tmp_path / "store", 10_000).tokens.tolist()
+    assert stored in (parts[0] + parts[1], parts[1] + parts[0])  # shorter prompts are answered first
 
 
 def test_generate(run, drafter, tmp_path):
@@ -97,7 +102,8 @@ def test_generate(run, drafter, tmp_path):
     code, stopped, _ = run(generate, *flags, f"--stop={stop}")
     assert code == 0 and stopped.startswith(plain[: plain.find(stop)] + "\n\n")
 
-    code, raw, _ = run(generate, *flags, "--raw")
+    code, raw, _ = run(generate, *flags, "--raw", f"--datastore={tmp_path / 'store'}")
+    assert len(Datastore(tmp_path / "store", 10_000).tokens) > 1
     assert code == 0 and raw.splitlines()[0] != plain.splitlines()[0]
 
 

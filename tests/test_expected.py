@@ -55,6 +55,30 @@ def test_weights_are_the_gradient_of_the_mean():
     assert np.isfinite(certain.weight_Kx).all() and not certain.weight_Kx[:, 0].any()
 
 
+def test_tokens_that_a_lookup_gets_as_well_are_worth_nothing():
+    """Against the reward of the longer of both, over all outcomes: a lookup that gets 0, 2, or all tokens."""
+    q_K, reward_K1 = np.array([0.8, 0.6, 0.7, 0.3]), rewards()
+    for found in (0, 2, K):
+        free_K = jnp.asarray(np.arange(K) < found, jnp.float32)
+
+        def outcomes(log_q_K, found=found):
+            q_K, total = jnp.exp(log_q_K), 0.0
+            for hits in itertools.product((False, True), repeat=K):
+                k = max((list(hits) + [False]).index(False), found)
+                total += jnp.prod(jnp.where(jnp.array(hits), q_K, 1 - q_K)) * reward_K1[k]
+            return total
+
+        mean, gradient_K = jax.value_and_grad(outcomes)(jnp.log(q_K))
+        expected = expected_reward(jnp.log(q_K), jnp.asarray(reward_K1), free_K)
+        np.testing.assert_allclose(expected.mean_x, mean, rtol=1e-5)
+        np.testing.assert_allclose(expected.weight_Kx, gradient_K, rtol=1e-4, atol=1e-6)
+        assert (expected.weight_Kx[0] == 0) == (found == K)
+        np.testing.assert_allclose(expected.kept_Kx[:found], 1.0)
+        half = expected_reward(jnp.log(q_K), jnp.asarray(reward_K1), 0.5 * free_K)
+        none = expected_reward(jnp.log(q_K), jnp.asarray(reward_K1))
+        np.testing.assert_allclose(half.weight_Kx, (expected.weight_Kx + none.weight_Kx) / 2, rtol=1e-5)
+
+
 def test_it_is_what_a_large_group_of_sampled_windows_estimates():
     """The score-function estimate with group-relative advantages, by the drafter's own tokens."""
     q_K, reward_K1, G = np.array([0.8, 0.6, 0.7, 0.3]), rewards(), 400_000
@@ -98,11 +122,22 @@ def pieces(drafter, windows, rule):
     return steps, jnp.stack(log_a), jnp.stack([step.valid_BxM for step in steps]), jnp.stack(kl)
 
 
+def free(valid, settings):
+    """[K, B, M]: what a lookup gets of windows of which it gets the first FOUND(m) tokens right."""
+    within = np.arange(K)[:, None, None] < found(valid.shape[1:])
+    return settings.lookup_discount * (valid & within)
+
+
+def found(shape):
+    """Numbers of tokens that a lookup gets, some of every kind."""
+    return np.arange(shape[0] * shape[1]).reshape(shape) % (K + 1)
+
+
 def plain_loss(drafter, windows, reward_K1, settings, adaw):
     """The same objective over windows, differentiated by JAX."""
     steps, log_a, valid, kl = pieces(drafter, windows, settings.rule)
-    expected = jax.lax.stop_gradient(expected_reward(log_a, reward_K1))
-    mean_BxM = expected_reward(log_a, reward_K1).mean_x
+    expected = jax.lax.stop_gradient(expected_reward(log_a, reward_K1, free(valid, settings)))
+    mean_BxM = expected_reward(log_a, reward_K1, free(valid, settings)).mean_x
     scale = jnp.maximum(expected.std_x, 0.05) if settings.divide_by_std else 1.0
     weight_BxM = jax.lax.stop_gradient(priority(steps, kl, world.CONFIG.vocab_size)) if adaw else 1.0
     a_BxM = jnp.where(valid[0], weight_BxM, 0.0)
@@ -126,7 +161,8 @@ def differentiated(settings, adaw, plain):
     def ours(params):
         d = drafter.replace(params=params)
         steps = supervised.unroll(d, world.target_params()["embed"], windows, K)
-        return window_loss(d, steps, last_BxM, reward_K1, settings, jnp.asarray(adaw), world.CONFIG.vocab_size)
+        given = d, steps, last_BxM, reward_K1, settings, jnp.asarray(adaw), world.CONFIG.vocab_size
+        return window_loss(*given, jnp.asarray(found(last_BxM.shape)) if settings.lookup_discount else None)
 
     def theirs(params):
         return plain(drafter.replace(params=params), windows, reward_K1, settings, adaw)
@@ -147,7 +183,7 @@ def assert_equal(gradient, wanted):
         pytest.param(ExactSettings(kl_weight=0.5, divide_by_std=True), False, marks=pytest.mark.full),
         pytest.param(ExactSettings(kl_weight=0.5), True, marks=pytest.mark.full),
         pytest.param(ExactSettings(DraftRule(0.3), supervised_weight=1.0), True, marks=pytest.mark.full),
-        (ExactSettings(DraftRule(0.5, 2), supervised_weight=0.3), False),
+        (ExactSettings(DraftRule(0.5, 2), supervised_weight=0.3, lookup_discount=0.7), False),
     ],
     ids=str,
 )
@@ -159,8 +195,9 @@ def test_loss_has_the_gradient_of_its_definition(settings, adaw):
 
 def plain_answer_loss(drafter, windows, reward_K1, settings, adaw):
     """log of the expected rounds of all answers, by a recursion that JAX differentiates."""
-    _, log_a, _, _ = pieces(drafter, windows, settings.rule)
+    _, log_a, valid, _ = pieces(drafter, windows, settings.rule)
     chance = jnp.exp(jnp.cumsum(log_a, 0))
+    chance = free(valid, settings) + (1 - free(valid, settings)) * chance
     exact = -jnp.diff(chance, axis=0, prepend=1.0, append=0.0)
     mask = np.asarray(world.batch().anchor_mask_BxM)  # known before tracing: it decides the recursion
     last = mask & ~np.pad(mask[:, 1:] & (np.diff(world.batch().anchor_BxM) == 1), ((0, 0), (0, 1)))
@@ -180,8 +217,10 @@ def plain_answer_loss(drafter, windows, reward_K1, settings, adaw):
 
 
 @pytest.mark.full
-def test_the_answer_horizon_minimises_the_expected_rounds_of_whole_answers():
-    gradient, wanted, _ = differentiated(ExactSettings(DraftRule(0.7), horizon="answer"), False, plain_answer_loss)
+@pytest.mark.parametrize("discount", [0.0, 1.0])
+def test_the_answer_horizon_minimises_the_expected_rounds_of_whole_answers(discount):
+    settings = ExactSettings(DraftRule(0.7), horizon="answer", lookup_discount=discount)
+    gradient, wanted, _ = differentiated(settings, False, plain_answer_loss)
     assert_equal(gradient, wanted)
 
 

@@ -18,6 +18,7 @@ from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.inference import decoding
 from ppow_jax.inference.batch import bucket
 from ppow_jax.inference.costs import Costs, measure_cost_table
+from ppow_jax.inference.datastore import LEAD, Datastore
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
@@ -108,7 +109,7 @@ def test_tokens_and_verifications_add_up(greedy):
         assert row["tokens_per_second"] == pytest.approx(row["new_tokens"] / row["decode_seconds"])
 
 
-def test_a_mixture_reports_its_sources_and_lookup_needs_no_drafter(target, drafter, monkeypatch):
+def test_a_mixture_reports_its_sources_and_lookup_needs_no_drafter(target, drafter, monkeypatch, tmp_path):
     def cost_table(target, drafter, speculation, *_, **__):
         return CostTable.of(0.05, 1 + 0.05 * np.arange(speculation.verified + 1))
 
@@ -116,6 +117,11 @@ def test_a_mixture_reports_its_sources_and_lookup_needs_no_drafter(target, draft
     monkeypatch.setattr(measure, "measure_costs", lambda *_, **__: Costs(0.2, 1.0, 0.5, 2))
     limits = {"max_new_tokens": 20, "batch_size": 3}
     (alone,) = measure.evaluate(target, None, [TURNS], speculations=[ngram(3)], **limits)
+    outputs: list[measure.Output] = []
+    store, kept = Datastore(tmp_path, target.config.vocab_size, 2048), {"on_output": outputs.append}
+    (stored,) = measure.evaluate(target, None, [TURNS], speculations=[ngram(3)], **limits, **kept, datastore=store)
+    assert stored["identical"] == stored["total"] == 5 and stored["tau"] > 1
+    assert len(store.tokens) == sum(min(len(o.prompt_ids), LEAD) + len(o.autoregressive_ids) for o in outputs)
     lookup, mixed = measure.evaluate(target, drafter, [TURNS], speculations=[ngram(3), mixture(2, 2, 4, 3)], **limits)
     assert [row["mode"] for row in (alone, lookup, mixed)] == ["ngram", "ngram", "mixture"]
     assert all(row["identical"] == row["total"] == 5 for row in (alone, lookup, mixed))

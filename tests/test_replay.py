@@ -20,13 +20,14 @@ from ppow_jax.evaluation.replay import Replayed, read_tables, replay, replay_all
 from ppow_jax.evaluation.replay_tables import plans_of
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.adaptive import CostTable, Stopping
-from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, off, tree
+from ppow_jax.speculation.settings import adaptive, adaptive_tree, chain, mixture, ngram, off, tree
 
 N, LONGEST, ROW = 24, 90, 256  # answers that are long enough for drafting to rest and to try again
 CONFIG = dataclasses.replace(world.CONFIG, eos_token_ids=(2,))  # a token that ends some answers, not most
 PARAMS = world.PARAMS
 WAYS = [chain(4), tree(3, 3, 10), tree(3, 2, 5), tree(2, 4, 14)]  # two of them from the same drafts
 ADAPTIVE = [adaptive(4), adaptive_tree(3, 3, 10)]
+LOOKUP = [mixture(3, 3, 10, 5), ngram(4)]
 PRICES = [(FREE, FREE), (CHEAP, 0.02), (0.1, CHEAP), (DEAR, DEAR)]
 
 
@@ -54,7 +55,9 @@ def batches() -> Batches:
     return Batches(examples(), seed=3, batch_size=2, row_length=ROW, max_anchors=ROW - 8)
 
 
-def decoded(params, config, drafter, examples, speculation, cost_table=None, longest=LONGEST) -> Replayed:
+def decoded(
+    params, config, drafter, examples, speculation, cost_table=None, longest=LONGEST, store_S=None
+) -> Replayed:
     """What decoding at batch 1 counts; the drafts that it accepts behind an answer's end are left out."""
     K = speculation.window
     P = max(int((~example.answer_mask).sum()) for example in examples)
@@ -71,7 +74,7 @@ def decoded(params, config, drafter, examples, speculation, cost_table=None, lon
             L = generate.cache_length(P, longest, K)
             state = generate.prefill(params, config, drafter, *map(jnp.asarray, begin), K=K, sampling=GREEDY, L=L)
             how = {"speculation": speculation, "sampling": GREEDY, "cost_table": cost_table}
-            state = generate.decode(params, config, drafter, state, rounds, **how)
+            state = generate.decode(params, config, drafter, state, rounds, **how, store_S=store_S)
             read = state.tokens_BxL, state.length_B, state.histogram_BxK1, state.drafted_B
             return [np.array(x)[0] for x in read]
 
@@ -128,10 +131,64 @@ def test_adaptive_windows_are_those_of_decoding(made):
             assert free > cheap > dear > dearest
 
 
+@pytest.mark.parametrize("made", suites.keep([(True, 2)], [(True, 1), (True, 2), (False, LAYERED)]), ids=str)
+def test_lookups_and_mixtures_are_those_of_decoding(made):
+    drafter, ways = world.drafter(*made), LOOKUP if made == (True, 1) else LOOKUP[:1]
+    table = PRICES if made == (True, 1) else PRICES[1:2]
+    tables = read_tables(drafter, PARAMS, CONFIG, batches(), ways)
+    compared = slice(6 if made == (True, 2) else None)
+    for way in ways:
+        drafted = []
+        for price in table:
+            found = simulate(tables, way, cost_table_of(*price))
+            used = drafter if way.needs_drafter else None
+            some = batches().examples[compared]
+            wanted = decoded(PARAMS, CONFIG, used, some, way, cost_table_of(*price))
+            assert_equal(Replayed(*(x[compared] for x in found)), wanted)
+            drafted.append(found.drafted_N.sum() / found.rounds_N.sum())
+            assert (found.steps_N.sum() > 0) == way.needs_drafter
+            assert (found.accepted_NxK1[:, 2:].sum() > 10) or price[1] == DEAR
+        assert drafted == sorted(drafted, reverse=True) and len(set(drafted)) == len(table)  # dearer drafts are fewer
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", LOOKUP, ids=["mixture", "ngram"])
+def test_lookups_in_earlier_answers_are_those_of_decoding(way):
+    drafter, cost_table = world.drafter(True, 1), cost_table_of(*PRICES[1])
+    given = drafter, PARAMS, CONFIG
+    store_S = np.concatenate([np.full(9, -1, np.int32), *(example.tokens for example in examples()[:3])])
+    found = replay(*given, batches(), way, cost_table, store_S=store_S)
+    assert_equal(found, decoded(PARAMS, CONFIG, drafter, batches().examples, way, cost_table, store_S=store_S))
+    assert found.tau > replay(*given, batches(), way, cost_table).tau  # three of the answers are in it
+
+
+@pytest.mark.full
+def test_mixtures_of_several_sizes_share_their_drafts():
+    drafter, cost_table = world.drafter(True, 1), cost_table_of(0.1, 0.02)
+    tables = read_tables(drafter, PARAMS, CONFIG, batches(), [LOOKUP[0], mixture(3, 4, 12, 7)])
+    assert len(tables.of) == 1
+    alone = replay(drafter, PARAMS, CONFIG, batches(), LOOKUP[0], cost_table)
+    assert_equal(simulate(tables, LOOKUP[0], cost_table), alone)
+
+
+def test_a_replayed_lookup_needs_no_drafter():
+    given = PARAMS, CONFIG, batches()
+    cost_table = cost_table_of(0.1, 0.02)
+    alone = replay(None, *given, ngram(4), cost_table)
+    for one, other in zip(alone, replay(world.drafter(True, 1), *given, ngram(4), cost_table), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(UserError, match="a replay of mixture needs a drafter"):
+        replay(None, *given, LOOKUP[0], cost_table)
+    tables = read_tables(None, *given, [ngram(4)])
+    for way in (ngram(5), LOOKUP[0]):
+        with pytest.raises(UserError, match="were not made for"):
+            simulate(tables, way, cost_table)
+
+
 @pytest.mark.full
 def test_windows_that_a_threshold_ends_are_those_of_decoding():
     stopping = Stopping("threshold", 0.3)
-    ways = [adaptive(3, stopping=stopping), adaptive_tree(3, 3, 10, stopping)]
+    ways = [adaptive(3, stopping=stopping), adaptive_tree(3, 3, 10, stopping), mixture(3, 3, 10, 5, stopping)]
     drafter, cost_table = world.drafter(True, 1), cost_table_of(0.01, 0.01)
     for way, one in zip(ways, replay_all(drafter, PARAMS, CONFIG, batches(), ways, cost_table), strict=True):
         assert_equal(one, decoded(PARAMS, CONFIG, drafter, batches().examples, way, cost_table))
@@ -180,6 +237,8 @@ def test_ways_that_draft_alike_share_their_drafts():
         (5, None), (4, (3, 4, 9)), (1, (2, 1, 2)),
     ]  # fmt: skip
     assert not any(plan.holds(tree(3, 5, 9)) or plan.holds(chain(6)) for plan in plans)
+    mixed = plans_of([tree(3, 2, 9), mixture(3, 2, 9, 7), mixture(3, 4, 5, 2), ngram(4)])
+    assert [(p.depth, p.whole) for p in mixed] == [(2, False), (4, True)]  # whose trees are kept whole
 
 
 def test_what_cannot_be_replayed_is_refused():

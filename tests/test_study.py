@@ -46,12 +46,11 @@ def finished(tmp_path_factory):
 
 def test_a_small_study_compares_an_arm_with_its_start(tmp_path):
     workdir = tmp_path / "run"
-    assert (
-        run.run(study_settings(workdir, arms="eagle3,recipe", seeds="0", modes="tree,chain", ppow_learning_rate=0.3))
-        == 0
-    )
+    changes = {"arms": "eagle3,recipe_mixture", "seeds": "0", "modes": "mixture,chain,ngram"}
+    assert run.run(study_settings(workdir, **changes, ppow_learning_rate=0.3)) == 0
     start, trained = json.loads((workdir / "study.json").read_text())["arms"]
-    assert (start["arm"], trained["arm"]) == ("eagle3", "recipe")
+    assert (start["arm"], trained["arm"]) == ("eagle3", "recipe_mixture")
+    assert start["tau_by_mode"]["ngram"] == trained["tau_by_mode"]["ngram"]  # which knows no drafter
     ratio = trained["tau"]["mean"] / start["tau"]["mean"]
     assert trained["paired_ratios"]["eagle3"]["mean"] == pytest.approx(ratio) and ratio != 1
     assert trained["tau"]["low"] <= trained["tau"]["mean"] <= trained["tau"]["high"]

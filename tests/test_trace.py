@@ -12,6 +12,7 @@ from small_model import CONFIG, MODES, NEW, model, tokenizer
 
 from ppow_jax.inference.requests import Result, Stats
 from ppow_jax.inference.trace import Drafted, Step, Trace, record
+from ppow_jax.inference.trace_page import SOURCES
 from ppow_jax.models import transformer
 from ppow_jax.speculation.settings import chain, tree
 
@@ -134,6 +135,10 @@ def test_the_page_holds_the_answer_and_every_step(mode, tmp_path):
             shown = sum(token.accepted == accepted and token.source == source for token in drafted)
             assert kinds.count(name) == shown + (source == "drafter")  # one in the legend
     assert ("t ok ngram" in kinds) == bool(found.speculation.lookup)
+    assert ("by source" in text) == (mode == "mixture")
+    for source, name in SOURCES.items() if mode == "mixture" else ():
+        mine = [token.accepted for token in drafted if token.source == source]
+        assert f" {name} {sum(mine)} of {len(mine)}" in text
     assert kinds.count("c own") == len(found.steps) + 1
     assert not re.search(r"https?:|//\w|url\(|@import", text)  # nothing from elsewhere
     assert not {"src", "href"} & {name for _, attributes in reader.tags for name in attributes}

@@ -24,6 +24,7 @@ from ppow_jax.evaluation.dialogues import Turn
 from ppow_jax.flags import require
 from ppow_jax.inference.batch import TO_THE_END, bucket
 from ppow_jax.inference.costs import Costs, measure_cost_table, measure_costs
+from ppow_jax.inference.datastore import Datastore
 from ppow_jax.inference.decoding import Decoded, Decoding, decode, top2_margin
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.programs import make_room
@@ -140,6 +141,7 @@ def evaluate(
     on_output: Callable[[Output], None] | None = None,
     on_rows: Callable[[list[dict[str, Any]]], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    datastore: Datastore | None = None,
 ) -> list[dict[str, Any]]:
     """Decodes every prompt plainly and with `drafter` -> one row per benchmark and speculation mode, see the module.
 
@@ -158,6 +160,7 @@ def evaluate(
       on_output: called with every answer pair, mode by mode in the order of the prompts, at the end of a benchmark.
       on_rows: called with the rows so far, still without costs, at the end of a benchmark.
       stop: checked before every batch; once it returns True, no rows are returned.
+      datastore: earlier answers for lookups. Plain decoding's answers are added, after all modes have decoded a batch.
 
     Raises:
       UserError: before anything is compiled: for impossible settings, and for a prompt that has, with its
@@ -167,7 +170,7 @@ def evaluate(
     require(max_new_tokens >= 2, f"--max_new_tokens={max_new_tokens}: {rule}")
     modes = [Decoding(speculation, float(temperature), max_new_tokens, batch_size) for speculation in speculations]
     require(bool(modes), "--modes: name one at least")
-    comparison = _Comparison(target, drafter, modes)
+    comparison = _Comparison(target, drafter, modes, datastore)
     seeds = seeds if temperature else seeds[:1]
     chosen = [(b.name, dialogues.fitting(target, b, comparison.widest, skip_long_prompts)) for b in benchmarks]
     rows: list[dict[str, Any]] = []
@@ -207,6 +210,8 @@ def _measure(
             decoded = comparison.decode(batch, seed, first=i)
             measured.add(batch, seed, decoded)
             for turn, ids in zip(batch, decoded[0].answers, strict=True):
+                if comparison.datastore is not None:
+                    comparison.datastore.add(turn.tokens, ids)
                 turn.answer(comparison.target, ids)
             bar.set_postfix(tau=round(measured.fast[0].total.tau, 2), refresh=False)
             bar.update(len(batch))
@@ -285,8 +290,10 @@ def _cpu_name() -> str:
 class _Comparison:
     """Decodes batches plainly and in all modes. Holds which programs have run, and the measured cost tables."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, modes: Sequence[Decoding]):
-        self.target, self.drafter, self.modes = target, drafter, modes
+    def __init__(
+        self, target: Target, drafter: Drafter | None, modes: Sequence[Decoding], datastore: Datastore | None = None
+    ):
+        self.target, self.drafter, self.modes, self.datastore = target, drafter, modes, datastore
         self.widest = max(modes, key=lambda mode: mode.window)
         self.warm: set[tuple[Speculation, int, int]] = set()
         self.cost_table: dict[tuple[Speculation, int], CostTable] = {}
@@ -339,7 +346,8 @@ class _Comparison:
     ) -> Decoded:
         prompts, ids = [turn.tokens for turn in batch], [turn.id for turn in batch]
         cost_table = self._prices_of(mode) if mode.speculation.adaptive else None
-        return decode(self.target, drafter, prompts, mode, ids, rounds, cost_table)
+        store_S = self.datastore.array if self.datastore is not None and mode.speculation.lookup else None
+        return decode(self.target, drafter, prompts, mode, ids, rounds, cost_table, store_S)
 
     def _prices_of(self, mode: Decoding) -> CostTable:
         """Cost table of an adaptive mode, measured once."""

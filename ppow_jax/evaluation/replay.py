@@ -24,11 +24,13 @@ from ppow_jax import sharding
 from ppow_jax.corpus.features import FeatureStore
 from ppow_jax.data.batches import Batches
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation.replay_tables import ChainTable, Plan, Table, TreeTable, plans_of, read_batch
+from ppow_jax.evaluation.replay_lookup import LookupTable, MixedTable, lookup_round, lookup_table
+from ppow_jax.evaluation.replay_tables import CandidateTable, ChainTable, Plan, Table, TreeTable, plans_of, read_batch
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.speculation.adaptive import AcceptanceStats, CostTable, continues, kept, update
 from ppow_jax.speculation.settings import Speculation
+from ppow_jax.speculation.sources import Sources
 
 Array = jax.Array
 
@@ -62,35 +64,39 @@ class Replayed(NamedTuple):
 class Tables(NamedTuple):
     """All drafts of one drafter from A anchors: a table per plan (see `replay_tables`), [A, ...].
 
-    start_N, count_N: first anchor and number of anchors of each answer, in the order of `batches.examples`.
+    start_N, count_N: first anchor and number of anchors of each answer, in the order of `batches.examples`. lookup:
+    what an n-gram lookup finds; None without a mode that looks up.
     """
 
     of: dict[Plan, Table]
     start_N: np.ndarray
     count_N: np.ndarray
+    lookup: LookupTable | None = None
 
 
 def replay(
-    drafter: Drafter,
+    drafter: Drafter | None,
     target_params: dict,
     config: ModelConfig,
     batches: Batches,
     speculation: Speculation,
     cost_table: CostTable | None = None,
     features: FeatureStore | None = None,
+    store_S: np.ndarray | None = None,
 ) -> Replayed:
     """Replays one speculation mode; see `replay_all`."""
-    return replay_all(drafter, target_params, config, batches, [speculation], cost_table, features)[0]
+    return replay_all(drafter, target_params, config, batches, [speculation], cost_table, features, store_S)[0]
 
 
 def replay_all(
-    drafter: Drafter,
+    drafter: Drafter | None,
     target_params: dict,
     config: ModelConfig,
     batches: Batches,
     speculations: Sequence[Speculation],
     cost_table: CostTable | None = None,
     features: FeatureStore | None = None,
+    store_S: np.ndarray | None = None,
 ) -> list[Replayed]:
     """Counts that greedy decoding at batch 1 would give in several speculation modes, on the answers of `batches`.
 
@@ -98,12 +104,14 @@ def replay_all(
     of any depth and size with the same branch.
 
     Args:
+      drafter: may be None if no mode needs one.
       config: the target's configuration.
       batches: the target's own greedy answers, one per example. An example that was cut to fit a row is an answer of
         that length.
       cost_table: costs of rounds, for at least as many verified tokens as the widest mode has; required by adaptive
         windows, which decide by it.
       features: features of these batches, where the target has read them before.
+      store_S: tokens of earlier answers, which n-gram lookups search as well (`inference.datastore`).
 
     Raises:
       UserError: for a mode without drafts, a cost table that is missing or too short, features of other batches, or an
@@ -111,24 +119,26 @@ def replay_all(
     """
     for speculation in speculations:
         _check_prices(speculation, cost_table)
-    tables = read_tables(drafter, target_params, config, batches, speculations, features)
+    tables = read_tables(drafter, target_params, config, batches, speculations, features, store_S)
     return [simulate(tables, speculation, cost_table) for speculation in speculations]
 
 
 def read_tables(
-    drafter: Drafter,
+    drafter: Drafter | None,
     target_params: dict,
     config: ModelConfig,
     batches: Batches,
     speculations: Sequence[Speculation],
     features: FeatureStore | None = None,
+    store_S: np.ndarray | None = None,
 ) -> Tables:
     """Drafts that the speculation modes are replayed from, whatever the cost table; see `replay_all`."""
     for speculation in speculations:
         if speculation.window < 1:
             raise UserError("a replay without drafts has nothing to count: its window must be at least 1")
-        if speculation.lookup:
-            raise UserError(f"a replay knows chains and trees of a drafter only, not {speculation.mode}")
+    needed = [speculation.mode for speculation in speculations if speculation.needs_drafter]
+    if drafter is None and needed:
+        raise UserError(f"a replay of {needed[0]} needs a drafter")
     if features is not None and features.batches is not batches:
         raise UserError("the features were made of other batches than those to replay")
     for example, anchors in zip(batches.examples, batches.anchors, strict=True):
@@ -137,6 +147,11 @@ def read_tables(
     plans = plans_of(speculations)
     count_N = np.array([len(anchors) for anchors in batches.anchors])
     start_N = np.cumsum(count_N) - count_N
+    tokens = max((speculation.lookup for speculation in speculations), default=0)
+    ahead = 1 + max(speculation.window for speculation in speculations)
+    lookup = lookup_table(batches, tokens, ahead, store_S) if tokens else None
+    if not plans:
+        return Tables({}, start_N, count_N, lookup)
     found: list[Table] | None = None
     for step in range(batches.steps_of_epochs(1)):  # epoch 0 holds every example once
         batch = batches.at(step)
@@ -152,18 +167,31 @@ def read_tables(
                     whole[start_N[i] : start_N[i] + count_N[i]] = part[b, m : m + count_N[i]]
                 m += count_N[i]
     assert found is not None  # batches hold at least one example
-    return Tables(dict(zip(plans, jax.device_put(found), strict=True)), start_N, count_N)
+    return Tables(dict(zip(plans, jax.device_put(found), strict=True)), start_N, count_N, lookup)
 
 
 def simulate(tables: Tables, speculation: Speculation, cost_table: CostTable | None = None) -> Replayed:
     """Simulates the rounds of all answers, from tables that hold the drafts of this mode; see `replay_all`."""
     cost_table = _check_prices(speculation, cost_table)
-    table = next((table for plan, table in tables.of.items() if plan.holds(speculation)), None)
+    table = _table_of(tables, speculation)
     if table is None:
         raise UserError(f"the tables were not made for {speculation}")
     counts = jnp.asarray(tables.start_N, jnp.int32), jnp.asarray(tables.count_N, jnp.int32)
     found = Replayed(*jax.device_get(_rounds(table, *counts, cost_table, speculation=speculation)))
     return found if cost_table else found._replace(cost_N=np.full(len(tables.count_N), np.nan))
+
+
+def _table_of(tables: Tables, speculation: Speculation) -> Table | LookupTable | MixedTable | None:
+    """The drafts that a mode is replayed from; None if the tables lack them."""
+    drafted = next((table for plan, table in tables.of.items() if plan.holds(speculation)), None)
+    if not speculation.lookup:
+        return drafted
+    lookup = tables.lookup
+    if lookup is None or lookup.token_AxN.shape[1] < speculation.lookup:
+        return None
+    if lookup.text_AxK1.shape[1] <= speculation.window or (drafted is None and speculation.needs_drafter):
+        return None
+    return MixedTable(lookup, drafted) if isinstance(drafted, CandidateTable) else lookup
 
 
 def _check_prices(speculation: Speculation, cost_table: CostTable | None) -> CostTable | None:
@@ -191,35 +219,66 @@ class _Round(NamedTuple):
     expected_N: Array
 
 
+class _Statistics(NamedTuple):
+    """What the decisions of a round depend on, see `speculation.state`."""
+
+    stats: AcceptanceStats
+    found: Sources
+
+
 @functools.partial(jax.jit, static_argnames=("speculation",))
 def _rounds(
-    table: Table, start_N: Array, count_N: Array, cost_table: CostTable | None, *, speculation: Speculation
+    table: Table | LookupTable | MixedTable,
+    start_N: Array,
+    count_N: Array,
+    cost_table: CostTable | None,
+    *,
+    speculation: Speculation,
 ) -> tuple[Array, ...]:
     """Simulates all answers, each deciding by itself, until the longest is finished: the fields of `Replayed`."""
-    one_round = _chain_round if isinstance(table, ChainTable) else _tree_round
     N, K1 = len(count_N), speculation.window + 1
     none_N, free_N = jnp.zeros(N, jnp.int32), jnp.zeros(N)
 
     def body(carry):
-        sums, stats = carry
+        sums, known = carry
         at_N = sums[0]
         live_N = at_N < count_N
         here = jax.tree.map(lambda x: x[start_N + jnp.minimum(at_N, count_N - 1)], table)
-        found: _Round = one_round(here, speculation, stats, cost_table)
-        cost_N = cost_table.of_round(found.steps_N, found.drafted_N) if cost_table else free_N
-        if speculation.adaptive:
-            stats = update(stats, found.accepted_N, found.steps_N, found.depth_N, found.expected_N, cost_N)
-        gained_N = jnp.minimum(found.accepted_N + 1, count_N - at_N)
-        accepted_NxK1 = jax.nn.one_hot(found.accepted_N, K1, dtype=jnp.int32)
+        if speculation.lookup:
+            after = lookup_round(here, speculation, known.stats, known.found, cost_table)
+            steps_N, drafted_N, accepted_N = after.steps_N, after.drafted_N, after.accepted_N
+            known = _Statistics(after.stats, after.found)
+        else:
+            (steps_N, drafted_N, accepted_N), known = _drafter_round(here, speculation, known, cost_table)
+        cost_N = cost_table.of_round(steps_N, drafted_N) if cost_table else free_N
+        gained_N = jnp.minimum(accepted_N + 1, count_N - at_N)
+        accepted_NxK1 = jax.nn.one_hot(accepted_N, K1, dtype=jnp.int32)
 
         def add(total, x):
             return total + jnp.where(live_N.reshape(-1, *[1] * (total.ndim - 1)), x, 0)
 
-        new = gained_N, none_N + 1, found.drafted_N, found.steps_N, cost_N, accepted_NxK1
-        return tuple(map(add, sums, new)), stats
+        new = gained_N, none_N + 1, drafted_N, steps_N, cost_N, accepted_NxK1
+        return tuple(map(add, sums, new)), known
 
     nothing = none_N, none_N, none_N, none_N, free_N, jnp.zeros((N, K1), jnp.int32)
-    return jax.lax.while_loop(lambda carry: (carry[0][0] < count_N).any(), body, (nothing, AcceptanceStats.start(N)))[0]
+    start = _Statistics(AcceptanceStats.start(N), Sources.start(N))
+    return jax.lax.while_loop(lambda carry: (carry[0][0] < count_N).any(), body, (nothing, start))[0]
+
+
+def _drafter_round(
+    here: Table, speculation: Speculation, known: _Statistics, cost_table: CostTable | None
+) -> tuple[tuple[Array, Array, Array], _Statistics]:
+    """((steps_N, drafted_N, accepted_N), statistics after the round) of chains and trees."""
+    if isinstance(here, ChainTable):
+        found = _chain_round(here, speculation, known.stats, cost_table)
+    else:
+        assert isinstance(here, TreeTable)
+        found = _tree_round(here, speculation, known.stats, cost_table)
+    if speculation.adaptive:
+        cost_N = cost_table.of_round(found.steps_N, found.drafted_N)
+        stats = update(known.stats, found.accepted_N, found.steps_N, found.depth_N, found.expected_N, cost_N)
+        known = known._replace(stats=stats)
+    return (found.steps_N, found.drafted_N, found.accepted_N), known
 
 
 def _chain_round(

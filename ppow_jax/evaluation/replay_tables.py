@@ -37,30 +37,40 @@ FAR = jnp.iinfo(jnp.int32).max  # rank of a node that was not drafted
 class Plan:
     """Drafting plan for each anchor: the widest of all modes that share it. Hashable: static in every program.
 
-    depth: K. shape: of the tree; None for chains.
+    depth: K. shape: of the tree; None for chains. whole: all candidates are kept, for mixtures with n-gram lookup.
     """
 
     depth: int
     shape: TreeShape | None = None
+    whole: bool = False
 
     def holds(self, speculation: Speculation) -> bool:
         """True if `speculation` can be replayed from the drafts of this plan."""
         shape = speculation.shape
-        if self.depth < speculation.window or (self.shape is None) != (shape is None):
+        if (self.shape is None) != (shape is None) or self.whole != (speculation.lookup > 0):
             return False
-        return shape is None or (self.shape.branch == shape.branch and self.shape.nodes >= shape.nodes)
+        if shape is None:
+            return self.depth >= speculation.window
+        if self.depth < shape.depth or self.shape.branch != shape.branch:
+            return False
+        return self.whole or self.shape.nodes >= shape.nodes
 
 
 def plans_of(speculations: Sequence[Speculation]) -> tuple[Plan, ...]:
-    """The fewest plans that cover the speculation modes: one for all chains, one for all trees of a branch."""
-    found: dict[int, Plan] = {}
+    """The fewest plans that cover the speculation modes: one for all chains, one for all trees of a branch, one for all
+    mixtures of a branch; none for n-gram lookup, which needs no drafter.
+    """
+    found: dict[tuple[int, bool], Plan] = {}
     for speculation in speculations:
-        key = speculation.shape.branch if speculation.shape else 0
-        depth, nodes = speculation.window, speculation.shape.nodes if speculation.shape else 0
+        shape, whole = speculation.shape, speculation.lookup > 0
+        if not speculation.needs_drafter:
+            continue
+        key = shape.branch if shape else 0, whole
+        depth, nodes = (shape.depth, shape.nodes) if shape else (speculation.window, 0)
         if key in found:
             depth, old = max(depth, found[key].depth), found[key].shape
             nodes = max(nodes, old.nodes if old else 0)
-        found[key] = Plan(depth, TreeShape(speculation.shape.branch, depth, nodes) if speculation.shape else None)
+        found[key] = Plan(depth, TreeShape(shape.branch, depth, nodes) if shape else None, whole)
     return tuple(found.values())
 
 
@@ -87,7 +97,15 @@ class TreeTable(NamedTuple):
     rank_AxKxK: Array
 
 
-Table = ChainTable | TreeTable
+class CandidateTable(NamedTuple):
+    """All candidates of the trees from each anchor, see `speculation.tree.Candidates`."""
+
+    logp_AxC: Array
+    token_AxC: Array
+    parent_AxC: Array
+
+
+Table = ChainTable | TreeTable | CandidateTable
 
 
 def text_ahead(windows: AnchorRows, K: int) -> Array:
@@ -137,6 +155,8 @@ def _table(drafter: Drafter, embed_VxD: Array, plan: Plan, anchors: Anchors, roo
     B, M, K = wanted.shape
     anchored = drafter, embed_VxD, anchors.g_BxMxE, root_BxM, anchors.position_BxM, anchors.keys
     wanted_AxK = wanted.reshape(B * M, K)
+    if plan.shape and plan.whole:
+        return CandidateTable(*draft_candidates(*anchored, plan.shape)[:3])
     if plan.shape:
         return tree_table(draft_candidates(*anchored, plan.shape), wanted_AxK, plan.shape)
     unused_B = jax.random.split(jax.random.key(0), B)  # nothing is drawn at temperature 0

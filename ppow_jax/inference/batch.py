@@ -88,7 +88,7 @@ class Generation:
     """Prompts that are decoded together: models, settings, and the state so far.
 
     drafter: None decodes plainly, or by n-gram lookup. cost_table: cost table of an adaptive window, see
-    `costs.measure_cost_table`.
+    `costs.measure_cost_table`. store_S: earlier texts for lookups, see `datastore`.
     """
 
     params: dict
@@ -98,6 +98,7 @@ class Generation:
     sampling: Sampling
     cost_table: Any
     state: State
+    store_S: jax.Array | None = None
 
     @classmethod
     def begin(
@@ -110,18 +111,21 @@ class Generation:
         sampling: Sampling,
         L: int,
         cost_table: Any = None,
+        store_S: jax.Array | None = None,
     ) -> Self:
         """Prefills the prompts, with caches of L slots; the first new token of each is committed."""
         speculation = speculation if drafter or not speculation.needs_drafter else off()
         drafter = drafter if speculation.needs_drafter else None
         state = generate.prefill(params, config, drafter, *prompts, K=speculation.window, sampling=sampling, L=L)
         cost_table = cost_table if speculation.adaptive else None
-        return cls(params, config, drafter, speculation, sampling, cost_table, state)
+        store_S = store_S if speculation.lookup else None
+        return cls(params, config, drafter, speculation, sampling, cost_table, state, store_S)
 
     def decode(self, rounds: int = TO_THE_END) -> None:
         """Decodes until every row is done, or for at most `rounds` rounds, as one program."""
         settings = {"speculation": self.speculation, "sampling": self.sampling, "cost_table": self.cost_table}
-        self.state = generate.decode(self.params, self.config, self.drafter, self.state, rounds, **settings)
+        given = self.params, self.config, self.drafter, self.state, rounds
+        self.state = generate.decode(*given, **settings, store_S=self.store_S)
 
     def draft(self) -> Draft | Tree | Drafts | None:
         """Runs the first half of a round as a program of its own: drafts, unless decoding is plain."""
@@ -129,7 +133,7 @@ class Generation:
             return None
         settings = {"speculation": self.speculation, "sampling": self.sampling, "cost_table": self.cost_table}
         kv, small = self.state.drafter_kv, self.state.replace(target_kv=(), drafter_kv=None)
-        kv, small, draft = draft_round(self.params, self.drafter, kv, small, **settings)
+        kv, small, draft = draft_round(self.params, self.drafter, kv, small, **settings, store_S=self.store_S)
         self.state = small.replace(target_kv=self.state.target_kv, drafter_kv=kv)
         return draft
 
@@ -157,12 +161,14 @@ def draft_round(
     speculation: Speculation,
     sampling: Sampling,
     cost_table: Any = None,
+    store_S: jax.Array | None = None,
 ) -> tuple[tuple[KV, ...] | None, State, Draft | Tree | Drafts]:
     """Drafts the windows of a round -> (the drafter's cache, the state without caches, the draft).
 
     kv: the drafter's cache, kept apart from the state: it is donated, and updated in place.
     """
-    out, draft = generate.draft_window(params, drafter, state.replace(drafter_kv=kv), speculation, sampling, cost_table)
+    whole = state.replace(drafter_kv=kv)
+    out, draft = generate.draft_window(params, drafter, whole, speculation, sampling, cost_table, store_S)
     return sharding.constrain(out.drafter_kv), out.replace(drafter_kv=None), draft
 
 

@@ -109,12 +109,14 @@ def decode(
     ids: Sequence[int] = (0,),
     rounds: int = TO_THE_END,
     cost_table: CostTable | None = None,
+    store_S: jax.Array | None = None,
 ) -> Decoded:
     """Answers up to `batch_size` prompts (token ids [T]), speculatively, or plainly where the drafter is missing.
 
     Rows beyond the prompts are dummies that are done from the start. ids: one number per prompt, which together with
     the seed makes its random key. rounds: maximum number of rounds (one round compiles every program). cost_table: cost
-    table of an adaptive window, see `costs.measure_cost_table`. Times include any compilation.
+    table of an adaptive window, see `costs.measure_cost_table`. store_S: earlier texts for lookups, see `datastore`.
+    Times include any compilation.
     """
     for number, prompt in enumerate(prompts):
         require_known(prompt, target.config.vocab_size, f"prompt {number}", target.tokenizer)
@@ -129,9 +131,8 @@ def decode(
     )
     L = settings.cache_length(longest)
     begin = time.perf_counter()
-    generation = batch.Generation.begin(
-        target.params, target.config, drafter, rows, settings.speculation, settings.sampling, L, cost_table
-    )
+    how = settings.speculation, settings.sampling, L, cost_table, store_S
+    generation = batch.Generation.begin(target.params, target.config, drafter, rows, *how)
     jax.block_until_ready(generation.state)
     middle = time.perf_counter()
     generation.decode(rounds)

@@ -29,6 +29,7 @@ from ppow_jax.flags import require
 from ppow_jax.inference import batch, shown
 from ppow_jax.inference.batch import TO_THE_END
 from ppow_jax.inference.costs import measure_cost_table
+from ppow_jax.inference.datastore import Datastore
 from ppow_jax.inference.learner import Learner, OnlineStats
 from ppow_jax.inference.requests import Answer, Batch, Job, Result, Stats, Stop, Text, pack
 from ppow_jax.models.drafter import Drafter
@@ -71,10 +72,12 @@ class Model:
     adaptive chains at temperature > 0 the answer that a seed draws does: keep them to reproduce it elsewhere.
     online: what adapts the drafter to the answers (`ppow_jax.online.session.Online` attaches itself), or None. It works
     after each batch of answers, and may replace `drafter` then.
+    datastore: earlier answers, which n-gram lookups search as well; finished answers are added to it. It is not saved.
     """
 
     target: Target
     drafter: Drafter | None = None
+    datastore: Datastore | None = dataclasses.field(default=None, kw_only=True)
     cost_table: dict[tuple[Speculation, int, bool], CostTable] = dataclasses.field(default_factory=dict)
     online: Learner | None = None
 
@@ -251,7 +254,7 @@ class Model:
         L = batch.cache_length_within(limit, P, positions, speculation.window)
         begin = time.perf_counter()
         generation = batch.Generation.begin(
-            self.target.params, config, self.drafter, rows, speculation, sampling, L, cost_table
+            self.target.params, config, self.drafter, rows, speculation, sampling, L, cost_table, self.store_S
         )
         jax.block_until_ready(generation.state.length_B)  # for the clock: nothing is transferred to the host
         seconds = time.perf_counter() - begin
@@ -259,6 +262,11 @@ class Model:
         generation.state = generation.state.replace(**sharding.place({"source_BxL": source_BxL}))
         answers = [Answer(self.target, request, seconds) for request in requests]
         return Batch(generation, answers)
+
+    @property
+    def store_S(self) -> jax.Array | None:
+        """Tokens of earlier answers for lookups; None without a datastore."""
+        return None if self.datastore is None else self.datastore.array
 
     def run(self, job: Job, members: Sequence[int], rounds: int) -> Iterator[list[Answer]]:
         """Answers requests as one batch; yields the answers so far, every `rounds` rounds and at the end."""
@@ -268,6 +276,8 @@ class Model:
             rows.generation.decode(rounds)
             rows.look(begin)
             yield rows.answers
+        for answer in rows.answers if self.datastore else ():
+            self.datastore.add(answer.request.prompt_ids, answer.ids)
 
 
 class Stream:

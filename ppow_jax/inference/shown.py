@@ -7,9 +7,14 @@ import html
 import os
 from typing import Any, TextIO
 
+from ppow_jax.speculation.sources import ORIGINS
+
 LEGEND = "green: drafted tokens that were accepted; the others are the target's own"
-_GREEN, _PLAIN = "\033[32m", "\033[0m"
-_STYLE = "background:#cfe8d5;border-radius:2px"
+LOOKUP_LEGEND = "green: accepted from the drafter; yellow: from n-gram lookup; cyan: both; others: the target's own"
+_COLOURS = {"drafter": "\033[32m", "ngram": "\033[33m", "both": "\033[36m"}
+_PLAIN = "\033[0m"
+_GROUNDS = {"drafter": "#cfe8d5", "ngram": "#f6e3b4", "both": "#cbe6ee"}
+_TITLES = {"drafter": "drafted", "ngram": "from n-gram lookup", "both": "drafted, and from n-gram lookup"}
 _TEXT = 60  # characters of an answer in its one-line form
 
 
@@ -18,38 +23,48 @@ def colours(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def spans(result: Any) -> list[tuple[str, bool]]:
-    """Pieces of the text, and whether they were drafted; the pieces together are `result.text`.
+def legend(result: Any) -> str:
+    """What the colours of a result mean."""
+    return LOOKUP_LEGEND if {"ngram", "both"} & set(result.sources) else LEGEND
+
+
+def spans(result: Any) -> list[tuple[str, str]]:
+    """Pieces of the text, and who proposed them (`sources.ORIGINS`); the pieces together are `result.text`.
 
     A piece is as long as the origin of its tokens is the same. A character of several tokens counts to the last one.
     """
-    found: list[tuple[str, bool]] = []
+    found: list[tuple[str, str]] = []
     shown, count = 0, len(result.token_ids)
     for n in range(1, count + 1) if result.text_of is not None else ():
         text = result.text if n == count else result.text_of.settled(result.token_ids[:n])
-        piece, drafted = result.text[shown : len(text)], result.drafted[n - 1]
+        piece, source = result.text[shown : len(text)], result.sources[n - 1]
         shown += len(piece)
-        if found and found[-1][1] == drafted:
-            found[-1] = found[-1][0] + piece, drafted
+        if found and found[-1][1] == source:
+            found[-1] = found[-1][0] + piece, source
         elif piece:
-            found.append((piece, drafted))
-    return found or [(result.text, False)]
+            found.append((piece, source))
+    return found or [(result.text, ORIGINS[0])]
 
 
 def coloured(result: Any) -> str:
-    """The text for a terminal, its drafted tokens in green."""
-    return "".join(f"{_GREEN}{text}{_PLAIN}" if drafted else text for text, drafted in spans(result))
+    """The text for a terminal, its drafted tokens in the colours of their sources."""
+    pieces = ((text, _COLOURS.get(source)) for text, source in spans(result))
+    return "".join(f"{colour}{text}{_PLAIN}" if colour else text for text, colour in pieces)
 
 
 def page(result: Any) -> str:
-    """The text as HTML for a notebook, its drafted tokens on green ground, with the figures below."""
-    pieces = (
-        f'<span style="{_STYLE}" title="drafted">{html.escape(text)}</span>' if drafted else html.escape(text)
-        for text, drafted in spans(result)
-    )
+    """The text as HTML for a notebook, its drafted tokens on coloured ground, with the figures below."""
+
+    def piece(text: str, source: str) -> str:
+        if source not in _GROUNDS:
+            return html.escape(text)
+        style = f"background:{_GROUNDS[source]};border-radius:2px"
+        return f'<span style="{style}" title="{_TITLES[source]}">{html.escape(text)}</span>'
+
+    pieces, told = (piece(*span) for span in spans(result)), legend(result)
     return (
         f'<div style="white-space:pre-wrap">{"".join(pieces)}</div>'
-        f'<div style="color:#666;font-size:85%">{html.escape(figures(result))}. {LEGEND[0].upper()}{LEGEND[1:]}.</div>'
+        f'<div style="color:#666;font-size:85%">{html.escape(figures(result))}. {told[0].upper()}{told[1:]}.</div>'
     )
 
 

@@ -10,6 +10,8 @@ from ppow_jax.files import write_atomic
 from ppow_jax.inference.requests import Result
 from ppow_jax.speculation.settings import Speculation
 
+SOURCES = {"drafter": "drafter", "ngram": "n-gram lookup", "both": "drafter and n-gram lookup"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Drafted:
@@ -125,7 +127,19 @@ def _totals(trace: Trace) -> str:
 <div class="split">{_bar(share, 100 - share)}</div>
 <p class="note"><i class="dot draft"></i>drafting {1000 * draft / count:.1f} ms a step, {share:.0f} %
 <i class="dot verify"></i>verification {1000 * verify / count:.1f} ms a step, {100 - share:.0f} % ·
-reading the prompt {1000 * trace.result.prefill_seconds:.0f} ms</p>"""
+reading the prompt {1000 * trace.result.prefill_seconds:.0f} ms</p>{_by_source(trace)}"""
+
+
+def _by_source(trace: Trace) -> str:
+    """Accepted of drafted tokens by source, where there are two."""
+    if not (trace.speculation.lookup and trace.speculation.shape):
+        return ""
+    drafted = [token for step in trace.steps for token in step.drafted]
+    told = []
+    for source, name in SOURCES.items():
+        mine = [token.accepted for token in drafted if token.source == source]
+        told.append(f"{name} {sum(mine)} of {len(mine)}")
+    return f'\n<p class="note">accepted of drafted tokens by source: {", ".join(told)}</p>'
 
 
 def _answer(trace: Trace) -> str:
@@ -197,8 +211,7 @@ def _node(kind: str, label: str, tip: str, children: str) -> str:
 def _drafted_tip(trace: Trace, step: Step, n: int) -> str:
     token = step.drafted[n]
     verdict = "accepted" if token.accepted else "rejected"
-    name = {"drafter": "drafter", "ngram": "n-gram lookup", "both": "drafter and n-gram lookup"}[token.source]
-    chances = f"{name} {_percent(token.drafter)} · target {_percent(token.target)}"
+    chances = f"{SOURCES[token.source]} {_percent(token.drafter)} · target {_percent(token.target)}"
     return f"drafted, {verdict}\n{chances}\ntoken {token.token}"
 
 

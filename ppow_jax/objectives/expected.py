@@ -18,6 +18,11 @@ begins, so the expected number of rounds C(m) from position m to the end of the 
 and a k-th accepted token is worth C(m + k) - C(m + k + 1) rounds in place of R(k) - R(k-1). A window is then weighted
 by the probability that a round begins there. Minimising log C maximises the acceptance length of the whole answer,
 log(tokens / C).
+
+Where the drafter shares its tree with an n-gram lookup (`speculation.mixture`), a round keeps the longer of what either
+gets right. If the lookup gets the first l tokens of a window, at least k <= l of them are kept whatever the drafter
+does, so a k-th token of the drafter's is worth nothing there: with `lookup_discount` d = 1 the probability that k
+tokens are kept is 1 for k <= l in place of prod a_j; with a smaller d it lies between the two, in proportion.
 """
 
 import dataclasses
@@ -42,7 +47,8 @@ class ExactSettings:
     """Hashable. rule: drafting rule that the reward is computed for. horizon: see the module.
     divide_by_std: divides a window's gradient by the standard deviation of its reward, as group-relative advantages do.
     kl_weight: beta of KL(target || drafter) on the drafter's own path. supervised_weight: weight of stage 1's loss over
-    the same draft steps, and decay: its weight of a step relative to the one before.
+    the same draft steps, and decay: its weight of a step relative to the one before. lookup_discount: share, 0 to 1, of
+    the worth of an accepted token that is lost where an n-gram lookup gets it as well.
     """
 
     rule: DraftRule = SAMPLED
@@ -51,31 +57,39 @@ class ExactSettings:
     kl_weight: float = 0.0
     supervised_weight: float = 0.0
     decay: float = 0.8
+    lookup_discount: float = 0.0
 
 
 class Expected(NamedTuple):
-    """Statistics of windows of K drafted tokens. chance_Kx: probability that at least 1..K tokens are accepted.
-    reach_Kx: probability that all tokens before are. mean_x, std_x: of the reward. weight_Kx: gradient of the mean by
+    """Statistics of windows of K drafted tokens. chance_Kx: probability that at least 1..K tokens of the drafter's are
+    accepted. kept_Kx: probability that a round keeps at least 1..K tokens, of either source. reach_Kx: probability that
+    all tokens of the drafter's before are accepted. mean_x, std_x: of the reward. weight_Kx: gradient of the mean by
     the log-probability of each token.
     """
 
     chance_Kx: Array
+    kept_Kx: Array
     reach_Kx: Array
     mean_x: Array
     std_x: Array
     weight_Kx: Array
 
 
-def expected_reward(log_a_Kx: Array, reward_K1: Array) -> Expected:
-    """Computes `Expected` from log a_j of the text's K tokens (-inf: cannot be accepted), and R(0), .., R(K)."""
+def expected_reward(log_a_Kx: Array, reward_K1: Array, free_Kx: Array | float = 0.0) -> Expected:
+    """Computes `Expected` from log a_j of the text's K tokens (-inf: cannot be accepted), and R(0), .., R(K).
+
+    free_Kx: probability that an n-gram lookup gets at least 1..K tokens, see the module.
+    """
     chance_Kx, reach_Kx = chances(log_a_Kx)
     rest = (1,) * (chance_Kx.ndim - 1)
     above_K1 = reward_K1 - reward_K1[0]
-    gain_Kx = jnp.diff(above_K1).reshape(-1, *rest) * chance_Kx
-    mean_x = gain_Kx.sum(0)
-    square_x = (jnp.diff(above_K1**2).reshape(-1, *rest) * chance_Kx).sum(0)
+    own_Kx = (1.0 - free_Kx) * chance_Kx
+    kept_Kx, step_Kx = free_Kx + own_Kx, jnp.diff(above_K1).reshape(-1, *rest)
+    mean_x = (step_Kx * kept_Kx).sum(0)
+    square_x = (jnp.diff(above_K1**2).reshape(-1, *rest) * kept_Kx).sum(0)
     std_x = jnp.sqrt(jnp.maximum(square_x - mean_x**2, 0.0))
-    return Expected(chance_Kx, reach_Kx, reward_K1[0] + mean_x, std_x, _from_here_on(gain_Kx))
+    weight_Kx = _from_here_on(step_Kx * own_Kx)
+    return Expected(chance_Kx, kept_Kx, reach_Kx, reward_K1[0] + mean_x, std_x, weight_Kx)
 
 
 def chances(log_a_Kx: Array) -> tuple[Array, Array]:
@@ -136,6 +150,7 @@ def window_loss(
     settings: ExactSettings,
     adaw: Array,
     vocab_size: int,
+    found_BxM: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """(a loss whose gradient is that of the objective, metrics).
 
@@ -143,22 +158,27 @@ def window_loss(
 
     steps: `supervised.unroll`, K of them. last_BxM: see `supervised.last_anchors`. adaw: weight windows by their
     criticality (a boolean scalar).
-    vocab_size: of the target. All terms are cross-entropies at the same logits, so one pass over the head with their
-    weights gives the gradient of all.
+    vocab_size: of the target. found_BxM: number of a window's first tokens that an n-gram lookup gets right, for
+    `ExactSettings.lookup_discount`. All terms are cross-entropies at the same logits, so one pass over the head with
+    their weights gives the gradient of all.
     """
     frozen, rule = jax.lax.stop_gradient(drafter), settings.rule
     nothing_BxM = jnp.zeros(steps[0].valid_BxM.shape)
     seen = [supervised.score_step(frozen, jax.lax.stop_gradient(s), nothing_BxM, nothing_BxM, rule) for s in steps]
     valid_KxBxM = jnp.stack([step.valid_BxM for step in steps])
     log_a_KxBxM = jnp.where(valid_KxBxM, jnp.stack([x.log_a_BxM for x in seen]), -jnp.inf)
-    expected = expected_reward(log_a_KxBxM, reward_K1)
+    free_KxBxM = jnp.zeros(valid_KxBxM.shape)
+    if found_BxM is not None:
+        within_Kx = jnp.arange(len(steps))[:, None, None] < found_BxM
+        free_KxBxM = settings.lookup_discount * (valid_KxBxM & within_Kx)
+    expected = expected_reward(log_a_KxBxM, reward_K1, free_KxBxM)
     kl_KxBxM = jnp.stack([x.loss_BxM - entropy(step.probability_BxMxW) for x, step in zip(seen, steps, strict=True)])
 
     weight_KxBxM, priority_BxM = expected.weight_Kx, priority(steps, kl_KxBxM, vocab_size)
     if settings.horizon == "answer":
-        worth_KxBxM = marginal_rounds(expected.chance_Kx, valid_KxBxM[0], last_BxM)
-        weight_KxBxM = _from_here_on(worth_KxBxM * expected.chance_Kx)
-        visit_BxM = visits(expected.chance_Kx, valid_KxBxM[0], last_BxM)
+        worth_KxBxM = marginal_rounds(expected.kept_Kx, valid_KxBxM[0], last_BxM)
+        weight_KxBxM = _from_here_on(worth_KxBxM * (1.0 - free_KxBxM) * expected.chance_Kx)
+        visit_BxM = visits(expected.kept_Kx, valid_KxBxM[0], last_BxM)
     else:
         visit_BxM = jnp.ones(valid_KxBxM.shape[1:])
     if settings.divide_by_std:
@@ -180,8 +200,9 @@ def window_loss(
         return jnp.sum(x_BxM * counted_BxM) / whole
 
     mean_reward = mean(expected.mean_x)
+    looked_up = {} if found_BxM is None else {"looked_up": mean((valid_KxBxM & within_Kx).sum(0))}
     matched_KxBxM = jnp.cumprod(jnp.stack([x.match_BxM for x in seen]) & valid_KxBxM, axis=0)
-    return total, {
+    return total, looked_up | {
         "loss": total,
         "reward": mean_reward,
         "reward_std": jnp.sqrt(mean((expected.mean_x - mean_reward) ** 2 + expected.std_x**2)),

@@ -25,7 +25,7 @@ from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import THROUGHPUT, Speculation
 from ppow_jax.speculation.sources import Drafts
 from ppow_jax.speculation.state import Prompts, State, cache_length, commit_tokens, row_keys
-from ppow_jax.speculation.tree import Tree, draft_candidates, propose_tree
+from ppow_jax.speculation.tree import Candidates, Tree, draft_candidates, propose_tree
 from ppow_jax.speculation.verification import Verification, verify_draft
 
 __all__ = ["Prompts", "Verification", "State", "cache_length", "decode", "draft_window", "prefill", "verify_window"]
@@ -41,13 +41,15 @@ def draft_window(
     speculation: Speculation,
     sampling: Sampling,
     cost_table: CostTable | None = None,
+    store_S: Array | None = None,
 ) -> tuple[State, Draft | Tree | Drafts]:
     """Drafts after each row's root, and writes the pending features into the drafter's cache.
 
     drafter: None for n-gram lookup, which has no cache. cost_table: cost table that adaptive windows decide by.
+    store_S: earlier texts for lookups, see `ngram.find`.
     """
     if drafter is None:
-        return state, _looked_up(state, speculation, cost_table)
+        return state, _looked_up(state, speculation, cost_table, store_S)
     start_B, g_BxK1xE, following_BxK1, new = _pending_keys(params, drafter, state)
     K1, L = g_BxK1xE.shape[1], state.tokens_BxL.shape[1]
     last_Bx1 = (state.pending_B - 1)[:, None]
@@ -62,7 +64,7 @@ def draft_window(
     how = _decisions(state, speculation, sampling, cost_table) if speculation.adaptive else {}
     draft: Draft | Tree | Drafts
     if speculation.lookup:
-        draft = _mixed(anchored, state, speculation, cost_table)
+        draft = _mixed(anchored, state, speculation, cost_table, store_S)
         first_B = draft.tree.token_BxN.min(-1)
     elif speculation.shape:
         draft = tree = propose_tree(*anchored, speculation.shape, **how)
@@ -74,27 +76,26 @@ def draft_window(
     return state.replace(drafter_kv=drafter_kv, pending_B=jnp.zeros_like(state.pending_B)), draft
 
 
-def _looked_up(state: State, speculation: Speculation, cost_table: CostTable | None) -> Drafts:
+def _looked_up(
+    state: State, speculation: Speculation, cost_table: CostTable | None, store_S: Array | None
+) -> Drafts:
     """N-gram lookup by itself."""
-    match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup)
+    match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup, store_S)
     return mixture.lookup(
         state.stats, state.sources, speculation.adaptive or THROUGHPUT, cost_table, match, ~state.done_B
     )
 
 
-def _mixed(anchored: Any, state: State, speculation: Speculation, cost_table: CostTable | None) -> Drafts:
-    """A tree of both sources; without a cost table, of its full size. anchored: see `draft_candidates`."""
-    stats, found, live_B = state.stats, state.sources, ~state.done_B
-    shape, stopping = speculation.shape, speculation.adaptive or THROUGHPUT
-    match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup)
-    log_q_BxN = ngram.log_chances(found.counts, match)
-    alone_B = mixture.worth(stats, found, stopping, cost_table, log_q_BxN, live_B)
-    go_on, keep = None, None
-    if cost_table is not None:
-        go_on = mixture.decisions(stats, found, stopping, cost_table, shape, log_q_BxN, alone_B, state.done_B)
-        keep = mixture.keeping(stats, found, stopping, cost_table, live_B)
-    drafted = draft_candidates(*(*anchored, shape, go_on))
-    return mixture.merge(drafted, match, log_q_BxN, stats.calibration_B, shape, speculation.window, keep, alone_B)
+def _mixed(
+    anchored: Any, state: State, speculation: Speculation, cost_table: CostTable | None, store_S: Array | None
+) -> Drafts:
+    """A tree of both sources. anchored: see `draft_candidates`."""
+    match = ngram.find(state.tokens_BxL, state.length_B, speculation.lookup, store_S)
+
+    def draft(go_on: Callable[[int, Array], Array] | None) -> Candidates:
+        return draft_candidates(*(*anchored, speculation.shape, go_on))
+
+    return mixture.mixed(draft, state.stats, state.sources, speculation, cost_table, match, ~state.done_B)
 
 
 def _pending_keys(params: dict[str, Any], drafter: Drafter, state: State) -> tuple[Array, Array, Array, tuple[KV, ...]]:
@@ -275,10 +276,11 @@ def decode(
     speculation: Speculation,
     sampling: Sampling,
     cost_table: CostTable | None = None,
+    store_S: Array | None = None,
 ) -> State:
     """Decodes until every row is done, or for at most `rounds` rounds.
 
-    speculation: its window must be the state's K. cost_table: see `draft_window`.
+    speculation: its window must be the state's K. cost_table, store_S: see `draft_window`.
     """
 
     def unfinished(carry: Carry) -> Array:
@@ -289,7 +291,7 @@ def decode(
         step, state = carry
         draft, used = None, drafter if speculation.needs_drafter else None
         if drafts:
-            state, draft = draft_window(params, used, state, speculation, sampling, cost_table)
+            state, draft = draft_window(params, used, state, speculation, sampling, cost_table, store_S)
         how: dict[str, Any] = {
             "draft": draft,
             "speculation": speculation,

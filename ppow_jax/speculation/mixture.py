@@ -30,6 +30,7 @@ from ppow_jax.speculation.adaptive import (
     update,
 )
 from ppow_jax.speculation.ngram import Match
+from ppow_jax.speculation.settings import THROUGHPUT, Speculation
 from ppow_jax.speculation.sources import DRAFTER, NGRAM, Drafts, Sources
 from ppow_jax.speculation.tree import ABSENT, Candidates, TreeShape, assemble, choose, depths_of
 
@@ -88,6 +89,27 @@ def lookup(
     tree = assemble(chosen_BxN, log_q_BxN, match.token_BxN, parent_BxN, none_B, N)
     unknown_BxN = jnp.full((B, N), -jnp.inf)
     return Drafts(tree, match, jnp.where(kept_BxN, NGRAM, 0), unknown_BxN, alone_B)
+
+
+def mixed(
+    draft: Callable[[Callable[[int, Array], Array] | None], Candidates],
+    stats: AcceptanceStats,
+    found: Sources,
+    speculation: Speculation,
+    cost_table: CostTable | None,
+    match: Match,
+    live_B: Array,
+) -> Drafts:
+    """A tree of both sources; without cost_table, of its full size. draft: see `draft_candidates`, given its go_on."""
+    shape, stopping = speculation.shape, speculation.adaptive or THROUGHPUT
+    assert shape is not None  # a mixture's
+    log_q_BxN = ngram.log_chances(found.counts, match)
+    alone_B = worth(stats, found, stopping, cost_table, log_q_BxN, live_B)
+    go_on, keep = None, None
+    if cost_table is not None:
+        go_on = decisions(stats, found, stopping, cost_table, shape, log_q_BxN, alone_B, ~live_B)
+        keep = keeping(stats, found, stopping, cost_table, live_B)
+    return merge(draft(go_on), match, log_q_BxN, stats.calibration_B, shape, speculation.window, keep, alone_B)
 
 
 def decisions(

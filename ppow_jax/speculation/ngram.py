@@ -37,12 +37,18 @@ class Match(NamedTuple):
     token_BxN: Array
 
 
-def find(tokens_BxL: Array, length_B: Array, N: int) -> Match:
+def find(tokens_BxL: Array, length_B: Array, N: int, store_S: Array | None = None) -> Match:
     """Looks the last tokens of each row up in the row itself: the longest match, of these the most recent.
 
     Only the first length_B (at least 1) tokens are read. A continuation that reaches their end goes on from its own
     start, as the text would if it repeated itself.
+
+    store_S: tokens of earlier texts, searched as if they stood before each row; -1 where there are none, before all
+    others. So of matches as long as each other, the row's own ones come first.
     """
+    if store_S is not None:
+        before_BxS = jnp.broadcast_to(store_S, (len(tokens_BxL), len(store_S))).astype(tokens_BxL.dtype)
+        tokens_BxL, length_B = jnp.concatenate([before_BxS, tokens_BxL], 1), length_B + len(store_S)
     L = tokens_BxL.shape[1]
     end_B = length_B - 1  # index of the last token
     earlier_BxL = jnp.arange(L) < end_B[:, None]

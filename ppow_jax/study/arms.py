@@ -55,6 +55,13 @@ _ARMS = (
         RECIPE | {"horizon": "answer", "adaw": False},
         "the recipe, rewarding the rounds of whole answers",
     ),
+    Arm(
+        "recipe_mixture",
+        "ppow",
+        "exact",
+        RECIPE | {"lookup_discount": 1.0},
+        "the recipe, without reward for tokens that an n-gram lookup gets as well",
+    ),
     Arm("recipe_tree", "ppow", "exact", RECIPE | {"rivals": 3, "adaw": False}, "the recipe, rewarding a tree"),
     Arm(
         "recipe_tree_answer",

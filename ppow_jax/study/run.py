@@ -86,7 +86,8 @@ def _open(settings: StudySettings, workdir: Path, stop: StopSignal) -> _Study:
     layers = start.config.feature_layers
     held_out = feature_store(context, "features_held_out", corpus.held_out, layers)
     test = feature_store(context, "features_test", corpus.test, layers)
-    cost_table = measured_cost_table(context, cast(start, settings.dtype), of_mode("adaptive", settings.window))
+    speculations = [of_mode(mode, settings.window) for mode in settings.modes]
+    cost_table = measured_cost_table(context, cast(start, settings.dtype), speculations)
     return _Study(settings, workdir, context, start, held_out, test, cost_table)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from ppow_jax.flags import field, require
-from ppow_jax.speculation.settings import MODES
+from ppow_jax.speculation.settings import LOOKUP_MODES, MODES
 from ppow_jax.study.arms import ARMS, find_arm
 from ppow_jax.training.settings import TrainSettings
 
@@ -35,7 +35,7 @@ class StudySettings(TrainSettings):
     modes: tuple[str, ...] = field(
         ("adaptive", "chain", "tree"),
         "Speculation modes whose rounds are replayed; arms are compared in the first one.",
-        choices=MODES,
+        choices=(*MODES, *LOOKUP_MODES),
         may_change=True,
         group="Study",
     )
@@ -57,7 +57,7 @@ class StudySettings(TrainSettings):
     decoded_mode: str = field(
         "off",
         "Speculation mode in which held-out answers are decoded while an arm is trained; off: not at all.",
-        choices=("off", "chain", "tree", "adaptive"),
+        choices=("off", *MODES, *LOOKUP_MODES),
         group="Study",
     )
 

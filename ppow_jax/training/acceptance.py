@@ -27,7 +27,7 @@ def decoded_acceptance(context: RunContext, drafter: Drafter) -> Callable[[dict]
     shape = {"batch_size": s.batch_size, "row_length": s.row_length, "max_anchors": s.max_anchors}
     batches = Batches(examples, seed=s.seed, **shape)
     speculation = of_mode(s.decoded_mode, s.window)
-    cost_table = measured_cost_table(context, cast(drafter, s.dtype), speculation) if speculation.adaptive else None
+    cost_table = measured_cost_table(context, cast(drafter, s.dtype), [speculation]) if speculation.adaptive else None
 
     def measure(params: dict) -> dict[str, float]:
         mine = cast(drafter.replace(params=params, compute_dtype=None, remat="none"), s.dtype)

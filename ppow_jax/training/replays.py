@@ -15,7 +15,7 @@ from ppow_jax.evaluation.replay import Replayed, replay_all
 from ppow_jax.inference.costs import measure_cost_table
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.adaptive import CostTable
-from ppow_jax.speculation.settings import Speculation, of_mode
+from ppow_jax.speculation.settings import Speculation, ngram, of_mode
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.run.preemption import Stopped
 
@@ -31,17 +31,31 @@ def feature_store(context: RunContext, name: str, batches: Batches, layers: tupl
     return store
 
 
-def measured_cost_table(context: RunContext, drafter: Drafter, speculation: Speculation) -> CostTable:
-    """Cost table of drafting and verifying, measured once per shared directory, so resumed runs repeat decisions."""
+def measured_cost_table(context: RunContext, drafter: Drafter, speculations: Sequence[Speculation]) -> CostTable:
+    """Cost table of drafting trees and verifying, measured once per shared directory, so resumed runs repeat decisions.
+
+    It holds as many verified tokens as the widest of the modes verifies; a stored one that is too short is replaced.
+    """
     path: Path = context.shared / "prices.json"
-    known = path.exists()
+    most = max(speculation.verified for speculation in speculations)
+    table = json.loads(path.read_text()) if path.exists() else None
     distributed.wait("cost_table")  # no process writes before all have looked
-    if not known:
-        found = measure_cost_table(context.target, drafter, speculation, TYPICAL_CACHE)
+    if table is None or len(table["verify"]) <= most:
+        found = _measure_cost_table(context, drafter, most)
         table = {"step": float(found.step), "verify": np.asarray(found.verify_N1).tolist()}
         distributed.by_leader(lambda: files.write_atomic(path, json.dumps(table)))
-    table = json.loads(path.read_text())
+        table = json.loads(path.read_text())
     return CostTable.of(table["step"], np.array(table["verify"]))
+
+
+def _measure_cost_table(context: RunContext, drafter: Drafter, most: int) -> CostTable:
+    """Costs of adaptive trees; of verifying more than their nodes, up to `most`, those of n-gram lookup."""
+    found = measure_cost_table(context.target, drafter, of_mode("adaptive", context.settings.window), TYPICAL_CACHE)
+    known = np.asarray(found.verify_N1)
+    if len(known) > most:
+        return found
+    longer = np.asarray(measure_cost_table(context.target, None, ngram(most), TYPICAL_CACHE).verify_N1)
+    return CostTable.of(float(found.step), np.maximum.accumulate(np.append(known, longer[len(known) :])))
 
 
 def replay_modes(

@@ -15,7 +15,7 @@ from ppow_jax.evaluation import plots, report
 from ppow_jax.evaluation.benchmarks import Benchmark
 from ppow_jax.evaluation.measure import environment, evaluate
 from ppow_jax.models.drafter import Drafter, cast
-from ppow_jax.speculation.settings import MODES, of_mode
+from ppow_jax.speculation.settings import of_mode
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.replays import compare, feature_store, measured_cost_table, replay_modes
 from ppow_jax.training.run.metrics import read_metrics
@@ -83,18 +83,17 @@ def _report(workdir: Path, result: dict) -> None:
 
 
 def _replayed(context: RunContext, arms: dict[str, Drafter]) -> dict[str, dict[str, Any]]:
-    """Replays each arm in all --modes of the drafter on --test_answers, and compares it with the first arm."""
+    """Replays each arm in all --modes on --test_answers, and compares it with the first arm."""
     s, test = context.settings, context.corpus.test
-    modes = [mode for mode in s.modes if mode in MODES]
-    if test is None or not modes:
+    if test is None:
         return {}
     first, *_ = arms.values()
     log.info("computing the acceptance of every arm on %d answers kept for testing", len(test.examples))
     store = feature_store(context, "features_test", test, first.config.feature_layers)
-    cost_table = measured_cost_table(context, cast(first, s.dtype), of_mode("adaptive", s.window))
-    found = {name: replay_modes(context, drafter, modes, cost_table, store) for name, drafter in arms.items()}
+    cost_table = measured_cost_table(context, cast(first, s.dtype), [of_mode(mode, s.window) for mode in s.modes])
+    found = {name: replay_modes(context, drafter, s.modes, cost_table, store) for name, drafter in arms.items()}
     start = next(iter(arms))
-    compared = {mode: compare({name: replays[mode] for name, replays in found.items()}, start) for mode in modes}
+    compared = {mode: compare({name: replays[mode] for name, replays in found.items()}, start) for mode in s.modes}
     return {name: {"replayed": {mode: rows[name] for mode, rows in compared.items()}} for name in arms}
 
 

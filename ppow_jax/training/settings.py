@@ -13,7 +13,7 @@ from ppow_jax.speculation.settings import LOOKUP_MODES, MODES
 # Settings that an estimator does not support: a value other than the default is refused.
 IGNORED = {
     "exact": ("eta", "eps", "group", "windows", "clip", "passes"),
-    "sampled": ("horizon", "rivals", "supervised_weight"),
+    "sampled": ("horizon", "rivals", "supervised_weight", "lookup_discount"),
 }
 STAGES = ("data", "supervised", "ppow", "evaluate", "export")
 
@@ -62,7 +62,7 @@ class TrainSettings:
     decoded_mode: str = field(
         "chain",
         "Speculation mode in which held-out answers are decoded at every measurement; off: not at all.",
-        choices=("off", "chain", "tree", "adaptive"),
+        choices=("off", *MODES, *LOOKUP_MODES),
         group="Run",
     )
     decoded_answers: int = field(16, "Held-out answers decoded at every measurement.", low=1, group="Run")
@@ -242,6 +242,14 @@ class TrainSettings:
     )
     supervised_weight: float = field(
         0.0, "Weight of stage 1's loss, added to the exact estimator's objective.", low=0, group="Stage 2, PPOW"
+    )
+    lookup_discount: float = field(
+        0.0,
+        "Share of the exact estimator's reward for an accepted token that is lost where an n-gram lookup gets it as"
+        " well; 1: the drafter is trained for what the lookup misses, as in mode mixture.",
+        low=0,
+        high=1,
+        group="Stage 2, PPOW",
     )
     acceptance: str = field(
         "greedy",

@@ -210,7 +210,8 @@ def _program(
 def exact_settings(s: TrainSettings) -> ExactSettings:
     """Settings of the objective of --estimator=exact."""
     rule = DraftRule(s.rollout_temperature, s.rivals)
-    return ExactSettings(rule, s.horizon, s.divide_by_std, s.kl_weight, s.supervised_weight, s.ttt_decay)
+    weights = s.kl_weight, s.supervised_weight, s.ttt_decay
+    return ExactSettings(rule, s.horizon, s.divide_by_std, *weights, s.lookup_discount)
 
 
 def rollout_settings(s: TrainSettings, costs: CostModel, answers_are_greedy: bool) -> RolloutSettings:

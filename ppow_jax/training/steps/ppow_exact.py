@@ -18,6 +18,7 @@ from ppow_jax.models.drafter import DrafterSpec
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.expected import ExactSettings, window_loss
 from ppow_jax.objectives.rewards import speedup_reward
+from ppow_jax.training.steps.looked_up import looked_up
 from ppow_jax.training.steps.rollout import RolloutSettings
 from ppow_jax.training.steps.state import TrainState
 
@@ -53,10 +54,12 @@ def train_step(
     K, adaw = rollouts.window, rollouts.adaw & (state.step >= rollouts.adaw_start)
     reward_K1, last_BxM = speedup_reward(jnp.arange(K + 1), K, rollouts.costs), supervised.last_anchors(windows)
 
+    found_BxM = looked_up(batch, K) if exact.lookup_discount else None
+
     def objective(params):
         mine = spec.with_params(params)
         steps = supervised.unroll(mine, embed_VxD, windows, K)
-        return window_loss(mine, steps, last_BxM, reward_K1, exact, adaw, config.vocab_size)
+        return window_loss(mine, steps, last_BxM, reward_K1, exact, adaw, config.vocab_size, found_BxM)
 
     with jax.named_scope("gradient"):
         gradient, metrics = jax.grad(objective, has_aux=True)(state.params)
