@@ -199,14 +199,8 @@ def step(
 
 
 def _step(
-    drafter: Drafter,
-    g_BxMxE: Array,
-    embed_BxMxE: Array,
-    position_BxM: Array,
-    prefix: Sequence[Prefix],
-    chain: tuple[Layers, ...],
-    *,
-    first: bool,
+    drafter: Drafter, g_BxMxE: Array, embed_BxMxE: Array, position_BxM: Array, prefix: Sequence[Prefix],
+    chain: tuple[Layers, ...], *, first: bool,
 ) -> tuple[Array, tuple[Layers, ...]]:
     rotary = drafter.rotation(position_BxM)
     a, residual = inputs(drafter, g_BxMxE, embed_BxMxE)

@@ -165,11 +165,7 @@ def decoder_layer(
 
 
 def _attend(
-    layer: dict[str, Any],
-    config: ModelConfig,
-    x_BxSxD: Array,
-    rotary: tuple[Array, Array],
-    self_mask_BxSxS: Any,
+    layer: dict[str, Any], config: ModelConfig, x_BxSxD: Array, rotary: tuple[Array, Array], self_mask_BxSxS: Any,
     blocks: Sequence[Keys],
 ) -> tuple[Array, KV]:
     h_BxSxD = rms_norm(x_BxSxD, layer["input_norm"], config.rms_norm_eps)

@@ -165,12 +165,7 @@ def draft_candidates(
         return x.reshape(B, -1, *x.shape[2:])
 
     def levels(
-        s: int,
-        g_BxMxE: Array,
-        token_BxM: Array,
-        chain: tuple[Layers, ...],
-        logp_TxM: Array,
-        index_TxM: Array,
+        s: int, g_BxMxE: Array, token_BxM: Array, chain: tuple[Layers, ...], logp_TxM: Array, index_TxM: Array,
         going_T: Array,
     ) -> list[tuple[Array, ...]]:
         """(logp, token, parent, going) of levels s, s+1, .., depth-1: [T, M X] for its candidates, and [T, 1].

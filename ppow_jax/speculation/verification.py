@@ -56,13 +56,8 @@ class Verification(NamedTuple):
 
 
 def verify_draft(
-    params: dict[str, Any],
-    config: ModelConfig,
-    drafter: Drafter | None,
-    state: State,
-    speculation: Speculation,
-    sampling: Sampling,
-    draft: Draft | Tree | None,
+    params: dict[str, Any], config: ModelConfig, drafter: Drafter | None, state: State, speculation: Speculation,
+    sampling: Sampling, draft: Draft | Tree | None,
 ) -> Verification:
     """Runs the target over a window and applies the acceptance rule."""
     B, L = state.tokens_BxL.shape
@@ -107,11 +102,7 @@ def _window(root_Bx1: Array, draft: Draft | Tree | None) -> Window:
 
 
 def _accept_chain(
-    state: State,
-    draft: Draft | None,
-    logits_BxK1xV: Array,
-    drafter: Drafter | None,
-    speculation: Speculation,
+    state: State, draft: Draft | None, logits_BxK1xV: Array, drafter: Drafter | None, speculation: Speculation,
     sampling: Sampling,
 ) -> tuple[Array, Array]:
     """(accepted_B, token_BxK1)."""
