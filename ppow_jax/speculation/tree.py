@@ -7,7 +7,7 @@ token is drawn with the random numbers of its position in the text, so the resul
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,13 +192,17 @@ def draft_candidates(
         g_BxMxE = by_row(_beams(by_tree(drafting.feed(drafter, out)), beam_TxM))
         chain = jax.tree.map(lambda x: by_row(_beams(by_tree(x), beam_TxM)), chain)
         token_BxM = by_row(jnp.take_along_axis(token_TxC, chosen_TxM, 1))
-        return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T=going_T)]
+        return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM, going_T)]
 
-    def further(s: int, *nodes: Any, going_T: Array) -> list[tuple[Array, ...]]:
+    def further(
+        s: int, g_BxMxE: Array, token_BxM: Array, chain: tuple[Layers, ...], logp_TxM: Array, index_TxM: Array,
+        going_T: Array,
+    ) -> list[tuple[Array, ...]]:
+        nodes = s, g_BxMxE, token_BxM, chain, logp_TxM, index_TxM
         if go_on is None:
-            return levels(s, *nodes, going_T)
-        going_T &= go_on(s, nodes[3])
-        return jax.lax.cond(going_T.any(), lambda: levels(s, *nodes, going_T), lambda: nothing[s:])
+            return levels(*nodes, going_T)
+        going_T &= go_on(s, logp_TxM)
+        return jax.lax.cond(going_T.any(), lambda: levels(*nodes, going_T), lambda: nothing[s:])
 
     def blank(C: int) -> tuple[Array, ...]:
         token_TxC, parent_TxC = jnp.zeros((B * R, C), drafter.target_ids_W.dtype), jnp.zeros((B * R, C), jnp.int32)
@@ -206,7 +210,7 @@ def draft_candidates(
 
     nothing = [blank(C) for C in (X, *[X**2] * (shape.depth - 1))]
     roots = jnp.zeros((B * R, 1)), jnp.zeros((B * R, 1), jnp.int32)
-    drafted = further(0, g_BxRxE, root_BxR, (), *roots, going_T=jnp.ones(B * R, bool))
+    drafted = further(0, g_BxRxE, root_BxR, (), *roots, jnp.ones(B * R, bool))
     logp, token, parent, going = (jnp.concatenate(x, 1) for x in zip(*drafted, strict=True))
     return Candidates(logp, token, parent, going.sum(-1))
 
