@@ -82,7 +82,7 @@ def test_evaluate(run, drafter, tmp_path):
 
 
 def test_generate(run, drafter, tmp_path):
-    code, plain, _ = run(generate, *PLAIN, "--prompt=What is 3 + 4?")
+    code, plain, _ = run(generate, *PLAIN, "--speculation=off", "--prompt=What is 3 + 4?")
     assert code == 0 and "tau" not in plain
     number = re.search(r"without a drafter: (\d) tokens, [\d.]+ token/s \(prefill [\d.]+ s\)$", plain.strip())
     assert number and 1 <= int(number[1]) <= 8
@@ -202,7 +202,7 @@ GENERATE_MISTAKES = [
     (("--prompt_file=BLANK",), "blank.txt: is empty"),
     (("--prompt_file=BINARY",), "binary.txt: must be a text file"),
     (("--prompt=a", "--compare", "--drafter=none"), "--compare: needs a drafter"),
-    (("--prompt=a", "--compare"), "--compare: needs a drafter, but --target=tiny has none"),
+    (("--prompt=a", "--compare", "--speculation=chain"), "--compare: needs a drafter, but --target=tiny has none"),
     (("--prompt=a", "--drafter=nowhere"), "--drafter=nowhere: there is no such directory"),
     (("--prompt=a", "--window=0"), "--window=0: must be at least 1"),
     (("--prompt=a", "--speculation=trees"), "--speculation=trees: must be one of off, chain, tree, adaptive"),
