@@ -75,7 +75,7 @@ def test_inspect_a_drafter(capsys):
     for line in (
         "kind             EAGLE-3 drafter",
         "flat, names midlayer.*, model.safetensors (24.5 MB)",
-        "target           smollm2-135m",
+        "target           HuggingFaceTB/SmolLM2-135M-Instruct",
         "12.17 million (bfloat16)",
         "inputs of layers 2, 15, 27 = outputs of layers 1, 14, 26",
         "12288 of 49152 tokens",

@@ -25,7 +25,7 @@ from ppow_jax.models import transformer
 from ppow_jax.speculation import generate, prefill
 from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import adaptive, off
+from ppow_jax.speculation.settings import adaptive
 
 PROMPTS = ["a", "Once upon a time", "b" * 30, "é€ and more", "zz top", "The end?", "x = 3", "d" * 20]
 SETTINGS = {
@@ -220,7 +220,8 @@ def test_what_is_shown_is_never_taken_back(stop):
             answer, shown = Answer(target, Request("prompt", np.array([1]), 99, stop, 0), 0.0), ""
             tokens_L = np.array([1, *ids, 5, 5])
             for n in range(1, len(ids) + 1):
-                answer.read(tokens_L, n + 1, n == len(ids), True, np.array([n]), 0, seconds=0.0)
+                histogram, sources_L = np.array([n]), np.zeros_like(tokens_L)
+                answer.read(tokens_L, n + 1, n == len(ids), True, histogram, 0, sources_L, seconds=0.0)
                 assert answer.settled.startswith(shown) and "\ufffd" not in answer.settled
                 shown = answer.settled
                 if answer.result:
@@ -357,7 +358,7 @@ def test_mistakes_of_chats_and_models():
     plain = Model(model().target)
     with pytest.raises(UserError, match="speculation=tree: needs a drafter"):
         plain.generate("a", speculation="tree")
-    assert plain.resolve(None) == off() and model().resolve(None) == SPECULATIONS["mixture"]
+    assert plain.resolve(None) == SPECULATIONS["ngram"] and model().resolve(None) == SPECULATIONS["mixture"]
     with pytest.raises(UserError, match="dtype=float64"):
         ppow_jax.load("tiny", dtype="float64")
     with pytest.raises(UserError, match="nowhere"):
