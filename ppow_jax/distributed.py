@@ -103,6 +103,13 @@ def from_leader(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(words).view(np.float64)[0])
 
 
+def least(value: int) -> int:
+    """The least of the numbers that all processes have."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.array(value, np.int32)).min())
+
+
 class Agreement:
     """True once any process has answered yes; the same on all of them, which have to ask equally often.
 

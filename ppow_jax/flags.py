@@ -259,7 +259,7 @@ def _expand_flagfiles(argv: Sequence[str], open_files: tuple[str, ...] = ()) -> 
         try:
             lines = shipped(path).read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
-            raise UserError(f"--flagfile={path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"--flagfile={path}: cannot be read ({error.strerror or error})") from None
         except UnicodeDecodeError:
             raise UserError(f"--flagfile={path}: must be a text file") from None
         for number, line in enumerate(map(str.strip, lines), start=1):

@@ -1,5 +1,6 @@
 """Room on the disk, before a run begins."""
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -55,6 +56,24 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(asked, tmp_pa
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "1").write_bytes(os.urandom(1000))
     check(surely - 1000)  # what is there need not be written again
+
+
+def test_a_run_in_a_bucket_needs_room_for_its_features_only(asked, tmp_path, monkeypatch):
+    settings, target, config, jobs = asked
+    features = sum(len(job.prompt) for job in jobs) * 4 * target.config.hidden_size * 4  # float32
+    usage = shutil.disk_usage(tmp_path)
+    asked_for = []
+
+    def check(free, settings):
+        there = usage._replace(free=free)
+        monkeypatch.setattr(space.shutil, "disk_usage", lambda path: asked_for.append(path) or there)
+        space.check_space(settings, "gs://bucket/run", config, target, jobs, tmp_path)
+
+    check(features, settings)
+    with pytest.raises(UserError, match=rf"--scratch={tmp_path}: \d+ MB are free, but the run writes \d+ MB at least"):
+        check(features - 1, settings)
+    check(0, dataclasses.replace(settings, cache_features=False))
+    assert set(asked_for) == {tmp_path}
 
 
 def test_features_and_answers_are_in_the_estimate(asked):

@@ -134,7 +134,7 @@ def test_flags_that_do_not_fit(given, says):
 def test_one_process_needs_nobody(tmp_path):
     done = []
     with distributed.connect():
-        assert distributed.leader() and distributed.from_leader(0.3) == 0.3
+        assert distributed.leader() and distributed.from_leader(0.3) == 0.3 and distributed.least(4) == 4
         distributed.by_leader(lambda: done.append(1))
         distributed.wait("for nobody")
         assert [distributed.Agreement().ask(mine) for mine in (False, True)] == [False, True]

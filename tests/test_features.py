@@ -13,9 +13,9 @@ from ppow_jax.errors import UserError
 from ppow_jax.training.steps.state import TrainState
 
 
-def store(directory, batches=None, layers=world.FEATURE_LAYERS, stop=lambda: False, params=None):
+def store(directory, batches=None, layers=world.FEATURE_LAYERS, stop=lambda: False, params=None, own=False):
     return FeatureStore(
-        directory, batches or world.batches(), params or world.target_params(), world.CONFIG, layers, stop
+        directory, batches or world.batches(), params or world.target_params(), world.CONFIG, layers, stop, own
     )
 
 
@@ -93,6 +93,18 @@ def test_features_of_other_data_are_refused(whole):
         with pytest.raises(UserError, match="features.bin: holds features of other data"):
             store(whole[0], **other)
     assert (whole[0] / "features.bin").read_bytes() == kept
+
+
+def test_features_of_other_data_are_replaced_in_a_directory_of_a_process(whole, tmp_path):
+    """It is a cache, which may have been left by a run of the same name that was removed from its bucket."""
+    store(tmp_path, layers=(0, 2, 3), own=True)
+    assert (tmp_path / "features.bin").read_bytes() != (whole[0] / "features.bin").read_bytes()
+    assert store(tmp_path, own=True).complete
+    assert (tmp_path / "features.bin").read_bytes() == (whole[0] / "features.bin").read_bytes()
+    (tmp_path / "batches_done").unlink()
+    (tmp_path / "features.bin").write_bytes(b"of other data, killed before the first note")
+    assert store(tmp_path, own=True).complete
+    assert (tmp_path / "features.bin").read_bytes() == (whole[0] / "features.bin").read_bytes()
 
 
 def test_values_are_kept_in_the_precision_of_the_target(whole, tmp_path):

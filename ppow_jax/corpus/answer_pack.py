@@ -59,7 +59,7 @@ def read_packs(paths: Sequence[str], about: Mapping[str, Any]) -> Answers:
     found: dict[bytes, np.ndarray] = {}
     for path in paths:
         try:
-            with open(shipped(path), "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with shipped(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 keys, lengths, tokens = arrays["keys"], arrays["lengths"], arrays["tokens"].astype(np.int32)
                 theirs = json.loads(arrays["about"].tobytes())
         except OSError as error:

@@ -118,7 +118,7 @@ def regenerate(
     earlier runs, used as they are (`corpus.answer_pack`).
     Raises UserError when the cache was made with other settings or for other prompts. A broken file is regenerated.
     """
-    directory = files.writable_directory(directory)
+    directory = files.open_directory(directory)
     chunks = _chunks(questions, settings.chunk)
     _check_settings(directory, settings)
     _check_prompts(directory, chunks)

@@ -47,9 +47,11 @@ class FeatureStore:
         config: ModelConfig,
         layers: tuple[int, ...],
         stop: Callable[[], bool] = lambda: False,
+        own: bool = False,
     ):
         """Computes what is missing; a killed pass resumes where it stopped.
 
+        own: each process has a directory and a file of its own, a cache: features of other data in it are replaced.
         Raises UserError when the directory cannot be written to or holds features of other data.
         """
         directory = files.writable_directory(directory)
@@ -61,12 +63,27 @@ class FeatureStore:
         path, self._note = directory / "features.bin", directory / "batches_done"
         size = int(self.start[-1]) * self.width * dtype.itemsize
         self._data = str(_checksum(batches, layers))
-        distributed.by_leader(lambda: self._make_room(path, size))
-        done, *data = self._note.read_text().split() if self._note.exists() else ("0",)
-        if path.stat().st_size != size or data not in ([], [self._data]):
+        self._writes = own or distributed.leader()
+        if own and path.exists() and not self._fits(path, size):
+            path.unlink()
+        self._by_writers(lambda: self._make_room(path, size))
+        if not self._fits(path, size):
             raise UserError(f"{path}: holds features of other data; remove the directory, or name another --workdir")
         self._values = np.memmap(path, dtype, "r+", shape=(int(self.start[-1]), self.width))
-        self.complete = self._fill(int(done), params, config, layers, stop)
+        first = distributed.least(int(self._noted()[0]))  # a host may have lost its file
+        self.complete = self._fill(first, params, config, layers, stop)
+
+    def _noted(self) -> list[str]:
+        """Number of batches that are stored, and the checksum of their inputs."""
+        return self._note.read_text().split() if self._note.exists() else ["0"]
+
+    def _fits(self, path: Path, size: int) -> bool:
+        return path.stat().st_size == size and self._noted()[1:] in ([], [self._data])
+
+    def _by_writers(self, action: Callable[[], object]) -> None:
+        if self._writes:
+            action()
+        distributed.wait("features")
 
     def _make_room(self, path: Path, size: int) -> None:
         if path.exists():
@@ -87,7 +104,7 @@ class FeatureStore:
                     return False
                 batch = self.batches.at(step)
                 values_BxTxX = sharding.fetch(_read(params, sharding.place(batch), config=config, layers=layers))
-                for b, t, i, n in self._places(step) if distributed.leader() else ():
+                for b, t, i, n in self._places(step) if self._writes else ():
                     self._values[self.start[i] : self.start[i] + n] = values_BxTxX[b, t : t + n]
                 bar.update(1)
                 if (step + 1) % SAVE_EVERY == 0 or step + 1 == total:
@@ -99,7 +116,7 @@ class FeatureStore:
             self._values.flush()
             files.write_atomic(self._note, f"{done} {self._data}")
 
-        distributed.by_leader(note)
+        self._by_writers(note)
 
     def _places(self, step: int):
         """(row, first token in the row, example, its length) of every example of a batch."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ppow_jax import files
 from ppow_jax.flags import field, require
 from ppow_jax.speculation.settings import LOOKUP_MODES, MODES
 from ppow_jax.study.arms import ARMS, find_arm
@@ -63,6 +64,7 @@ class StudySettings(TrainSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        require(not files.is_remote(self.workdir or ""), f"--workdir={self.workdir}: {files.LOCAL}")
         for arm in self.arms:
             find_arm(arm)
         require(len(set(self.arms)) == len(self.arms), f"--arms={','.join(self.arms)}: names an arm twice")

@@ -16,6 +16,7 @@ class RunContext:
     """Settings, directory, models and data of a run, its metrics writer, and the signal that stops it.
 
     shared: directory of files shared by runs on the same answers: the target's features, and measured costs.
+    scratch: this process's own directory for features and traces, if the others are in a bucket.
     """
 
     settings: TrainSettings
@@ -26,6 +27,7 @@ class RunContext:
     stop: StopSignal
     clock: Clock
     shared: Path
+    scratch: Path | None = None
 
     @property
     def answers_are_greedy(self) -> bool:

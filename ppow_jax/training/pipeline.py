@@ -23,7 +23,7 @@ from ppow_jax.training.settings import TrainSettings
 from ppow_jax.training.stages import train_arms
 from ppow_jax.training.start import find_start, keep_start, new_config
 from ppow_jax.training.texts import collect_questions, collect_recorded, load_corpus
-from ppow_jax.training.workdir import fix_date, hold_workdir
+from ppow_jax.training.workdir import fix_date, hold_workdir, scratch_of
 from ppow_jax.weights import hub, targets
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def run(settings: TrainSettings) -> int:
 
 def _stages(settings: TrainSettings, workdir: Path, stop: StopSignal) -> None:
     distributed.wait("workdir")  # from here on only one process writes there
-    leader = distributed.leader()
+    leader, scratch = distributed.leader(), scratch_of(settings)
     check_sinks(settings)
     clock = Clock(workdir / "attempts.jsonl" if leader else None)
     benchmarks = _benchmarks(settings)
@@ -79,17 +79,18 @@ def _stages(settings: TrainSettings, workdir: Path, stop: StopSignal) -> None:
     recorded = collect_recorded(settings, target, questions)
     benchmarks = [short_enough(target, benchmark, settings.max_prompt_tokens) for benchmark in benchmarks]
     benchmarks = [draw(benchmark, settings.num_prompts, settings.seed) for benchmark in benchmarks]
-    check_space(settings, workdir, start.config if start else new_config(settings, target), target, questions)
+    config = start.config if start else new_config(settings, target)
+    check_space(settings, workdir, config, target, questions, scratch)
     if stop.requested:
         raise Stopped
     # only now: settings that fail do not claim a workdir
     distributed.by_leader(lambda: flags.write_flagfile(workdir / "flags.txt", settings))
     distributed.by_leader(lambda: files.clear_left_over(workdir))
     keep_start(start, workdir)
-    with MetricsWriter(workdir, sinks=open_sinks(settings, workdir)) if leader else NoMetrics(workdir) as metrics:
+    with _metrics(settings, workdir, scratch) if leader else NoMetrics(workdir) as metrics:
         with clock.stage("answers"):
             corpus = load_corpus(settings, workdir, target, questions, recorded, stop)
-        context = RunContext(settings, workdir, target, corpus, metrics, stop, clock, workdir)
+        context = RunContext(settings, workdir, target, corpus, metrics, stop, clock, workdir, scratch)
         if set(settings.stages) <= {"data"}:
             return
         arms = train_arms(context, start)
@@ -102,6 +103,10 @@ def _stages(settings: TrainSettings, workdir: Path, stop: StopSignal) -> None:
                 export_arm(context, best, arms[best], "drafter")
                 if settings.push_to_hub is not None:
                     distributed.by_leader(lambda: push_drafter(workdir / "drafter", settings.push_to_hub))
+
+
+def _metrics(settings: TrainSettings, workdir: Path, scratch: Path | None) -> MetricsWriter:
+    return MetricsWriter(workdir, sinks=open_sinks(settings, workdir, scratch), scratch=scratch)
 
 
 def _benchmarks(settings: TrainSettings) -> list[Benchmark]:

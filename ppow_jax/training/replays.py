@@ -23,9 +23,10 @@ TYPICAL_CACHE = 256  # tokens: the cache length at which costs are measured
 
 
 def feature_store(context: RunContext, name: str, batches: Batches, layers: tuple[int, ...]) -> FeatureStore:
-    """The target's features of some answers, stored in the shared directory; raises Stopped on a signal."""
-    target, stop = context.target, context.stop
-    store = FeatureStore(context.shared / name, batches, target.params, target.config, layers, lambda: stop.requested)
+    """The target's features of some answers, in the shared or the scratch directory; raises Stopped on a signal."""
+    target, stop, own = context.target, context.stop, context.scratch is not None
+    place = (context.scratch or context.shared) / name
+    store = FeatureStore(place, batches, target.params, target.config, layers, lambda: stop.requested, own)
     if not store.complete:
         raise Stopped
     return store

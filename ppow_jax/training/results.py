@@ -65,7 +65,7 @@ def evaluate_arms(context: RunContext, arms: dict[str, Drafter], benchmarks: lis
             {"headline": headline}
             | about
             | {"command": flags.command("experiments.train", s), "settings": settings, "arms": done}
-            | {"time": context.clock.summary() | _parts(workdir)}
+            | {"time": context.clock.summary() | _parts(context.scratch or workdir)}
         )
         distributed.by_leader(lambda: report.write_json(workdir / "report.json", result))  # noqa: B023  (called at once)
     distributed.by_leader(lambda: _report(workdir, result))
@@ -142,7 +142,8 @@ def push_drafter(directory: Path, name: str) -> None:
       UserError: see `hub.push`; the drafter and the run stay, and the message has the command that uploads it later.
     """
     try:
-        url = hub.push(directory, name)
+        with files.on_this_machine(directory) as local:
+            url = hub.push(local, name)
     except UserError as error:
         again = f"python -m experiments.convert push --push_to_hub={name} {shlex.quote(str(directory))}"
         raise UserError(f"{error}; the run is complete, and its drafter kept; to upload it: {again}") from None

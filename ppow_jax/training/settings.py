@@ -23,7 +23,17 @@ class TrainSettings:
     """Settings of a run; see `experiments.train --help`. Raises UserError for impossible values."""
 
     workdir: str | None = field(
-        None, "Directory for all files of the run; the same command resumes it.", may_change=True, group="Run"
+        None,
+        "Directory for all files of the run, or gs://BUCKET/NAME; the same command resumes it.",
+        may_change=True,
+        group="Run",
+    )
+    scratch: str | None = field(
+        None,
+        "With a --workdir of gs://: directory of this machine for what can be computed again (features, traces); none:"
+        " below the system's directory for temporary files.",
+        may_change=True,
+        group="Run",
     )
     stages: tuple[str, ...] = field(
         STAGES, "Stages to run, in this order.", choices=STAGES, may_change=True, group="Run"
@@ -358,8 +368,10 @@ class TrainSettings:
         if shape is not None:
             self.check_rows(shape)
         precision.of_flag(self.precision, self.dtype)
+        files.check_address("--workdir", self.workdir)
         remote = self.workdir is not None and files.is_remote(self.workdir)
-        require(not remote, f"--workdir={self.workdir}: {files.LOCAL}")
+        rule = "is only for a --workdir of gs://; any other keeps these files itself"
+        require(remote or self.scratch is None, f"--scratch={self.scratch}: {rule}")
         mesh_shape.check_processes(self.coordinator, self.num_processes, self.process_id)
 
     def _check_windows(self) -> None:

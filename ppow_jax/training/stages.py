@@ -280,7 +280,7 @@ def _train(
         about=about,
     )
     state = TrainState.create(drafter.params, optimizer, drafter.config, averaged=plan.average_decay > 0)
-    traces = context.workdir / "profile" / stage
+    traces = (context.scratch or context.workdir) / "profile" / stage
     profile = Profile(traces if s.profile_steps and not traces.exists() else None, *s.profiled)
     with context.clock.stage(stage):
         params, complete = loop.run(

@@ -16,6 +16,7 @@ from ppow_jax.training import initialise
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights.drafters import export_drafter
+from ppow_jax.weights.huggingface import CONFIG
 from ppow_jax.weights.loading import find_drafter, load_drafter
 from ppow_jax.weights.targets import Target
 
@@ -29,10 +30,11 @@ def find_start(settings: TrainSettings, workdir: Path, target: Target) -> Drafte
         new_config(settings, target)
         return None
     kept = workdir / "drafter_start"
-    directory = kept if kept.exists() else find_drafter(settings.drafter, settings.target)
+    directory = kept if (kept / CONFIG).exists() else find_drafter(settings.drafter, settings.target)
     rule = f"there is none for --target={settings.target}; name a directory, or none for a new drafter"
     flags.require(directory is not None, f"--drafter={settings.drafter}: {rule}")
-    drafter = load_drafter(directory, target, "float32")
+    with files.on_this_machine(directory) as local:
+        drafter = load_drafter(local, target, "float32", f"--drafter={directory}")
     others = []
     for spec in flags.specs(TrainSettings):
         if spec.name in ("draft_vocab_size", "feature_layers", "fc_norm"):
@@ -54,7 +56,7 @@ def keep_start(start: Drafter | None, workdir: Path) -> None:
             export_drafter(new, start.config, params, ids_W, dtype="float32", embed_VxE=embed_VxE)
 
         def keep() -> None:
-            if not directory.exists():
+            if not (directory / CONFIG).exists():
                 files.replace_directory(directory, write)
 
         distributed.by_leader(keep)

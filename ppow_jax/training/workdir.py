@@ -6,12 +6,16 @@ import datetime
 import fcntl
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import jax
+
 from ppow_jax import distributed, files, flags
 from ppow_jax.errors import UserError
+from ppow_jax.training.run.checkpoint import complete
 from ppow_jax.training.settings import TrainSettings
 
 log = logging.getLogger(__name__)
@@ -22,7 +26,7 @@ TRAINED = ("supervised", "ppow")  # the stages that train a drafter
 def open_workdir(settings: TrainSettings) -> Path:
     """Creates the workdir, or checks that it holds a run of the same settings, except for those that may change."""
     flags.require(bool(settings.workdir), "--workdir: must name the directory for everything that the run writes")
-    workdir = files.writable_directory(settings.workdir)
+    workdir = files.open_directory(settings.workdir)
     flagfile = workdir / "flags.txt"
     if flagfile.exists():
         before = _kept_settings(type(settings), flagfile)
@@ -31,7 +35,7 @@ def open_workdir(settings: TrainSettings) -> Path:
             raise UserError(
                 f"--workdir={settings.workdir}: holds a run with {', '.join(changed)}; take another directory"
             )
-    elif any(not path.name.startswith(".") for path in workdir.iterdir()):
+    elif workdir.exists() and any(not path.name.startswith(".") for path in workdir.iterdir()):
         raise UserError(
             f"--workdir={settings.workdir}: is not empty and holds no run (no flags.txt); take another directory"
         )
@@ -42,12 +46,24 @@ def open_workdir(settings: TrainSettings) -> Path:
     return workdir
 
 
+def scratch_of(settings: TrainSettings) -> Path | None:
+    """This process's own directory for what can be computed again; None where the workdir is on this machine itself."""
+    if not files.is_remote(settings.workdir):
+        return None
+    parent = settings.scratch or Path(tempfile.gettempdir()) / f"ppow_jax-{os.getuid()}"
+    name = settings.workdir.removeprefix("gs://")
+    return files.writable_directory(Path(parent) / name / f"process-{jax.process_index()}")
+
+
 @contextlib.contextmanager
 def hold_workdir(settings: TrainSettings) -> Iterator[Path]:
-    """Opens the workdir (see `open_workdir`) for this run alone: until it ends, a second command raises UserError."""
+    """Opens the workdir (see `open_workdir`) for this run alone: until it ends, a second command raises UserError.
+
+    A bucket has no locks: there, a lock on the scratch directory refuses a second command on this machine only.
+    """
     workdir = open_workdir(settings)
     with contextlib.ExitStack() as stack:
-        distributed.by_leader(lambda: _hold(stack, workdir, settings))
+        distributed.by_leader(lambda: _hold(stack, scratch_of(settings) or workdir, settings))
         yield workdir
 
 
@@ -77,14 +93,15 @@ def fix_date(settings: S) -> S:
 
     A run from before the date was recorded resumes without one.
     """
-    flagfile = Path(settings.workdir or "").expanduser() / "flags.txt"
     if settings.date is not None or settings.workdir is None:
         return settings
+    flagfile = files.at(os.path.expanduser(settings.workdir)) / "flags.txt"
     today = datetime.date.fromordinal(int(distributed.from_leader(datetime.date.today().toordinal())))
-    date = _kept_settings(type(settings), flagfile).date if flagfile.exists() else today.isoformat()
+    with files.reaching(settings.workdir):
+        date = _kept_settings(type(settings), flagfile).date if flagfile.exists() else today.isoformat()
     return dataclasses.replace(settings, date=date)
 
 
 def has_best(workdir: Path, stage: str) -> bool:
     """True if a stage has left a best checkpoint."""
-    return any(path.name.isdigit() for path in (workdir / stage / "best").glob("*"))
+    return bool(complete(workdir / stage / "best"))

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import pathlib
 import re
 import zlib
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from ppow_jax import distributed
 from ppow_jax.errors import UserError
-from ppow_jax.files import writable_directory
+from ppow_jax.files import open_directory, reaching
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Checkpoints:
         Raises:
           UserError: the directory cannot be written to.
         """
-        self.directory = writable_directory(directory)
+        self.directory = open_directory(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -167,8 +168,9 @@ class Checkpoints:
         except MemoryError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds of errors
-            good = max((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), default=None)
-            kept = "there is none before" if good is None else f"{self.directory / str(good)} is whole"
+            with reaching(self.directory):
+                good = complete(self.directory)
+            kept = f"{self.directory / str(good[-1])} is whole" if good else "there is none before"
             kept += "; free space or mend the disk, and run the same command again"
             raise UserError(f"{self.directory}: a checkpoint cannot be saved ({_reason(error)}); {kept}") from error
 
@@ -239,6 +241,12 @@ class Best:
 
     def __exit__(self, *error: object) -> None:
         self._checkpoints.__exit__(*error)  # type: ignore[arg-type]
+
+
+def complete(directory: pathlib.Path) -> list[int]:
+    """The numbers of the complete checkpoints in a directory, ascending."""
+    folders = (path for path in directory.glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in folders if ocp.utils.is_checkpoint_finalized(path))
 
 
 def _describe(state: Any, with_checksums: bool = False) -> list[list[Any]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from ppow_jax import files
 from ppow_jax.compiling import seconds as compile_seconds
 
 BEAT_SECONDS = 10.0  # the end of a killed attempt is known to this precision
@@ -31,12 +32,14 @@ Stages = dict[str, dict[str, float]]  # seconds by stage and kind
 class Clock:
     """Seconds of this attempt by stage and kind ("wall", "step", "compile", "save", ...), and of earlier attempts.
 
-    path: the ledger, a JSON line per heartbeat with the sums of an attempt so far; None keeps no ledger.
+    path: the ledger, a JSON line per heartbeat with the sums of an attempt so far; None keeps no ledger. In a bucket,
+    whose objects cannot grow, it is replaced at every heartbeat, with one line per attempt.
     """
 
     def __init__(self, path: Path | None = None):
         self._path, self._attempt = path, f"{time.time():.3f}-{os.getpid()}"
         self._before = read_attempts(path) if path else []
+        self._ledger = path.read_text() if path and files.is_remote(path) and path.exists() else ""
         self._seconds: Stages = {}
         self._worth: dict[str, float] = {}
         self._stage, self._since = START, time.perf_counter()
@@ -118,6 +121,9 @@ class Clock:
         if self._path and (now or moment - self._beat > BEAT_SECONDS):
             self._beat = moment
             line = json.dumps({"attempt": self._attempt, "time": time.time(), "stages": self.attempts()[-1]})
+            if files.is_remote(self._path):
+                files.write_atomic(self._path, f"{self._ledger}{line}\n")
+                return
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 

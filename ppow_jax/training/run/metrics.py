@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax.files import writable_directory, write_atomic
+from ppow_jax.files import at, open_directory, write_atomic
 from ppow_jax.training.run.sinks import Sink
 
 _RESERVED = ("step", "stage", "time")
@@ -72,26 +72,38 @@ class MetricsWriter:
     since 1970. Numbers that JSON lacks are written as "nan", "inf", "-inf"; `read_metrics` turns them back.
     """
 
-    def __init__(self, workdir: str | os.PathLike, name: str = "metrics.jsonl", sinks: Sequence[Sink] = ()):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        name: str = "metrics.jsonl",
+        sinks: Sequence[Sink] = (),
+        scratch: pathlib.Path | None = None,
+    ):
         """Opens the file; an incomplete line that a kill left at its end is cut off. sinks: get every row, too.
+
+        scratch: for a workdir in a bucket, whose objects cannot grow: rows are appended to a copy of the file there,
+        which replaces the object at every `sync`.
 
         Raises:
           UserError: the directory cannot be written to.
         """
-        self.path = writable_directory(workdir) / name
-        if self.path.exists():
-            _cut_torn_line(self.path)
-        self._file = open(self.path, "a", buffering=1, encoding="utf-8")
+        self.path = open_directory(workdir) / name
+        self._written = self.path if scratch is None else scratch / name
+        if scratch is not None:
+            self._written.write_bytes(self.path.read_bytes() if self.path.exists() else b"")
+        if self._written.exists():
+            _cut_torn_line(self._written)
+        self._file = open(self._written, "a", buffering=1, encoding="utf-8")
         self._sinks = tuple(sinks)
 
     def resume(self, stage: str, step: int) -> list[dict[str, Any]]:
         """Drops the rows of `stage` past `step`, which a run resumed from there writes again; returns its others."""
-        rows = _rows(self.path)
+        rows = _rows(self._written)
         kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
         if len(kept) < len(rows):
             self._file.close()
-            write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-            self._file = open(self.path, "a", buffering=1, encoding="utf-8")
+            write_atomic(self._written, "".join(json.dumps(row) + "\n" for row in kept))
+            self._file = open(self._written, "a", buffering=1, encoding="utf-8")
         written = max((row["step"] for row in rows if row["stage"] == stage), default=step)
         for sink in self._sinks:
             sink.resume(stage, step, max(step, written))
@@ -111,11 +123,15 @@ class MetricsWriter:
         """Blocks until every row is on disk: a checkpoint is never newer than the metrics of its steps."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        if self._written != self.path:
+            write_atomic(self.path, self._written.read_bytes())
         for sink in self._sinks:
             sink.flush()
 
     def close(self) -> None:
         """Closes the file and all sinks."""
+        if self._written != self.path:
+            self.sync()
         self._file.close()
         for sink in self._sinks:
             sink.close()
@@ -131,7 +147,7 @@ class NoMetrics(MetricsWriter):
     """No-op writer for non-leader processes; it can still read existing rows."""
 
     def __init__(self, workdir: str | os.PathLike, name: str = "metrics.jsonl"):
-        self.path = pathlib.Path(workdir) / name
+        self.path = at(workdir) / name
 
     def resume(self, stage: str, step: int) -> list[dict[str, Any]]:
         """The rows of `stage` up to `step`."""
@@ -150,7 +166,7 @@ class NoMetrics(MetricsWriter):
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a metrics file, in order; an incomplete last line is ignored."""
-    return [{name: _decode(value) for name, value in row.items()} for row in _rows(pathlib.Path(path))]
+    return [{name: _decode(value) for name, value in row.items()} for row in _rows(at(path))]
 
 
 def _rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -34,8 +34,8 @@ def check_sinks(settings: TrainSettings) -> None:
         require_wandb()
 
 
-def open_sinks(settings: TrainSettings, workdir: str | os.PathLike) -> list[Sink]:
-    """The services that the flags choose, for a run in `workdir`.
+def open_sinks(settings: TrainSettings, workdir: str | os.PathLike, scratch: Path | None = None) -> list[Sink]:
+    """The services that the flags choose, for a run in `workdir`. scratch: for their files, instead of the workdir.
 
     Raises:
       UserError: a package is not installed, or Weights & Biases refuses the run.
@@ -43,7 +43,7 @@ def open_sinks(settings: TrainSettings, workdir: str | os.PathLike) -> list[Sink
     check_sinks(settings)
     sinks: list[Sink] = []
     if settings.tensorboard:
-        sinks.append(TensorBoard(Path(workdir) / "tensorboard"))
+        sinks.append(TensorBoard(Path(scratch or workdir) / "tensorboard"))
     if settings.wandb:
-        sinks.append(WeightsAndBiases(workdir, settings))
+        sinks.append(WeightsAndBiases(workdir, settings, scratch))
     return sinks

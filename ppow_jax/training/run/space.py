@@ -36,14 +36,19 @@ def needed_bytes(
     trained = [stage for stage in TRAINED if stage in settings.stages] + list(baselines)
     surely = sum(_checkpoints(settings, stage) for stage in trained) * drafter + 2 * drafter + _SLACK
     answers = len(questions) * settings.answer_tokens if "data" in settings.stages else 0
-    at_most = surely + answers * _TOKEN
+    features, features_at_most = _feature_bytes(settings, target, questions)
+    return surely + features, surely + answers * _TOKEN + features_at_most
+
+
+def _feature_bytes(settings: TrainSettings, target: Target, questions: Sequence[Question]) -> tuple[int, int]:
+    """(at least, at most) bytes of stored features."""
     exact = "ppow" in settings.stages and settings.estimator == "exact"
-    if settings.cache_features and ("supervised" in settings.stages or "cst" in baselines or exact):
-        tokens = sum(len(question.prompt) for question in questions)
-        width = 4 * target.config.hidden_size * jnp.dtype(DTYPES[settings.dtype]).itemsize
-        surely += tokens * width
-        at_most += (tokens + len(questions) * settings.answer_tokens) * width
-    return surely, at_most
+    cst = "ppow" in settings.stages and "cst" in settings.baselines
+    if not settings.cache_features or not ("supervised" in settings.stages or cst or exact):
+        return 0, 0
+    tokens = sum(len(question.prompt) for question in questions)
+    width = 4 * target.config.hidden_size * jnp.dtype(DTYPES[settings.dtype]).itemsize
+    return tokens * width, (tokens + len(questions) * settings.answer_tokens) * width
 
 
 def _checkpoints(settings: TrainSettings, stage: str) -> int:
@@ -56,21 +61,30 @@ def _checkpoints(settings: TrainSettings, stage: str) -> int:
 
 
 def check_space(
-    settings: TrainSettings, workdir: Path, config: DrafterConfig, target: Target, questions: Sequence[Question]
+    settings: TrainSettings,
+    workdir: Path,
+    config: DrafterConfig,
+    target: Target,
+    questions: Sequence[Question],
+    scratch: Path | None = None,
 ):
     """Raises UserError if the disk cannot hold what the run certainly writes; warns if space may become scarce.
 
-    Existing contents of the workdir count as written.
+    Existing contents of the workdir count as written. scratch: the only directory of a run in a bucket that is on this
+    machine; it holds the features.
     """
-    held = sum(entry.stat().st_size for entry in _files(workdir))
-    surely, at_most = (max(0, number - held) for number in needed_bytes(settings, config, target, questions))
-    free = shutil.disk_usage(workdir).free
+    place, given = (scratch, f"--scratch={scratch}") if scratch else (workdir, f"--workdir={settings.workdir}")
+    held = sum(entry.stat().st_size for entry in _files(place))
+    features = _feature_bytes(settings, target, questions)
+    needed = features if scratch else needed_bytes(settings, config, target, questions)
+    surely, at_most = (max(0, number - held) for number in needed)
+    free = shutil.disk_usage(place).free
     sizes = f"{_shown(free)} are free, but the run writes"
     if free < surely:
         rule = "take a larger disk, or a smaller --draft_vocab_size, or leave --cache_features out"
-        raise UserError(f"--workdir={settings.workdir}: {sizes} {_shown(surely)} at least; {rule}")
+        raise UserError(f"{given}: {sizes} {_shown(surely)} at least; {rule}")
     if free < at_most:
-        log.warning("--workdir=%s: %s up to %s", settings.workdir, sizes, _shown(at_most))
+        log.warning("%s: %s up to %s", given, sizes, _shown(at_most))
 
 
 def _files(directory: Path):

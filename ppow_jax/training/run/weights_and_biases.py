@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ppow_jax.errors import UserError
-from ppow_jax.files import writable_directory, write_atomic
+from ppow_jax.files import open_directory, write_atomic
 
 PROJECT = "ppow_jax"
 
@@ -30,20 +30,21 @@ class WeightsAndBiases:
     WANDB_PROJECT (ppow_jax if not set), WANDB_ENTITY, WANDB_MODE=offline, ...
     """
 
-    def __init__(self, workdir: str | os.PathLike, settings: Any):
-        """Starts or continues the run. settings: dataclass that is stored as the run's configuration.
+    def __init__(self, workdir: str | os.PathLike, settings: Any, scratch: str | os.PathLike | None = None):
+        """Starts or continues the run. settings: dataclass that is stored as the run's configuration. scratch: for
+        wandb's own files, instead of the workdir.
 
         Raises:
           UserError: wandb is not installed, or refuses the run (no key, no network).
         """
-        wandb, workdir = require_wandb(), writable_directory(workdir)
+        wandb, workdir = require_wandb(), open_directory(workdir)
         record = workdir / "wandb.json"
         self._continued = record.exists()
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=workdir.resolve().name,
-                dir=str(workdir),
+                dir=str(scratch or workdir),
                 id=json.loads(record.read_text())["id"] if self._continued else None,
                 resume="allow",
                 config=dataclasses.asdict(settings),
