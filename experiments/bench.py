@@ -101,7 +101,7 @@ def _peaks(result: dict[str, Any]) -> str:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """What --output holds (docs/bench.md); written after each part."""
+    """The result for --output (docs/bench.md); written after each part."""
     import jax
 
     from ppow_jax import sharding

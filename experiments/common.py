@@ -84,7 +84,7 @@ class DatastoreFlags:
 
 @dataclasses.dataclass(frozen=True)
 class StoppingFlags:
-    """How adaptive windows end."""
+    """Stop decisions of adaptive windows."""
 
     stop_rule: str = field(
         "throughput",
@@ -108,7 +108,7 @@ class StoppingFlags:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptationFlags:
-    """How a drafter is adapted to what it decodes, and where that is saved."""
+    """Settings of online adaptation, and where it is saved."""
 
     online_budget: float = field(
         0.05,
@@ -145,7 +145,7 @@ class AdaptationFlags:
 
 @dataclasses.dataclass(frozen=True)
 class OnlineFlags(AdaptationFlags):
-    """Whether the drafter is adapted."""
+    """Online adaptation, switched by a flag."""
 
     online: bool = field(
         False, "Adapt the drafter to what is decoded, within --online_budget.", group="Online adaptation"

@@ -54,9 +54,9 @@ class InspectSettings:
 
 def inspect(settings: InspectSettings) -> None:
     """Checks all files of a drafter or a target, and prints a summary; of a training run, what it holds."""
-    from experiments import inspecting
+    from ppow_jax.study import summary
 
-    print(inspecting.text(settings.directory))
+    print(summary.text(settings.directory))
 
 
 @dataclasses.dataclass(frozen=True)

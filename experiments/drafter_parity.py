@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """The flags of this program."""
 
     target: str = field("smollm2-135m", "Target: a name, a .gguf file, a directory or a hub name.")
     drafter: str = field("auto", "Directory of a plain drafter in the flat format. auto: drafters/TARGET.")
@@ -67,6 +67,7 @@ def compare(
     from experiments import eagle3_torch
     from ppow_jax import load
     from ppow_jax.evaluation.torch_parity import questions, torch_model
+    from ppow_jax.weights import targets
     from ppow_jax.weights.drafters import import_drafter
 
     stored = import_drafter(directory)
@@ -75,7 +76,8 @@ def compare(
     require(not found, f"--drafter={directory}: must be a plain drafter in the flat format, this one has {found}")
     model = load(target, drafter=str(directory), dtype="float32")
     drafter = eagle3_torch.read(directory)
-    with torch_model(model.target.config, model.target.params) as theirs:
+    plain = targets.load(target, "float32")  # the model's own layers are stacked, except on a CPU
+    with torch_model(plain.config, plain.params) as theirs:
         for question in questions(number):
             ours = our_rounds(model, question, window, max_new_tokens)
             text, start = ours["prompt"] + ours["answer"], len(ours["prompt"]) + 1

@@ -75,7 +75,7 @@ class Eagle3:
         return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
 
     def feed(self, out: torch.Tensor) -> torch.Tensor:
-        """What the next step takes for a feature."""
+        """The input of the next step in place of a feature."""
         return self.norm(out, self.w["norm"]) if self.config.norm_output else out
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:

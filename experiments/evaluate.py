@@ -67,6 +67,10 @@ class Settings(DatastoreFlags, LookupFlags, StoppingFlags, ModelFlags):
         require(self.plot is None or self.plot.endswith(".png"), plot_rule)
         for name in ("modes", "temperature", "batch_size", "seeds"):
             require(bool(getattr(self, name)), f"--{name}=: must name one at least")
+        seeds = len(self.seeds) if any(self.temperature) else 1
+        once = len(self.temperature) == len(self.batch_size) == seeds == 1
+        rule = "needs a single --temperature, --batch_size and --seeds: it holds the answers to prompts once measured"
+        require(self.datastore is None or once, f"--datastore={self.datastore}: {rule}")
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -75,7 +79,7 @@ class Settings(DatastoreFlags, LookupFlags, StoppingFlags, ModelFlags):
         return named or DEFAULT_BENCHMARKS
 
     def speculations(self) -> "list[Speculation]":
-        """Every way to speculate that is asked for. Raises UserError for an impossible tree."""
+        """Every speculation mode, in every size that is asked for. Raises UserError for an impossible tree."""
         from ppow_jax.speculation.settings import adaptive, of_mode
 
         def sized(mode: str, window: int, nodes: int | None) -> "Speculation":
@@ -89,7 +93,7 @@ class Settings(DatastoreFlags, LookupFlags, StoppingFlags, ModelFlags):
         found: list[Speculation] = []
         for mode in self.modes:
             windows = (self.tree_depth if mode == "tree" else ()) or self.window or (defaults.WINDOW,)
-            found += itertools.starmap(sized, itertools.product((mode,), windows, self.tree_nodes or (None,)))
+            found += [sized(mode, window, nodes) for window in windows for nodes in self.tree_nodes or (None,)]
         return list(dict.fromkeys(found))  # sizes that a mode does not have make no other
 
 

@@ -103,7 +103,7 @@ class Settings(OnlineFlags, DatastoreFlags, LookupFlags, StoppingFlags, ModelFla
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """What `Model.generate` takes, without the speculation."""
+        """Arguments of `Model.generate`, without the speculation."""
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
         stop = () if self.stop is None else self.stop.replace(r"\n", "\n").replace(r"\t", "\t")
         return {name: getattr(self, name) for name in names} | {"stop": stop}

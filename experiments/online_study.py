@@ -11,7 +11,6 @@ are written as it goes, and online/, the adapted drafter. The same command resum
 import dataclasses
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def main(settings: Settings) -> None:
 
 
 def _run(settings: Settings, workdir: Path) -> None:
-    from ppow_jax.data.conversations import load_conversations
+    from ppow_jax.data.conversations import load_conversations, sources_of
     from ppow_jax.inference.model import SPECULATIONS, load
     from ppow_jax.online import study
     from ppow_jax.weights import loading
@@ -72,15 +71,14 @@ def _run(settings: Settings, workdir: Path) -> None:
     directory = loading.find_drafter(settings.drafter, settings.target)
     require(directory is not None, f"--target={settings.target} has no drafter; name one: --drafter=DIR")
     model = load(settings.target, str(directory), settings.dtype)
-    workloads = re.split(r",(?![^\[]*\])", settings.workloads)
-    longest = settings.max_prompt_tokens
+    workloads, longest = sources_of(settings.workloads), settings.max_prompt_tokens
     questions = study.questions_of(model, workloads, settings.requests, longest, load_conversations)
     speculation = SPECULATIONS[settings.mode]
     if speculation.adaptive:
         speculation = dataclasses.replace(speculation, adaptive=settings.stopping())
     online = settings.adapt(model, workdir / "online")
     path = workdir / "served.jsonl"
-    served = [study.Served(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    served = study.read_served(path)
     with path.open("a", encoding="utf-8", buffering=1) as file:
         how: dict[str, Any] = {"plain_every": settings.plain_every, "before": tuple(served)}
         for one in study.serve(online, questions, speculation, settings.max_new_tokens, **how):

@@ -22,7 +22,7 @@ VERSIONS = "jax", "torch", "transformers", "gguf", "tokenizers"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """The flags of this program."""
 
     target: str = field("smollm2-135m", "Target: a name, a .gguf file, a directory or a hub name.")
     num_prompts: int = field(20, "Prompts whose greedy text is compared.", low=1)

@@ -16,10 +16,10 @@ from experiments.common import ModelFlags, OnlineFlags, StoppingFlags
 from ppow_jax import cli, defaults
 from ppow_jax.flags import field, require
 
-PACKAGES = ("anyio", "prometheus_client", "starlette", "uvicorn")
 if TYPE_CHECKING:
     from ppow_jax.serving.machine import Machine
 
+PACKAGES = ("anyio", "prometheus_client", "starlette", "uvicorn")
 CONTEXT, ROUNDS = 2048, 4
 SPECULATIONS = ("off", "chain", "tree", "adaptive", "ngram", "mixture")
 CONTEXT_HELP = f"Most tokens of a prompt and its answer; by default {CONTEXT}, or fewer if the target has fewer."

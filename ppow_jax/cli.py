@@ -136,7 +136,7 @@ def check_output(flag: str, path: str | None) -> None:
 
 
 def invocation(program: str) -> str:
-    """How this process was started: the installed command, such as `ppow-train`, or `python -m experiments.train`."""
+    """The command that started this process: an installed one, as `ppow-train`, or `python -m experiments.train`."""
     command = Path(sys.argv[0]).name
     return command if command == f"ppow-{program.rpartition('.')[2]}" else f"python -m {program}"
 

@@ -6,11 +6,11 @@
 
 The mixture of drafter and n-gram lookup is the default: it was the fastest mode on the mean of the prompts that were
 measured (README), and it drafts and verifies only what is worth its measured cost on the device. Training measures
-adaptive decoding, whose rounds can be replayed.
+adaptive decoding, in which all drafts are the drafter's.
 """
 
 MODE = "mixture"  # with a drafter
-MODE_WITHOUT = "ngram"  # a drafter
+MODE_WITHOUT = "ngram"  # without one
 WINDOW = 4
 BRANCH, NODES = 3, 15
 

@@ -227,6 +227,19 @@ def read_result(path: str, kind: str, keys: Iterable[str]) -> dict[str, Any]:
     return result
 
 
+def read_arrays(path: pathlib.Path, names: Iterable[str], given: str, kind: str) -> list[Any]:
+    """These arrays of a .npz file. Raises UserError, which begins with `given`, for any other file than `kind`."""
+    import numpy as np
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except OSError as error:
+        raise UserError(f"{given} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # zip files, compressed data and headers raise many kinds
+        raise UserError(f"{given} is no {kind} ({error})") from None
+
+
 @contextlib.contextmanager
 def line_writer(path: str | os.PathLike | None) -> Iterator[Callable[[Any], None]]:
     """A function that writes a value as a line of JSON at once, or nowhere."""

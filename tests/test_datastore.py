@@ -68,6 +68,20 @@ def test_files_that_are_no_store_are_refused(tmp_path):
     (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:40])
     with pytest.raises(UserError, match=f"{NAME} is no store of tokens"):
         Datastore(tmp_path, 50)
+    store.save()
+    whole = (tmp_path / NAME).read_bytes()
+    refused = 0
+    for i in range(0, len(whole), 5):
+        (tmp_path / NAME).write_bytes(whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1 :])
+        try:
+            assert Datastore(tmp_path, 50).tokens.tolist() == [3, 49]  # a byte that does not matter, such as the time
+        except UserError as error:
+            refused += str(error).startswith(f"--datastore={tmp_path}: {NAME} ")
+    assert refused > len(whole) // 10
+    with open(tmp_path / NAME, "wb") as file:
+        np.save(file, np.zeros(3, np.int32))  # an array, but no archive
+    with pytest.raises(UserError, match=f"{NAME} is no store of tokens"):
+        Datastore(tmp_path, 50)
     np.savez(tmp_path / NAME, tokens=np.zeros((2, 2)))
     with pytest.raises(UserError, match="must hold tokens"):
         Datastore(tmp_path, 50)

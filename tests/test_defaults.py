@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import pytest
 from small_model import model
 
 from experiments import evaluate, generate, serve
 from ppow_jax import cli, defaults
+from ppow_jax.errors import UserError
 from ppow_jax.inference.model import SPECULATIONS
 from ppow_jax.speculation.settings import adaptive_tree, chain, of_mode, tree
 from ppow_jax.training.settings import TrainSettings
@@ -16,7 +18,7 @@ def test_every_program_has_the_same_defaults():
     assert SPECULATIONS["adaptive"] == adaptive and SPECULATIONS["chain"] == chain(4)
     assert SPECULATIONS["tree"] == tree(branch=3, depth=4, nodes=15)
     train = TrainSettings(workdir="x")
-    assert [of_mode(mode, 4) for mode in train.modes] == [adaptive]  # its rounds can be replayed
+    assert [of_mode(mode, 4) for mode in train.modes] == [adaptive]  # all drafts are the drafter's
     assert evaluate.Settings().speculations() == [SPECULATIONS["mixture"]] == [SPECULATIONS[defaults.MODE]]
     assert evaluate.Settings(modes=evaluate.MODES).speculations() == [SPECULATIONS[mode] for mode in evaluate.MODES]
     assert (defaults.mode(drafter=True), defaults.mode(drafter=False)) == ("mixture", "ngram")
@@ -37,6 +39,15 @@ def test_a_window_means_the_same_in_all_modes():
     sizes = {"tree_depth": (3,), "tree_nodes": (5, 8), "window": (2,)}
     deeper = evaluate.Settings(modes=("tree", "chain"), **sizes).speculations()
     assert deeper == [tree(3, 3, 5), tree(3, 3, 8), chain(2)]
+
+
+@pytest.mark.parametrize(
+    "several", [{"temperature": (0.0, 0.5)}, {"batch_size": (1, 2)}, {"temperature": (0.5,), "seeds": (0, 1)}], ids=str
+)
+def test_a_datastore_is_for_prompts_that_are_measured_once(several):
+    with pytest.raises(UserError, match="--datastore=x: needs a single --temperature, --batch_size and --seeds"):
+        evaluate.Settings(datastore="x", **several)
+    assert evaluate.Settings(datastore="x", seeds=(0, 1)).datastore == "x"  # greedy: decoded once
 
 
 def test_help_shows_them():

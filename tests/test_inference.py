@@ -152,7 +152,7 @@ def test_stats_are_those_of_vllm(mode):
 
 
 def cut(whole, stops) -> tuple[str, list[int], str]:
-    """What a stop text must make of an answer: the shortest prefix of tokens that holds one, cut before the first."""
+    """The answer that a stop text must give: the shortest prefix of tokens that holds one, cut before the first."""
     for n in range(1, len(whole.token_ids) + 1):
         text = tokenizer().decode(whole.token_ids[:n], skip_special_tokens=True)
         found = [at for stop in stops if (at := text.find(stop)) >= 0]

@@ -1,4 +1,4 @@
-"""What a lookup gets right in packed texts: only what stands in the window's own text before it, up to its end."""
+"""Tokens that a lookup gets right in packed texts: only those of the window's own text before it, up to its end."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ def batches(texts: list[tuple[list[int], int]], row_length: int = 24) -> Batches
 
 
 def found_by_text(made: Batches) -> dict[str, list[int]]:
-    """What is found at the anchors of each text."""
+    """Numbers of found tokens at the anchors of each text."""
     found_M, m = np.asarray(jax.jit(looked_up, static_argnums=1)(made.at(0), K))[0], 0
     texts = {}
     (members,) = made.members(0)

@@ -13,7 +13,7 @@ import small_configs
 from ppow_jax.data.conversations import Message
 from ppow_jax.data.encoding import encode_prompt
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation import measure, plots, report
+from ppow_jax.evaluation import measure, measured, plots, report
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.inference import decoding
 from ppow_jax.inference.batch import bucket
@@ -117,7 +117,7 @@ def test_a_mixture_reports_its_sources_and_lookup_needs_no_drafter(target, draft
     monkeypatch.setattr(measure, "measure_costs", lambda *_, **__: Costs(0.2, 1.0, 0.5, 2))
     limits = {"max_new_tokens": 20, "batch_size": 3}
     (alone,) = measure.evaluate(target, None, [TURNS], speculations=[ngram(3)], **limits)
-    outputs: list[measure.Output] = []
+    outputs: list[measured.Output] = []
     store, kept = Datastore(tmp_path, target.config.vocab_size, 2048), {"on_output": outputs.append}
     (stored,) = measure.evaluate(target, None, [TURNS], speculations=[ngram(3)], **limits, **kept, datastore=store)
     assert stored["identical"] == stored["total"] == 5 and stored["tau"] > 1
@@ -138,10 +138,10 @@ def test_a_mixture_reports_its_sources_and_lookup_needs_no_drafter(target, draft
 
 
 def test_acceptance_from_a_histogram():
-    conditional, marginal = measure.acceptance([4, 3, 2, 1])
+    conditional, marginal = measured.acceptance([4, 3, 2, 1])
     assert conditional == [6 / 10, 3 / 6, 1 / 3] and marginal == [6 / 10, 3 / 10, 1 / 10]
-    assert measure.acceptance([5, 0, 0]) == ([0.0, None], [0.0, 0.0])
-    assert measure.acceptance([0, 0]) == ([None], [None])
+    assert measured.acceptance([5, 0, 0]) == ([0.0, None], [0.0, 0.0])
+    assert measured.acceptance([0, 0]) == ([None], [None])
 
 
 def test_rows_have_the_documented_keys(greedy, tmp_path):
@@ -169,7 +169,7 @@ def test_rows_have_the_documented_keys(greedy, tmp_path):
 @pytest.mark.full
 def test_all_ways_to_speculate_side_by_side(target, drafter, greedy):
     ways = [chain(3), adaptive_tree(3, 3, 8), tree(3, 3, 8), tree(3, 3, 4)]
-    outputs: list[measure.Output] = []
+    outputs: list[measured.Output] = []
     settings = SETTINGS | {"speculations": ways, "on_output": outputs.append}
     before = generate.decode._cache_size(), generate.prefill._cache_size()
     rows = measure.evaluate(target, drafter, [SINGLE, TURNS], **settings)
@@ -291,12 +291,12 @@ def test_a_stop_ends_between_two_batches(target, drafter, monkeypatch):
 
 
 def test_rows_are_given_as_soon_as_a_benchmark_ends(target, drafter, greedy, monkeypatch):
-    found, measured = [], measure._measure
+    found, whole = [], measure._measure
 
     def fail_in_the_second(comparison, name, *rest):
         if found:
             raise KeyboardInterrupt
-        return measured(comparison, name, *rest)
+        return whole(comparison, name, *rest)
 
     monkeypatch.setattr(measure, "_measure", fail_in_the_second)
     with pytest.raises(KeyboardInterrupt):

@@ -18,6 +18,7 @@ from ppow_jax.online.buffer import Buffer
 from ppow_jax.online.guard import Guard, Replayed, rounds_of
 from ppow_jax.online.session import Online
 from ppow_jax.online.settings import OBJECTIVES
+from ppow_jax.weights.drafters import import_drafter
 
 SAMPLED = ("tree", "mixture")  # modes in which a seed draws the same tokens with every drafter
 CASES = [(mode, t) for mode in MODES if MODES[mode].needs_drafter for t in (0.0, 0.8) if t == 0 or mode in SAMPLED]
@@ -189,7 +190,7 @@ def test_rows_hold_whole_requests():
 
 
 def test_a_stopped_session_resumes(tmp_path):
-    """What was saved is what goes on: state, counts and drafter; the adapted drafter can be read by itself."""
+    """The saved state, counts and drafter are resumed; the adapted drafter can be read by itself."""
     from ppow_jax.weights.loading import load_drafter
 
     found = fresh()
@@ -214,6 +215,51 @@ def test_a_stopped_session_resumes(tmp_path):
     resumed.close()
     with pytest.raises(UserError, match="holds a state of another objective recipe .now supervised."):
         online(fresh(), save=tmp_path / "online", objective="supervised")
+
+
+def test_ctrl_c_in_a_training_step_leaves_a_session_that_goes_on(tmp_path):
+    """The step's program has taken the old state: training begins again from the drafter that serves."""
+    found = fresh()
+    session = online(found, save=tmp_path)
+    update = session._updated
+
+    def interrupted(*given):
+        update(*given)
+        raise KeyboardInterrupt
+
+    session._updated = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        found.adapt(PROMPTS, **LOOK)
+    session._updated = update
+    assert session.stats().steps == 0 and session.candidate is found.drafter
+    assert found.adapt(PROMPTS, **LOOK).steps >= 2
+    session.close()
+
+
+def test_a_kill_before_the_export_leaves_it_to_the_next_session(tmp_path):
+    found = fresh()
+    session = online(found, save=tmp_path, save_every=1)
+    session.saved.export = lambda *_: None  # as if killed between the state and the drafter
+    for _ in range(3):
+        found.adapt(PROMPTS, **LOOK)
+    session.saved.close()
+    assert not (tmp_path / "drafter").exists()
+    again = fresh()
+    online(again, save=tmp_path).close()
+    stored = import_drafter(tmp_path / "drafter")
+    np.testing.assert_array_equal(stored.params["fc"], again.drafter.params["fc"])
+    assert (stored.params["fc"] != fresh().drafter.params["fc"]).any()
+
+
+def test_a_directory_serves_one_session_and_damage_is_told(tmp_path):
+    session = online(fresh(), save=tmp_path)
+    with pytest.raises(UserError, match="--online_save=.*: another command is running there"):
+        online(fresh(), save=tmp_path)
+    session.close()
+    for damage in ("{", "[1]", "3"):
+        (tmp_path / "about.json").write_text(damage)
+        with pytest.raises(UserError, match="--online_save=.*: about.json is damaged"):
+            online(fresh(), save=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Online adaptation in the endpoint, its flags, and what its study computes."""
 
 import dataclasses
+import json
 
 import pytest
 from small_model import MODES, NEW
@@ -55,10 +56,14 @@ def test_the_endpoint_adapts_between_rounds():
         def broken(*_, **__):
             raise MemoryError
 
-        session.work = broken
-        assert ask() == expected
-        until(lambda: engine.online is None)
-        assert ask() == expected
+        for name in ("finished", "work"):
+            working = getattr(session, name)
+            setattr(session, name, broken)
+            assert ask() == expected
+            until(lambda: engine.online is None)
+            assert ask() == expected
+            setattr(session, name, working)
+            engine.online = session
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,14 @@ def test_the_study_sums_up(tmp_path):
     assert chat["won_back_after"] is None and chat["slowest_to_plain"] is None
     study.plot(str(tmp_path / "plot.png"), served)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_that_a_kill_left_incomplete_is_served_again(tmp_path):
+    path, served = tmp_path / "served.jsonl", [request(20, 20), request(10, 20, plain_seconds=3.0)]
+    assert study.read_served(path) == [] and path.read_text() == ""
+    whole = "".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in served)
+    path.write_text(whole + whole[:30])
+    assert study.read_served(path) == served and path.read_text() == whole
 
 
 @pytest.mark.full

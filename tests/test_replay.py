@@ -58,7 +58,7 @@ def batches() -> Batches:
 def decoded(
     params, config, drafter, examples, speculation, cost_table=None, longest=LONGEST, store_S=None
 ) -> Replayed:
-    """What decoding at batch 1 counts; the drafts that it accepts behind an answer's end are left out."""
+    """Counts of decoding at batch 1; the drafts that it accepts behind an answer's end are left out."""
     K = speculation.window
     P = max(int((~example.answer_mask).sum()) for example in examples)
     if cost_table is not None:
@@ -160,8 +160,25 @@ def test_lookups_in_earlier_answers_are_those_of_decoding(way):
     found = replay(*given, batches(), way, cost_table, store_S=store_S)
     assert_equal(found, decoded(PARAMS, CONFIG, drafter, batches().examples, way, cost_table, store_S=store_S))
     without = replay(*given, batches(), way, cost_table)
-    # the store is searched; that it helps is for real text, here most matches in 12 kinds of tokens are chance
-    assert not np.array_equal(found.accepted_NxK1, without.accepted_NxK1)
+    # texts that the store holds; of others most matches are chance, since there are 12 kinds of tokens
+    assert found.rounds_N[:3].sum() < without.rounds_N[:3].sum()
+
+
+@pytest.mark.parametrize(
+    ("held", "rounds"),
+    [(range(60), 10), (range(40), 25), (range(59, -1, -1), 49), ((), 49)],
+    ids=["all", "the first 40 tokens", "another text", "nothing"],
+)
+def test_a_store_gives_what_it_holds_of_a_text(held, rounds):
+    """All tokens of the text differ, so it has no match of its own: each accepted draft is the store's, 4 a round."""
+    example = Example(np.arange(60, dtype=np.int32), np.arange(60) >= 10, "a text")
+    text = Batches([example], seed=0, batch_size=1, row_length=64, max_anchors=60)
+    store_S = np.full(70, -1, np.int32)
+    store_S[70 - len(held) :] = held
+    found = replay(None, PARAMS, CONFIG, text, ngram(4), cost_table_of(FREE, FREE), store_S=store_S)
+    assert (found.tokens_N.item(), found.rounds_N.item()) == (49, rounds)
+    right = -(-(49 - rounds) // 4)  # rounds whose drafts are accepted, the last one beyond the end
+    np.testing.assert_array_equal(found.accepted_NxK1, [[rounds - right, 0, 0, 0, right]])
 
 
 @pytest.mark.full

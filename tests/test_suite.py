@@ -32,6 +32,7 @@ THROUGH_OTHERS = {
     "ppow_jax.data.tasks": "test_conversations.py",
     "ppow_jax.inference.learner": "test_online.py",
     "ppow_jax.evaluation.replay_lookup": "test_replay.py",
+    "ppow_jax.training.fields": "test_train_refusals.py",
     "ppow_jax.inference.trace_page": "test_trace.py",
     "ppow_jax.models.reading": "test_model_config.py",
     "ppow_jax.models.window_attention": "test_drafter.py",

@@ -30,7 +30,7 @@ START = 60.0  # seconds, for the server to start
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What both sides answer: prompts, token ids int32 [T], each with seed number i. clients: requests at once."""
+    """A workload for both sides: prompts, token ids int32 [T], each with seed number i. clients: requests at once."""
 
     prompts: Sequence[np.ndarray]
     clients: int

@@ -8,7 +8,6 @@ temperature 0 only: they are a function of the prompt.
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from ppow_jax.data.encoding import Example
 from ppow_jax.errors import UserError
-from ppow_jax.files import shipped, write_atomic
+from ppow_jax.files import read_arrays, shipped, write_atomic
 
 Answers = Mapping[bytes, np.ndarray]
 HASH = 16  # bytes
@@ -58,20 +57,19 @@ def read_packs(paths: Sequence[str], about: Mapping[str, Any]) -> Answers:
     """
     found: dict[bytes, np.ndarray] = {}
     for path in paths:
+        given = f"--answers_from={path}"
+        arrays = read_arrays(shipped(path), ("keys", "lengths", "tokens", "about"), f"{given}:", "answer pack")
+        keys, lengths, tokens, theirs_json = arrays
         try:
-            with shipped(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                keys, lengths, tokens = arrays["keys"], arrays["lengths"], arrays["tokens"].astype(np.int32)
-                theirs = json.loads(arrays["about"].tobytes())
-        except OSError as error:
-            raise UserError(f"--answers_from={path}: cannot be read ({error.strerror or error})") from None
-        except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-            raise UserError(f"--answers_from={path}: is no answer pack ({error})") from None
+            theirs, tokens = dict(json.loads(theirs_json.tobytes())), tokens.astype(np.int32)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{given}: is no answer pack ({error})") from None
         differ = (name for name, mine in about.items() if theirs.get(name) != mine)
         different = [f"{name} {theirs.get(name)!r} (now {about[name]!r})" for name in differ]
         if different:
-            raise UserError(f"--answers_from={path}: its answers were made with {', '.join(different)}")
+            raise UserError(f"{given}: its answers were made with {', '.join(different)}")
         if lengths.sum() != len(tokens) or len(keys) != len(lengths):
-            raise UserError(f"--answers_from={path}: is damaged: {len(tokens)} tokens of {lengths.sum()}")
+            raise UserError(f"{given}: is damaged: {len(tokens)} tokens of {lengths.sum()}")
         parts = np.split(tokens, np.cumsum(lengths)[:-1])
         found |= {bytes(key): part for key, part in zip(keys, parts, strict=True)}
     return found

@@ -1,4 +1,4 @@
-"""How often each token occurs in texts and stored answers, and the draft vocabulary that follows from it."""
+"""Token counts of texts and stored answers, and the draft vocabulary that follows from them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -80,11 +80,8 @@ def load_conversations(spec: str, limit: int | None = None) -> list[Conversation
     Records that are well formed but unusable are left out and counted in the log; so are those that are cut.
     Raises UserError for a missing or malformed source, and for one without a usable record.
     """
-    sources = [s.strip() for s in re.split(r",(?![^\[]*\])", spec) if s.strip()]
-    if not sources:
-        raise UserError(f"data source {spec!r} is empty: name a file, a data set or 'sharegpt'")
     found: list[Conversation] = []
-    for source in sources:
+    for source in sources_of(spec):
         name, start, stop = _split_slice(source)
         if limit is not None and start >= 0 and (stop is None or stop >= 0):
             rest = start + limit - len(found)
@@ -93,6 +90,14 @@ def load_conversations(spec: str, limit: int | None = None) -> list[Conversation
         if limit is not None and len(found) >= limit:
             return found[:limit]
     return found
+
+
+def sources_of(spec: str) -> list[str]:
+    """The sources of a comma list; commas in brackets do not separate. Raises UserError if there are none."""
+    sources = [s.strip() for s in re.split(r",(?![^\[]*\])", spec) if s.strip()]
+    if not sources:
+        raise UserError(f"data source {spec!r} is empty: name a file, a data set or 'sharegpt'")
+    return sources
 
 
 def _split_slice(source: str) -> tuple[str, int, int | None]:

@@ -35,7 +35,7 @@ ALL = "all"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is run: the engine, where, and with which settings; see the flags of `experiments.serve_check`."""
+    """Settings of a check: the engine, where it runs, and how; see the flags of `experiments.serve_check`."""
 
     engine: job.Engine
     python: Path

@@ -1,4 +1,4 @@
-"""How serving engines read a drafter's files, and where one would silently read them otherwise than they are meant.
+"""Readings of a drafter's files by serving engines, and where one would silently read them otherwise than meant.
 
 Facts from the engines' own sources, of the versions in `SOURCES`; docs/drafter_files.md has the table with the files.
 """
@@ -49,7 +49,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How one engine reads one property. verdict: READS, FAILS or MISREADS (without any error)."""
+    """One engine's reading of one property. verdict: READS, FAILS or MISREADS (without any error)."""
 
     engine: str
     field: str
@@ -77,7 +77,7 @@ def of_directory(directory: Path) -> Files:
 
 
 def readings(files: Files) -> list[Reading]:
-    """How every engine reads every property that this drafter has."""
+    """Every engine's reading of every property that this drafter has."""
     return [reading for engine in _ENGINES for reading in _of_engine(engine, files)]
 
 

@@ -24,7 +24,14 @@ from ppow_jax import sharding
 from ppow_jax.corpus.features import FeatureStore
 from ppow_jax.data.batches import Batches
 from ppow_jax.errors import UserError
-from ppow_jax.evaluation.replay_lookup import LookupTable, MixedTable, lookup_round, lookup_table
+from ppow_jax.evaluation.replay_lookup import (
+    Counts,
+    LookupTable,
+    MixedTable,
+    Statistics,
+    lookup_round,
+    lookup_table,
+)
 from ppow_jax.evaluation.replay_tables import CandidateTable, ChainTable, Plan, Table, TreeTable, plans_of, read_batch
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
@@ -118,7 +125,7 @@ def replay_all(
         example with more than one answer.
     """
     for speculation in speculations:
-        _check_prices(speculation, cost_table)
+        _check_cost_table(speculation, cost_table)
     tables = read_tables(drafter, target_params, config, batches, speculations, features, store_S)
     return [simulate(tables, speculation, cost_table) for speculation in speculations]
 
@@ -172,7 +179,7 @@ def read_tables(
 
 def simulate(tables: Tables, speculation: Speculation, cost_table: CostTable | None = None) -> Replayed:
     """Simulates the rounds of all answers, from tables that hold the drafts of this mode; see `replay_all`."""
-    cost_table = _check_prices(speculation, cost_table)
+    cost_table = _check_cost_table(speculation, cost_table)
     table = _table_of(tables, speculation)
     if table is None:
         raise UserError(f"the tables were not made for {speculation}")
@@ -194,7 +201,7 @@ def _table_of(tables: Tables, speculation: Speculation) -> Table | LookupTable |
     return MixedTable(lookup, drafted) if isinstance(drafted, CandidateTable) else lookup
 
 
-def _check_prices(speculation: Speculation, cost_table: CostTable | None) -> CostTable | None:
+def _check_cost_table(speculation: Speculation, cost_table: CostTable | None) -> CostTable | None:
     """The cost table for 0..N verified tokens, N the mode's maximum. Raises UserError if it is missing or too short."""
     if cost_table is None:
         if speculation.adaptive:
@@ -203,7 +210,8 @@ def _check_prices(speculation: Speculation, cost_table: CostTable | None) -> Cos
     N1 = speculation.verified + 1
     if len(cost_table.verify_N1) < N1:
         held = len(cost_table.verify_N1) - 1
-        raise UserError(f"prices of verifying 0..{held} drafted tokens, but {speculation.verified} may be verified")
+        rule = f"of verifying 0..{held} drafted tokens, but {speculation.verified} may be verified"
+        raise UserError(f"the cost table holds costs {rule}")
     return cost_table._replace(verify_N1=cost_table.verify_N1[:N1])
 
 
@@ -219,13 +227,6 @@ class _Round(NamedTuple):
     expected_N: Array
 
 
-class _Statistics(NamedTuple):
-    """What the decisions of a round depend on, see `speculation.state`."""
-
-    stats: AcceptanceStats
-    found: Sources
-
-
 @functools.partial(jax.jit, static_argnames=("speculation",))
 def _rounds(
     table: Table | LookupTable | MixedTable,
@@ -236,6 +237,7 @@ def _rounds(
     speculation: Speculation,
 ) -> tuple[Array, ...]:
     """Simulates all answers, each deciding by itself, until the longest is finished: the fields of `Replayed`."""
+    one_round = lookup_round if speculation.lookup else _drafter_round
     N, K1 = len(count_N), speculation.window + 1
     none_N, free_N = jnp.zeros(N, jnp.int32), jnp.zeros(N)
 
@@ -244,12 +246,7 @@ def _rounds(
         at_N = sums[0]
         live_N = at_N < count_N
         here = jax.tree.map(lambda x: x[start_N + jnp.minimum(at_N, count_N - 1)], table)
-        if speculation.lookup:
-            after = lookup_round(here, speculation, known.stats, known.found, cost_table)
-            steps_N, drafted_N, accepted_N = after.steps_N, after.drafted_N, after.accepted_N
-            known = _Statistics(after.stats, after.found)
-        else:
-            (steps_N, drafted_N, accepted_N), known = _drafter_round(here, speculation, known, cost_table)
+        (steps_N, drafted_N, accepted_N), known = one_round(here, speculation, known, cost_table)
         cost_N = cost_table.of_round(steps_N, drafted_N) if cost_table else free_N
         gained_N = jnp.minimum(accepted_N + 1, count_N - at_N)
         accepted_NxK1 = jax.nn.one_hot(accepted_N, K1, dtype=jnp.int32)
@@ -261,14 +258,14 @@ def _rounds(
         return tuple(map(add, sums, new)), known
 
     nothing = none_N, none_N, none_N, none_N, free_N, jnp.zeros((N, K1), jnp.int32)
-    start = _Statistics(AcceptanceStats.start(N), Sources.start(N))
+    start = Statistics(AcceptanceStats.start(N), Sources.start(N))
     return jax.lax.while_loop(lambda carry: (carry[0][0] < count_N).any(), body, (nothing, start))[0]
 
 
 def _drafter_round(
-    here: Table, speculation: Speculation, known: _Statistics, cost_table: CostTable | None
-) -> tuple[tuple[Array, Array, Array], _Statistics]:
-    """((steps_N, drafted_N, accepted_N), statistics after the round) of chains and trees."""
+    here: Table, speculation: Speculation, known: Statistics, cost_table: CostTable | None
+) -> tuple[Counts, Statistics]:
+    """As `lookup_round`, of chains and trees."""
     if isinstance(here, ChainTable):
         found = _chain_round(here, speculation, known.stats, cost_table)
     else:

@@ -9,7 +9,7 @@ Shapes: A anchors, C candidates, N looked-up tokens or nodes, K1 tokens ahead.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,41 +73,36 @@ def _find(tokens_L: Array, length_M: Array, store_S: Array | None, *, N: int) ->
     return jax.lax.map(alone, length_M, batch_size=BLOCK)
 
 
-class LookupRound(NamedTuple):
-    """A round of each answer, [N] each, and the statistics after it."""
+class Statistics(NamedTuple):
+    """Statistics that decide what a round drafts, [N] each; see `speculation.state`."""
 
-    steps_N: Array
-    drafted_N: Array
-    accepted_N: Array
     stats: AcceptanceStats
     found: Sources
 
 
+Counts = tuple[Array, Array, Array]  # of a round of each answer, [N] each: draft steps, verified drafts, accepted ones
+
+
 def lookup_round(
-    here: LookupTable | MixedTable,
-    speculation: Speculation,
-    stats: AcceptanceStats,
-    found: Sources,
-    cost_table: CostTable,
-) -> LookupRound:
-    """One round of every answer, each by itself. here: the tables' rows of the answers' present anchors."""
+    here: LookupTable | MixedTable, speculation: Speculation, known: Statistics, cost_table: CostTable
+) -> tuple[Counts, Statistics]:
+    """One round of every answer, each by itself -> its counts, and the statistics after it.
 
-    def alone(here: LookupTable | MixedTable, stats: AcceptanceStats, found: Sources) -> LookupRound:
-        here, stats, found = jax.tree.map(lambda x: x[None], (here, stats, found))
-        round_of_one = _round(here, speculation, stats, found, cost_table)
-        return jax.tree.map(lambda x: x[0], round_of_one)
+    here: the tables' rows of the answers' present anchors.
+    """
 
-    return jax.vmap(alone)(here, stats, found)
+    def alone(*row: Any) -> Any:
+        here, known = jax.tree.map(lambda x: x[None], row)
+        return jax.tree.map(lambda x: x[0], _round(here, speculation, known, cost_table))
+
+    return jax.vmap(alone)(here, known)
 
 
 def _round(
-    here: LookupTable | MixedTable,
-    speculation: Speculation,
-    stats: AcceptanceStats,
-    found: Sources,
-    cost_table: CostTable,
-) -> LookupRound:
+    here: LookupTable | MixedTable, speculation: Speculation, known: Statistics, cost_table: CostTable
+) -> tuple[Counts, Statistics]:
     """One round of a batch whose rows are all unfinished."""
+    stats, found = known
     lookup = here.lookup if isinstance(here, MixedTable) else here
     match = Match(lookup.matched_A, lookup.token_AxN[:, : speculation.lookup])
     text_BxK1, live_B = lookup.text_AxK1[:, : speculation.window + 1], jnp.ones(lookup.matched_A.shape, bool)
@@ -118,9 +113,9 @@ def _round(
         drafts = mixture.lookup(stats, found, speculation.adaptive, cost_table, match, live_B)
     own_BxN = jnp.take_along_axis(text_BxK1, jnp.maximum(depths_of(drafts.tree) - 1, 0), 1)
     path = follow(drafts.tree, drafts.tree.token_BxN == own_BxN, speculation.window)
-    judged = text_BxK1, path.index_BxD1, path.accepted_B
-    stats, found = mixture.settle(stats, found, drafts, *judged, cost_table, live_B)
-    return LookupRound(drafts.tree.steps_B, drafts.count_B, path.accepted_B, stats, found)
+    verified = text_BxK1, path.index_BxD1, path.accepted_B
+    stats, found = mixture.settle(stats, found, drafts, *verified, cost_table, live_B)
+    return (drafts.tree.steps_B, drafts.count_B, path.accepted_B), Statistics(stats, found)
 
 
 def _levels(drafted: CandidateTable, shape: TreeShape, go_on: Callable[[int, Array], Array] | None) -> Candidates:

@@ -7,7 +7,6 @@ own text. Output does not depend on it.
 
 import io
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppow_jax import sharding
+from ppow_jax import files, sharding
 from ppow_jax.errors import UserError
-from ppow_jax.files import write_atomic
 from ppow_jax.flags import require
 
 TOKENS = 1 << 16  # size of a buffer
@@ -29,12 +27,17 @@ EMPTY = -1  # equals no token
 class Datastore:
     """The last `size` tokens of answers, in DIRECTORY/tokens.npz.
 
-    vocab_size: of the target; a file with other tokens is refused. Raises UserError for a file that cannot be used.
+    vocab_size: of the target; a file with other tokens is refused. Raises UserError for a file that cannot be used, and
+    for a directory that cannot be written to.
     """
 
     def __init__(self, directory: str | os.PathLike, vocab_size: int, size: int = TOKENS):
-        self.path, self.size = Path(directory).expanduser() / NAME, size
-        self.tokens = _read(self.path, vocab_size)[-size:]
+        self._given, self.size = f"--datastore={directory}", size
+        try:
+            self.path = files.writable_directory(directory) / NAME
+        except UserError as error:
+            raise UserError(f"{self._given}: {error}") from None
+        self.tokens = _read(self.path, self._given, vocab_size)[-size:]
         self._placed: jax.Array | None = None
 
     @property
@@ -56,27 +59,18 @@ class Datastore:
 
     def save(self) -> None:
         """Writes the file, as a whole."""
+        packed = io.BytesIO()
+        np.savez_compressed(packed, tokens=self.tokens)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            packed = io.BytesIO()
-            np.savez_compressed(packed, tokens=self.tokens)
-            write_atomic(self.path, packed.getvalue())
+            files.write_atomic(self.path, packed.getvalue())
         except OSError as error:
-            raise UserError(f"--datastore={self.path.parent}: cannot be written ({error.strerror})") from None
+            raise UserError(f"{self._given}: cannot be written ({error.strerror})") from None
 
 
-def _read(path: Path, vocab_size: int) -> np.ndarray:
-    given = f"--datastore={path.parent}"
+def _read(path: Path, given: str, vocab_size: int) -> np.ndarray:
     if not path.exists():
-        require(not path.parent.exists() or path.parent.is_dir(), f"{given}: must be a directory")
         return np.zeros(0, np.int32)
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            tokens = arrays["tokens"]
-    except OSError as error:
-        raise UserError(f"{given}: {NAME} cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{given}: {NAME} is no store of tokens ({error})") from None
+    (tokens,) = files.read_arrays(path, ["tokens"], f"{given}: {NAME}", "store of tokens")
     fits = tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer)
     fits = fits and (not len(tokens) or (0 <= tokens.min() and tokens.max() < vocab_size))
     require(bool(fits), f"{given}: {NAME} must hold tokens of this target, 0 to {vocab_size - 1}")

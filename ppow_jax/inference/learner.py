@@ -1,4 +1,4 @@
-"""What learns from finished requests, as the decoding engine sees it; `ppow_jax.online.session.Online` is one."""
+"""Interface of online adaptation to the decoding engine; `ppow_jax.online.session.Online` implements it."""
 
 import dataclasses
 from typing import Protocol
@@ -55,7 +55,7 @@ class Learner(Protocol):
         """Does all work that is left, whatever it takes -> statistics."""
 
     def stats(self) -> OnlineStats:
-        """What was done so far."""
+        """Counts and acceptance lengths so far."""
 
     def close(self) -> None:
-        """Saves what is not saved."""
+        """Saves what is not saved, and detaches itself from the model."""

@@ -24,7 +24,7 @@ def colours(stream: TextIO) -> bool:
 
 
 def legend(result: Any) -> str:
-    """What the colours of a result mean."""
+    """Explains the colours of a result."""
     return LOOKUP_LEGEND if {"ngram", "both"} & set(result.sources) else LEGEND
 
 

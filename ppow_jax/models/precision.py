@@ -94,7 +94,7 @@ def use(policy: Precision | None) -> Iterator[None]:
 
 
 def chosen() -> Precision | None:
-    """What `use` chose in this thread, for another thread to `use`; None if it is left to the platform."""
+    """The choice of `use` in this thread, for another thread to `use`; None if it is left to the platform."""
     return context().value
 
 

@@ -1,4 +1,4 @@
-"""How much of the time adaptation may take."""
+"""Budget of time for adaptation."""
 
 import contextlib
 import time

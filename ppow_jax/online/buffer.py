@@ -14,14 +14,14 @@ from ppow_jax.data.encoding import Example
 class Row:
     """One training row, 1 x T. counts: anchors of each answer in it, in their order.
 
-    cached: features_BxTxF and hidden_BxMxD of the target's pass once it was made, see `target_pass.score`. judged: the
-    drafters were replayed on it, so that it may be trained on. uses: training steps made on it.
+    cached: features_BxTxF and hidden_BxMxD of the target's pass once it was made, see `target_pass.score`. replayed:
+    all drafters were replayed on it, so that it may be trained on. uses: training steps made on it.
     """
 
     batch: PackedBatch
     counts: list[int]
     cached: tuple[Any, Any] | None = None
-    judged: bool = False
+    replayed: bool = False
     uses: int = 0
 
 

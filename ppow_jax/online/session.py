@@ -81,9 +81,14 @@ class Online:
         self.optimizer = steps.optimizer_of(s, self.frozen, features_NxF)
         self.state = OnlineState(self._begun(self.frozen.params), steps.master_copy(self.frozen.params))
         self.saved = Saved(save, s, model.target, self.frozen) if save else None
-        self._compile(row)
-        if self.saved and (found := self.saved.restore(self.state)):
-            self._resume(*found)
+        try:
+            self._compile(row)
+            if self.saved and (found := self.saved.restore(self.state)):
+                self._resume(*found)
+        except BaseException:
+            if self.saved:
+                self.saved.close()  # so that the directory can be tried again
+            raise
         model.online = self
 
     # What the decoding engine calls; see `inference.learner.Learner`.
@@ -128,14 +133,16 @@ class Online:
 
     def close(self) -> None:
         """Saves what is not saved, and detaches; the model keeps the drafter that serves."""
-        if self.saved:
-            if self._unsaved or not self._exported:
-                self._save()
-            self.saved.close()
         self.model.online = None
+        if self.saved:
+            try:
+                if self._unsaved or not self._exported:
+                    self._save()
+            finally:
+                self.saved.close()
 
     def stats(self) -> OnlineStats:
-        """What was done so far."""
+        """Counts and acceptance lengths so far."""
         counts, budget = self._counts, self.budget
         rounds = sum(rounds for _, rounds in self._served)
         return OnlineStats(
@@ -158,7 +165,7 @@ class Online:
         row = None if self.ended else self.buffer.next()
         if row is None:
             return None
-        return READ if row.cached is None else TRAIN if row.judged else REPLAY
+        return READ if row.cached is None else TRAIN if row.replayed else REPLAY
 
     def _do(self, kind: str) -> None:
         row = self.buffer.next()
@@ -167,7 +174,7 @@ class Online:
         elif kind == READ:
             row.cached = self._read(row)
         elif kind == REPLAY:
-            self._judge(row)
+            self._compare(row)
         else:
             self._train(row)
 
@@ -176,7 +183,13 @@ class Online:
         return jax.block_until_ready(steps.read(target.params, row.batch, config=target.config, layers=layers))
 
     def _train(self, row: Row) -> None:
-        self.state = self.state.replace(train=self._updated(self.state.train, row))
+        try:
+            train = self._updated(self.state.train, row)
+        except BaseException:  # such as Ctrl-C: the state before is donated, so training begins again from what serves
+            self.state = self.state.replace(train=self._begun(self.state.serving))
+            self._candidate = self.model.drafter
+            raise
+        self.state = self.state.replace(train=train)
         self._candidate = None
         self._counts["steps"] += 1
         self._unsaved += 1
@@ -190,9 +203,9 @@ class Online:
         new, _ = steps.train(state, self.spec, target.params, row.batch, row.cached, **how)
         return jax.block_until_ready(new)
 
-    def _judge(self, row: Row) -> None:
+    def _compare(self, row: Row) -> None:
         """Replays a new row with all three drafters, and does what the guard says."""
-        row.judged = True
+        row.replayed = True
         drafters = {"frozen": self.frozen, "serving": self.model.drafter, "candidate": self.candidate}
         accepted: dict[int, np.ndarray] = {}  # drafters that are the same are replayed once
         for drafter in drafters.values():
@@ -289,4 +302,5 @@ class Online:
         self._served.extend((tokens, rounds) for tokens, rounds in kept["served"])
         self.model.drafter = steps.serving_copy(self.state.serving, self.frozen.spec, dtype=self.dtype)
         self._candidate = None
+        self._exported = not (self._counts["swaps"] or self._counts["fallbacks"])  # a kill may have come before it
         log.info("online: resumed after %d steps and %d swaps", self._counts["steps"], self._counts["swaps"])

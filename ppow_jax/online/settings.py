@@ -10,7 +10,7 @@ OPTIMIZERS = ("muon", "adamw")
 
 @dataclasses.dataclass(frozen=True)
 class OnlineSettings:
-    """How a drafter is adapted. Hashable.
+    """Settings of an adaptation. Hashable.
 
     budget: most of the time that adaptation may take while requests are decoded, as a share of both together; idle time
       is free.

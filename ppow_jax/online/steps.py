@@ -36,7 +36,7 @@ TEMPERATURE, GAMMA = 0.5, 0.1  # of the recipe: drafting rule of the reward, cos
 
 
 class OnlineState(flax.struct.PyTreeNode):
-    """What adaptation carries from step to step, and what is saved.
+    """State that adaptation carries from step to step, and saves.
 
     train: parameters (float32) and optimizer state of the candidate. serving: float32 parameters of the drafter that
     serves, the last one that was found good.
@@ -112,7 +112,7 @@ def train(
 
 
 def _rollouts(K: int) -> RolloutSettings:
-    """Of these, the exact estimator reads the window and the costs."""
+    """Settings of which the exact estimator reads the window and the costs alone."""
     return RolloutSettings(
         window=K,
         group=1,

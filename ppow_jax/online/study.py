@@ -1,15 +1,17 @@
 """A measurement of online adaptation: the same requests, one after the other, with a frozen and an adapting drafter."""
 
 import dataclasses
-import logging
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ppow_jax import files
 from ppow_jax.evaluation import plots
 from ppow_jax.evaluation.intervals import Counts, Estimate, paired_ratio
 from ppow_jax.flags import require
@@ -18,8 +20,7 @@ from ppow_jax.inference.model import Model
 from ppow_jax.inference.requests import Result
 from ppow_jax.online.session import Online
 from ppow_jax.speculation.settings import Speculation
-
-log = logging.getLogger(__name__)
+from ppow_jax.training.run.metrics import read_metrics
 
 LAST = 0.25  # share of a workload's requests that count as further ones: its last
 AVERAGED = 20  # requests of a moving average in the plot
@@ -108,6 +109,13 @@ def serve(
             identical=all(text == texts[0] for text in texts),
             **{name: getattr(stats, name) for name in ("steps", "swaps", "fallbacks", "share")},
         )
+
+
+def read_served(path: Path) -> list[Served]:
+    """Requests of a file with a line for each; a last line that a kill left incomplete is removed from the file."""
+    rows = read_metrics(path) if path.exists() else []
+    files.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return [Served(**row) for row in rows]
 
 
 def summary(served: Sequence[Served]) -> list[dict[str, Any]]:

@@ -90,6 +90,7 @@ class Engine:
     def __init__(self, machine: Machine, metrics: Metrics, queue: int, mesh: sharding.Mesh | None = None):
         self.machine, self.metrics, self.queue, self.mesh = machine, metrics, queue, mesh
         self.online = machine.model.online
+        self._finished: list[Result] = []  # that `online` has not been given yet
         self.precision = precision.chosen()  # of the thread that makes it, for its own
         self.accepting, self._stopped = True, False
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -145,7 +146,7 @@ class Engine:
         self._close()
 
     def _close(self) -> None:
-        """Saves what was learnt."""
+        """Saves the adaptation."""
         try:
             if self.online is not None:
                 self.online.close()
@@ -163,11 +164,14 @@ class Engine:
 
     def _learn(self, begin: float, busy: bool) -> None:
         """Counts the time of a turn, and does a unit of online adaptation where the budget allows it, or none waits."""
+        finished, self._finished = self._finished, []
         if self.online is None:
             return
         try:
             if busy:
                 self.online.decoded(time.monotonic() - begin)
+            for result in finished:
+                self.online.finished(result)
             self.online.work(idle=self.idle, units=1)
             self.metrics.adapted(self.online.stats())
         except Exception:  # adaptation must not end requests
@@ -233,8 +237,7 @@ class Engine:
                 finished.add(row)
                 self._seconds.append(now - one.begin)
                 self.metrics.finished(one.answer.result.finish_reason, now - one.ticket.arrived)
-                if self.online is not None:
-                    self.online.finished(one.answer.result)
+                self._finished.append(one.answer.result)
         self._free(finished)
         self._free(damaged, damaged=True)
 

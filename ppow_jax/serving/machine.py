@@ -31,7 +31,7 @@ class Numbers(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the host reads of all rows; see `State`.
+    """Arrays that the host reads of all rows; see `State`.
 
     drafted_BxS, accepted_BxS: drafted and accepted tokens by source, see `sources.NAMES`.
     """
@@ -93,10 +93,9 @@ class Machine:
 
     def look(self) -> Rows:
         """Reads all rows."""
-        found = self.state.sources
-        by_source = {"drafted_BxS": found.drafted_BxS, "accepted_BxS": found.accepted_BxS}
-        wanted = Rows(*(by_source.get(name, getattr(self.state, name, None)) for name in Rows._fields))
-        rows = Rows(*sharding.fetch(tuple(wanted)))
+        s = self.state
+        read = s.tokens_BxL, s.length_B, s.done_B, s.healthy_B, s.histogram_BxK1, s.drafted_B, s.source_BxL
+        rows = Rows(*sharding.fetch((*read, s.sources.drafted_BxS, s.sources.accepted_BxS)))
         if not self.speculation.lookup:  # all by the drafter, and only counted in total
             accepted_B = rows.histogram_BxK1 @ np.arange(rows.histogram_BxK1.shape[1])
             totals = {"drafted_BxS": rows.drafted_B, "accepted_BxS": accepted_B}

@@ -103,7 +103,7 @@ class Metrics:
         self._refused.labels(self._model, code).inc()
 
     def adapted(self, stats: OnlineStats) -> None:
-        """What online adaptation did so far; see docs/online.md for the names."""
+        """Sets the figures of online adaptation; see docs/online.md for their names."""
         if self._online is None:
             self._online = _Adaptation(stats, self._model)
             self.registry.register(self._online)

@@ -87,10 +87,10 @@ class CostTable(NamedTuple):
 class AcceptanceStats(flax.struct.PyTreeNode):
     """Acceptance statistics and back-off state of each row. All [B].
 
-    tokens, cost, accepted, expected, judged: decayed sums over rounds, of committed tokens, of cost in steps of plain
+    tokens, cost, accepted, expected, reached: decayed sums over rounds, of committed tokens, of cost in steps of plain
     decoding, of accepted drafts, of the number of accepted drafts that the drafter's probabilities predict, and of
-    draft steps whose predecessors were all accepted. trial: windows left before the row may back off. rest: rounds left
-    of the current cooldown. pause: length of the next cooldown, in rounds.
+    draft steps whose predecessors were all accepted. trial: windows left before the row may back off. cooldown:
+    rounds left of the current one. next_cooldown: length of the next one, in rounds.
     """
 
     tokens_B: Array

@@ -175,8 +175,8 @@ def verify_window(
     stats, found = state.stats, state.sources
     if isinstance(draft, Drafts):
         if cost_table is not None:
-            judged = result.token_BxK1, result.index_BxK1, result.accepted_B
-            stats, found = mixture.settle(stats, found, draft, *judged, cost_table, ~state.done_B)
+            verified = result.token_BxK1, result.index_BxK1, result.accepted_B
+            stats, found = mixture.settle(stats, found, draft, *verified, cost_table, ~state.done_B)
     elif speculation.adaptive:
         live_B = _deciding(state, speculation, sampling)
         stats = _updated(stats, draft, drafted_B, result.accepted_B, cost_table, live_B)

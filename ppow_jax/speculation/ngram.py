@@ -67,7 +67,7 @@ def find(tokens_BxL: Array, length_B: Array, N: int, store_S: Array | None = Non
 
 
 class Counts(flax.struct.PyTreeNode):
-    """How often tokens after a match of 1..LONGEST tokens were right: decayed sums per row.
+    """Counts of tokens after a match of 1..LONGEST tokens, and of those that were right: decayed sums per row.
 
     right_BxM: tokens that the target drew. judged_BxM: tokens that were compared.
     """

@@ -75,8 +75,8 @@ def propose(
         if go_on is None:
             mine = token_BxM, id_BxM, log_q_BxMxW, logp_BxM
         else:
-            law = None if log_q_BxMxW is None else jnp.where(going_BxM[..., None], log_q_BxMxW, -jnp.inf)
-            mine = jnp.where(going_BxM, token_BxM, NONE), id_BxM, law, jnp.where(going_BxM, logp_BxM, 0.0)
+            mine_q = None if log_q_BxMxW is None else jnp.where(going_BxM[..., None], log_q_BxMxW, -jnp.inf)
+            mine = jnp.where(going_BxM, token_BxM, NONE), id_BxM, mine_q, jnp.where(going_BxM, logp_BxM, 0.0)
         sum_BxM += logp_BxM
         return [mine, *further(s + 1, g_BxMxE, token_BxM, chain, going_BxM, sum_BxM)]
 
@@ -95,8 +95,8 @@ def propose(
         )
 
     blank_BxM = jnp.zeros((B, M), jnp.int32)
-    no_law = None if sampling.greedy else jnp.full((B, M, len(drafter.target_ids_W)), -jnp.inf)
-    nothing = jnp.full((B, M), NONE, drafter.target_ids_W.dtype), blank_BxM, no_law, jnp.zeros((B, M))
+    no_q = None if sampling.greedy else jnp.full((B, M, len(drafter.target_ids_W)), -jnp.inf)
+    nothing = jnp.full((B, M), NONE, drafter.target_ids_W.dtype), blank_BxM, no_q, jnp.zeros((B, M))
     drafts = further(0, g_BxMxE, root_BxM, (), jnp.ones((B, M), bool), jnp.zeros((B, M)))
     token, ids, laws, logp = zip(*drafts, strict=True)
     log_q_BxMxKxW = None if sampling.greedy else jnp.stack(laws, -2)

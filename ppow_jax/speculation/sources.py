@@ -1,4 +1,4 @@
-"""Where drafted tokens come from: the drafter, an n-gram lookup, or both; and what a generation counts of each."""
+"""Sources of drafted tokens: the drafter, an n-gram lookup, or both; and the counts of each in a generation."""
 
 from typing import NamedTuple
 

@@ -12,7 +12,7 @@ import optax
 from ppow_jax import distributed, files, flags, sharding
 from ppow_jax.corpus.features import Cached, FeatureStore
 from ppow_jax.data.batches import Batches, PackedBatch
-from ppow_jax.evaluation.measure import measure_costs
+from ppow_jax.inference.costs import measure_costs
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.objectives.expected import ExactSettings
 from ppow_jax.objectives.head_loss import DraftRule

@@ -63,21 +63,25 @@ def hold_workdir(settings: TrainSettings) -> Iterator[Path]:
     """
     workdir = open_workdir(settings)
     with contextlib.ExitStack() as stack:
-        distributed.by_leader(lambda: _hold(stack, scratch_of(settings) or workdir, settings))
+        given = f"--workdir={settings.workdir}"
+        distributed.by_leader(lambda: hold_directory(stack, scratch_of(settings) or workdir, given))
         yield workdir
 
 
-def _hold(stack: contextlib.ExitStack, workdir: Path, settings: TrainSettings) -> None:
-    """Locks the directory, where its file system can; the lock ends with the process, however that ends."""
-    directory = os.open(workdir, os.O_RDONLY)
-    stack.callback(os.close, directory)
+def hold_directory(stack: contextlib.ExitStack, directory: Path, given: str) -> None:
+    """Locks a directory, where its file system can, until `stack` is closed or the process ends, however that ends.
+
+    given: the flag that names it, in messages. Raises UserError if another command holds it.
+    """
+    opened = os.open(directory, os.O_RDONLY)
+    stack.callback(os.close, opened)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         rule = "another command is running there, or has not finished stopping; wait until it ends"
-        raise UserError(f"--workdir={settings.workdir}: {rule}") from None
+        raise UserError(f"{given}: {rule}") from None
     except OSError as error:
-        log.warning("--workdir=%s: cannot be locked (%s); run one command at a time there", workdir, error.strerror)
+        log.warning("%s: cannot be locked (%s); run one command at a time there", given, error.strerror)
 
 
 def _kept_settings(kind: type[S], flagfile: Path) -> S:

@@ -143,7 +143,7 @@ def _one_line(what: str, endpoint: str) -> Iterator[None]:
 
 
 def _refusal(error: Any) -> str:
-    """What an HTTP status means for the user."""
+    """Explains an HTTP status to the user."""
     status = getattr(error.response, "status_code", None)
     if status == 401:
         return "the hub does not know the token (401): make a new one, then HF_TOKEN=... or `hf auth login`"

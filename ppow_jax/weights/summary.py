@@ -1,6 +1,7 @@
-"""Human-readable summary of a drafter or target directory; weights are checked, but not run."""
+"""Human-readable summary of a drafter or target; weights are checked, but not run."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter_config import DrafterConfig
 from ppow_jax.models.families import Experts
-from ppow_jax.weights import drafter_tensors, drafters, ends
+from ppow_jax.weights import drafter_tensors, drafters, ends, gguf, gguf_file
 from ppow_jax.weights import huggingface as hf
 
 
@@ -61,6 +62,17 @@ def target_lines(directory: Path) -> list[tuple[str, str]]:
     dtypes = f" ({', '.join(sorted({tensor.dtype for tensor in stored.values()}))})"
     end_ids = ends.of_directory(directory, config.vocab_size, config.eos_token_ids)
     return config_lines(config, f"Hugging Face, {', '.join(_files(directory))}", count, dtypes, end_ids)
+
+
+def gguf_lines(path: Path) -> list[tuple[str, str]]:
+    """(label, value) of a GGUF file; its header is checked, its weights are not read."""
+    file = gguf_file.open_model(path)
+    config = gguf.read_config(file)
+    count = sum(math.prod(map(int, tensor.shape)) for tensor in file.tensors)
+    kinds = Counter(tensor.tensor_type.name for tensor in file.tensors)
+    stored = ", ".join(f"{number} tensors {kind}" for kind, number in kinds.most_common())
+    size = f"{path.name} ({path.stat().st_size / 1e6:.1f} MB)"
+    return config_lines(config, f"GGUF, {size}, {stored}", count, "", config.eos_token_ids)
 
 
 def config_lines(

@@ -71,7 +71,7 @@ def make_golden(directory: Path) -> int:
 
 
 def drafts() -> dict[str, Any]:
-    """What the shipped drafter drafts, round by round, by its definition in torch."""
+    """Drafts of the shipped drafter, round by round, by its definition in torch."""
     directory = find_drafter("auto", "smollm2-135m")
     answers = [
         {"question": question} | ours | {"rounds": rounds}

@@ -16,7 +16,7 @@ from huggingface_hub.utils import close_session
 
 
 class Hub:
-    """What the stand-in holds. models: name -> files by path; requests: method and path of each, in their order."""
+    """Contents of the stand-in. models: name -> files by path; requests: method and path of each, in their order."""
 
     def __init__(self):
         self.models: dict[str, dict[str, bytes]] = {}

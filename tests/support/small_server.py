@@ -50,7 +50,7 @@ def running(engine: Engine):
 
 
 class News:
-    """What one ticket was told."""
+    """News of one ticket."""
 
     def __init__(self):
         self.all: list = []

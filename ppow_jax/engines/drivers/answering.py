@@ -1,4 +1,4 @@
-"""What every driver does with a job: reads it, answers its prompts, and writes the answers."""
+"""Common part of all drivers: reads a job, answers its prompts, and writes the answers."""
 
 import json
 import sys

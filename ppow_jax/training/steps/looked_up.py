@@ -1,4 +1,4 @@
-"""What an n-gram lookup gets right in the windows of packed texts, for objectives that leave that to the lookup."""
+"""Tokens that an n-gram lookup would draft right in the windows of packed texts, for objectives that discount them."""
 
 import jax
 import jax.numpy as jnp

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from gguf_files import write
 
-from experiments import inspecting
 from ppow_jax import flags
 from ppow_jax.errors import UserError
+from ppow_jax.study import summary
 from ppow_jax.training.settings import TrainSettings
 from ppow_jax.weights import targets
 
@@ -19,12 +19,12 @@ def lines(text: str) -> list[list[str]]:
 
 def test_a_gguf_file(tmp_path, monkeypatch):
     path = write(tmp_path / "small.gguf")
-    found = inspecting.text(str(path))
+    found = summary.text(str(path))
     assert ["kind", "target, LlamaForCausalLM"] in lines(found)
     assert "GGUF, small.gguf (" in found and "tensors F32" in found and "128 positions" in found
     monkeypatch.setitem(targets.EMBEDDED, "small", "small.gguf")
     monkeypatch.setattr(targets, "embedded_file", lambda name: path)
-    assert inspecting.text("small") == found  # by its name
+    assert summary.text("small") == found  # by its name
 
 
 def test_a_training_run(tmp_path):
@@ -36,7 +36,7 @@ def test_a_training_run(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps({"headline": "ppow is faster."}))
     (tmp_path / "drafter").mkdir()
     (tmp_path / "drafter" / "config.json").write_text("{}")
-    found = inspecting.text(str(tmp_path))
+    found = summary.text(str(tmp_path))
     assert lines(found)[0] == ["kind", "training run, target tiny"]
     for part in (
         "--supervised_steps=4",
@@ -54,7 +54,7 @@ def test_a_training_run(tmp_path):
 def test_other_names_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"^{name}: there is no such directory or file.*smollm2-135m"):
-        inspecting.text(name)
+        summary.text(name)
     Path("file").write_text("x")
     with pytest.raises(UserError, match="^file: is a file, and no GGUF file"):
-        inspecting.text("file")
+        summary.text("file")
