@@ -48,8 +48,11 @@ def test_a_small_study_compares_an_arm_with_its_start(tmp_path):
     workdir = tmp_path / "run"
     modes = "tree,mixture,ngram"  # compared in the first one, which does not depend on measured costs
     changes = {"arms": "eagle3,recipe_mixture", "seeds": "0", "modes": modes}
+    changes |= {"test_data": "builtin[500:520]", "test_data_answers": 3}
     assert run.run(study_settings(workdir, **changes, ppow_learning_rate=0.3)) == 0
-    start, trained = json.loads((workdir / "study.json").read_text())["arms"]
+    study = json.loads((workdir / "study.json").read_text())
+    start, trained = study["arms"]
+    assert study["test_answers"] == 4 + 3  # of --data and of --test_data
     assert (start["arm"], trained["arm"]) == ("eagle3", "recipe_mixture")
     assert start["tau_by_mode"]["ngram"] == trained["tau_by_mode"]["ngram"]  # which knows no drafter
     ratio = trained["tau"]["mean"] / start["tau"]["mean"]
@@ -136,8 +139,7 @@ def test_rates_are_chosen_by_the_held_out_answers(tmp_path):
     }
 
     def tau(result):
-        found = result["replayed"]["adaptive"]
-        return np.sum(found["tokens"]) / np.sum(found["rounds"])
+        return np.mean([np.sum(found["tokens"]) / np.sum(found["rounds"]) for found in result["replayed"].values()])
 
     best = max(tried, key=lambda rate: tau(tried[rate]))
     assert study["rates"] == {"cst": float(best)}
@@ -163,11 +165,24 @@ def test_arms_and_what_they_change(tmp_path):
         ({"arms": "cst"}, "must include eagle3"),
         ({"arms": "eagle3,cst,cst"}, "names an arm twice"),
         ({"test_answers": 0}, "--test_answers=0: must be at least 2"),
+        ({"test_data": "arithmetic"}, "--test_data and --test_data_answers: name both, or none"),
     ],
 )
 def test_refused_before_anything_runs(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         study_settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("builtin[:20]", r"--test_data=.*: builtin.* are in --data, too"),
+        ("builtin[500:502]", r"has 2 prompts of at most \d+ tokens, but --test_data_answers=3"),
+    ],
+)
+def test_prompts_to_compare_on_are_others(tmp_path, data, message):
+    with pytest.raises(UserError, match=message):
+        run.run(study_settings(tmp_path / "run", test_data=data, test_data_answers=3))
 
 
 @pytest.mark.parametrize(

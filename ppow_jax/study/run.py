@@ -6,12 +6,13 @@ import logging
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ppow_jax import files, flags, sharding
+from ppow_jax.corpus.answers import Question
 from ppow_jax.corpus.features import FeatureStore
-from ppow_jax.data.batches import Batches
 from ppow_jax.data.templates import with_date
 from ppow_jax.evaluation import measure
 from ppow_jax.evaluation.benchmarks import load_benchmark
@@ -30,7 +31,7 @@ from ppow_jax.training.run.preemption import Stopped, StopSignal
 from ppow_jax.training.run.sinks import check_sinks, open_sinks
 from ppow_jax.training.stages import train_stage_2
 from ppow_jax.training.start import find_start, keep_start
-from ppow_jax.training.texts import collect_questions, collect_recorded, load_corpus
+from ppow_jax.training.texts import answer, batches_of, collect_questions, collect_recorded, load_corpus, read_questions
 from ppow_jax.training.workdir import fix_date, hold_workdir
 from ppow_jax.weights import targets
 
@@ -78,10 +79,14 @@ def _open(settings: StudySettings, workdir: Path, stop: StopSignal) -> _Study:
     flags.require(start is not None, "--drafter: a study needs a drafter to start from")
     questions = collect_questions(settings, target)
     recorded = collect_recorded(settings, target, questions)
+    tests = _more_tests(settings, target, questions)
     flags.write_flagfile(workdir / "flags.txt", settings)
     files.clear_left_over(workdir)
     keep_start(start, workdir)
     corpus = load_corpus(settings, workdir, target, questions, recorded, stop)
+    if tests:
+        answered = answer(settings, settings.test_data, workdir / "answers_test", target, tests, stop)
+        corpus = corpus._replace(test=batches_of(settings, [*corpus.test.examples, *answered]))
     context = RunContext(settings, workdir, target, corpus, NoMetrics(workdir), stop, Clock(), workdir)
 
     layers = start.config.feature_layers
@@ -90,6 +95,20 @@ def _open(settings: StudySettings, workdir: Path, stop: StopSignal) -> _Study:
     speculations = [of_mode(mode, settings.window) for mode in settings.modes]
     cost_table = measured_cost_table(context, cast(start, settings.dtype), speculations)
     return _Study(settings, workdir, context, start, held_out, test, cost_table)
+
+
+def _more_tests(settings: StudySettings, target: targets.Target, questions: Sequence[Question]) -> list[Question]:
+    """The prompts of --test_data; raises UserError where there are too few, or one is among the other questions."""
+    if not settings.test_data:
+        return []
+    number, given = settings.test_data_answers, f"--test_data={settings.test_data}"
+    found = read_questions(settings, target, settings.test_data, number)
+    rule = f"has {len(found)} prompts of at most {settings.max_prompt_tokens} tokens, but --test_data_answers={number}"
+    flags.require(len(found) == number, f"{given}: {rule}")
+    known = {question.prompt.tobytes() for question in questions}
+    both = [question.source for question in found if question.prompt.tobytes() in known]
+    flags.require(not both, f"{given}: {', '.join(both[:3])} are in --data, too; arms are compared on other prompts")
+    return found
 
 
 def _tune(study: _Study) -> dict[str, float]:
@@ -151,8 +170,7 @@ def _trained(study: _Study, arm: Arm, seed: int, rate: float | None, directory: 
         return study.start.replace(params=params)
     settings, corpus = settings_of(arm, study.settings, seed, rate), study.context.corpus
     directory.mkdir(parents=True, exist_ok=True)
-    shape = {"batch_size": settings.batch_size, "row_length": settings.row_length, "max_anchors": settings.max_anchors}
-    fresh = Batches(corpus.fresh.examples, seed=seed, **shape)
+    fresh = batches_of(settings, corpus.fresh.examples)  # in the order of the arm's seed
     with MetricsWriter(directory, sinks=open_sinks(settings, directory)) as metrics:
         context = dataclasses.replace(
             study.context,

@@ -40,6 +40,14 @@ class StudySettings(TrainSettings):
         may_change=True,
         group="Study",
     )
+    test_data: str = field(
+        "",
+        "Sources of further prompts (docs/data.md); arms are compared on their answers, too, beside --test_answers.",
+        group="Study",
+    )
+    test_data_answers: int = field(
+        0, "Number of prompts of --test_data, those of at most --max_prompt_tokens.", low=0, group="Study"
+    )
     decode_seeds: int = field(
         0,
         "Number of seeds whose drafters also decode the --benchmarks, at --decode_temperatures.",
@@ -74,4 +82,6 @@ class StudySettings(TrainSettings):
         require(
             self.test_answers > 1, f"--test_answers={self.test_answers}: must be at least 2; arms are compared on them"
         )
+        rule = "--test_data and --test_data_answers: name both, or none"
+        require(bool(self.test_data) == (self.test_data_answers > 0), rule)
         require(self.answer_temperature == 0, "--answer_temperature: must be 0; rounds are replayed on greedy answers")

@@ -6,13 +6,13 @@ windows accept differently from chains. So a drafter can improve in simulation a
 
 from collections.abc import Callable
 
-from ppow_jax.data.batches import Batches
 from ppow_jax.evaluation.intervals import Counts, micro_average
 from ppow_jax.evaluation.replay import replay
 from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.speculation.settings import of_mode
 from ppow_jax.training.context import RunContext
 from ppow_jax.training.replays import measured_cost_table
+from ppow_jax.training.texts import batches_of
 
 
 def decoded_acceptance(context: RunContext, drafter: Drafter) -> Callable[[dict], dict[str, float]]:
@@ -23,9 +23,7 @@ def decoded_acceptance(context: RunContext, drafter: Drafter) -> Callable[[dict]
     have to be the target's own at temperature 0 (`TrainSettings.decodes`).
     """
     s, target, held_out = context.settings, context.target, context.corpus.held_out
-    examples = held_out.examples[: s.decoded_answers]
-    shape = {"batch_size": s.batch_size, "row_length": s.row_length, "max_anchors": s.max_anchors}
-    batches = Batches(examples, seed=s.seed, **shape)
+    batches = batches_of(s, held_out.examples[: s.decoded_answers])
     speculation = of_mode(s.decoded_mode, s.window)
     cost_table = measured_cost_table(context, cast(drafter, s.dtype), [speculation]) if speculation.adaptive else None
 

@@ -26,14 +26,7 @@ T = TypeVar("T", Example, answers.Question)
 
 def collect_questions(settings: TrainSettings, target: Target) -> list[answers.Question]:
     """The prompts to answer; raises UserError where lengths, texts or numbers do not fit."""
-    longest = settings.max_prompt_tokens + settings.answer_tokens
-    limit = target.config.max_position_embeddings
-    flags.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
-    conversations = load_conversations(settings.data)
-    about = _answer_settings(settings)
-    questions = answers.select_questions(target.tokenizer, conversations, about, settings.num_answers)
-    for question in questions:
-        require_known(question.prompt, target.config.vocab_size, question.source, target.tokenizer)
+    questions = read_questions(settings, target, settings.data, settings.num_answers)
     if len(questions) <= settings.held_out:
         raise UserError(
             f"--data={settings.data}: {len(questions)} prompts of at most {settings.max_prompt_tokens} tokens, "
@@ -42,9 +35,21 @@ def collect_questions(settings: TrainSettings, target: Target) -> list[answers.Q
     return questions
 
 
-def _answer_settings(settings: TrainSettings) -> answers.AnswerSettings:
+def read_questions(settings: TrainSettings, target: Target, data: str, number: int) -> list[answers.Question]:
+    """At most `number` prompts of some sources; raises UserError where lengths or texts do not fit."""
+    longest = settings.max_prompt_tokens + settings.answer_tokens
+    limit = target.config.max_position_embeddings
+    flags.require(longest <= limit, f"--answer_tokens={settings.answer_tokens}: with the prompt, at most {limit}")
+    about = _answer_settings(settings, data)
+    questions = answers.select_questions(target.tokenizer, load_conversations(data), about, number)
+    for question in questions:
+        require_known(question.prompt, target.config.vocab_size, question.source, target.tokenizer)
+    return questions
+
+
+def _answer_settings(settings: TrainSettings, data: str) -> answers.AnswerSettings:
     return answers.AnswerSettings(
-        source=settings.data,
+        source=data,
         target=settings.target,
         dtype=settings.dtype,
         temperature=settings.answer_temperature,
@@ -97,33 +102,46 @@ def load_corpus(
 ) -> Corpus:
     """All texts of the run as batches; missing answers are generated."""
     s = settings
-    examples = answers.regenerate(
-        workdir / "answers",
-        target.params,
-        target.config,
-        questions,
-        _answer_settings(s),
-        lambda: stop.requested,
-        read_packs(s.answers_from, _pack_about(s)),
-    )
-    if stop.requested:
-        raise Stopped
-    if s.answer_temperature == 0:
-        distributed.by_leader(lambda: write_pack(workdir / "answers.npz", examples, _pack_about(s)))
+    examples = answer(s, s.data, workdir / "answers", target, questions, stop)
     *kept, train = split(examples, _kept(s), s.seed)
     held_out, test, fresh = kept
     train += recorded
 
-    def batches(examples: list[Example]) -> Batches:
-        shape = {"batch_size": s.batch_size, "row_length": s.row_length, "max_anchors": s.max_anchors}
-        return Batches(examples, seed=s.seed, **shape)
-
     tokens = sum(int(e.answer_mask.sum()) for e in [*train, *fresh])
     texts = "data: %d answers with %d tokens to train on; %d answers held out to choose checkpoints"
     log.info(texts, len(train) + len(fresh), tokens, len(held_out))
-    own = batches(fresh) if fresh else None
-    main = batches(train) if train else own
-    return Corpus(main, own or main, batches(held_out), batches(test) if test else None)
+    own = batches_of(s, fresh) if fresh else None
+    main = batches_of(s, train) if train else own
+    return Corpus(main, own or main, batches_of(s, held_out), batches_of(s, test) if test else None)
+
+
+def batches_of(settings: TrainSettings, examples: Sequence[Example]) -> Batches:
+    """Batches of the run's shape, in the order of its seed."""
+    s = settings
+    shape = {"batch_size": s.batch_size, "row_length": s.row_length, "max_anchors": s.max_anchors}
+    return Batches(examples, seed=s.seed, **shape)
+
+
+def answer(
+    settings: TrainSettings,
+    data: str,
+    directory: Path,
+    target: Target,
+    questions: list[answers.Question],
+    stop: StopSignal,
+) -> list[Example]:
+    """The target's answers to prompts of some sources, kept in a directory, and beside it as a pack if they are greedy.
+
+    Answers in --answers_from are not generated again. Raises Stopped on a signal.
+    """
+    packs, about = read_packs(settings.answers_from, _pack_about(settings)), _answer_settings(settings, data)
+    found = answers.regenerate(directory, target.params, target.config, questions, about, lambda: stop.requested, packs)
+    if stop.requested:
+        raise Stopped
+    if settings.answer_temperature == 0:
+        pack = directory.with_name(f"{directory.name}.npz")
+        distributed.by_leader(lambda: write_pack(pack, found, _pack_about(settings)))
+    return found
 
 
 def _kept(settings: TrainSettings) -> tuple[int, int, int]:
