@@ -260,13 +260,18 @@ def pin(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes, {}))
 
 
+def split_logits(logits_BxxV: jax.Array) -> jax.Array:
+    """Shards logits [B, ..., V], inside a program, by rows and by the vocabulary, as the matrix that computes them."""
+    between = (None,) * (logits_BxxV.ndim - 2)
+    return pin(logits_BxxV, "batch", *between, "vocab")
+
+
 def whole_logits(logits_BxxV: jax.Array) -> jax.Array:
     """Replicates logits [B, ..., V], inside a program, after computing them in shards of the vocabulary.
 
     If asked for whole logits directly, XLA gathers the matrix that computes them, which is much larger.
     """
-    between = (None,) * (logits_BxxV.ndim - 2)
-    return pin(pin(logits_BxxV, "batch", *between, "vocab"), "batch")
+    return pin(split_logits(logits_BxxV), "batch")
 
 
 def parts(axis: str, length: int) -> int:

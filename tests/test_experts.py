@@ -1,6 +1,7 @@
 """Mixture of experts against every token and expert on its own, in parts, and how many experts are touched."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from ppow_jax.evaluation import measure
 from ppow_jax.evaluation.benchmarks import Benchmark, Prompt
 from ppow_jax.inference.costs import Costs
+from ppow_jax.mesh_shape import AXES
 from ppow_jax.models import experts as module
 from ppow_jax.models import transformer
 from ppow_jax.models.experts import Routes, mixture, route
@@ -54,6 +56,17 @@ def test_all_tokens_may_choose_one_expert():
     params, x_MxD = layer(4), np.random.default_rng(0).normal(size=(300, D)).astype(np.float32)
     routes = Routes(jnp.full((300, 1), 2), jnp.ones((300, 1)))
     np.testing.assert_allclose(jax.jit(mixture)(params, x_MxD, routes), one_by_one(params, x_MxD, routes), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_devices_send_their_share_of_a_mixture_in_the_dtype_of_the_activations(dtype):
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    params = {name: jnp.zeros(w.shape, dtype) for name, w in layer(4).items()}
+    routes = Routes(jnp.zeros((6, 2), jnp.int32), jnp.ones((6, 2)))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.make_jaxpr(lambda x: module.spread_mixture(params, x, routes))(jnp.zeros((6, D), dtype))
+    sums = re.findall(r"(\w+)\[6,12\] = psum", str(traced))
+    assert sums == [{"float32": "f32", "bfloat16": "bf16"}[dtype]]
 
 
 def test_routes_are_the_best_of_a_softmax_over_all():

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from ppow_jax.models import cache, layers
-from ppow_jax.models.layers import KV, Keys, attention, linear, linear_bf16, rms_norm, rope, rotation, swiglu
+from ppow_jax.models.layers import (
+    KV,
+    Keys,
+    attention,
+    linear,
+    linear_bf16,
+    project_bf16,
+    rms_norm,
+    rope,
+    rotation,
+    swiglu,
+)
 
 B, S, L, H, KV_HEADS, D = 2, 5, 7, 6, 2, 8
 
@@ -52,6 +63,18 @@ def test_attention_over_blocks_is_attention_over_their_concatenation(monkeypatch
     for some in ([], contexts[:1], contexts) if query_block == 128 else (contexts,):
         out = jax.jit(lambda *x: attention(*x))(jnp.asarray(q), some, own)
         np.testing.assert_allclose(out, plain_attention(q, [*some, own]), atol=1e-5)
+
+
+def test_attention_in_bfloat16_is_that_of_float32_up_to_rounding():
+    """The accelerators' form: several blocks, one of them without any visible key for some queries."""
+    q, nowhere = jnp.asarray(normal(0, B, S, H, D), jnp.bfloat16), random_mask(2, L)
+    nowhere[:, 1] = False
+    keys = [random_keys(1, L, nowhere), random_keys(3, 3, random_mask(4, 3)), own_keys(5)]
+    rounded = [Keys(KV(*(x.astype(jnp.bfloat16) for x in kv)), mask) for kv, mask in keys]
+    out = jax.jit(attention)(q, rounded[:-1], rounded[-1])
+    assert out.dtype == jnp.bfloat16
+    exact = [Keys(KV(*(x.astype(jnp.float32) for x in kv)), mask) for kv, mask in rounded]
+    np.testing.assert_allclose(out.astype(np.float32), plain_attention(np.asarray(q, np.float32), exact), atol=0.02)
 
 
 def test_attention_does_not_see_masked_keys():
@@ -133,6 +156,19 @@ def test_bfloat16_products_have_the_gradients_of_float32():
     np.testing.assert_allclose(value, value32, rtol=1e-2)
     for g, g32 in ((dx, dx32), (dw, dw32)):
         assert np.linalg.norm(g - g32) < 0.01 * np.linalg.norm(g32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("product", [linear_bf16, project_bf16])
+def test_the_gradient_of_a_products_input_is_summed_in_the_dtype_of_the_input(monkeypatch, product, dtype):
+    """It is a sum over the devices that share the matrix: they send that dtype."""
+    monkeypatch.setattr(layers, "_ours", lambda: False)
+    x, w = jnp.ones((3, 64), dtype), jnp.ones((48, 64))
+    back = jax.vjp(lambda x: product(x, w), x)[1]
+    y = jax.eval_shape(product, x, w)
+    (found,) = [e for e in jax.make_jaxpr(back)(jnp.ones(y.shape, y.dtype)).eqns if e.primitive.name == "dot_general"]
+    assert found.outvars[0].aval.shape == (3, 64)
+    assert found.outvars[0].aval.dtype == dtype
 
 
 def test_cache_keeps_rows_apart_and_writes_where_it_is_told():

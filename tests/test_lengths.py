@@ -5,6 +5,7 @@ import pytest
 import small_model
 
 from ppow_jax.inference import batch, decoding
+from ppow_jax.models import attention_backends
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.settings import off
 
@@ -25,6 +26,13 @@ def test_three_cache_lengths_serve_prompts_of_up_to_2048_tokens(monkeypatch):
     monkeypatch.setattr(batch, "few_lengths", lambda: True)
     how = decoding.Decoding(small_model.MODES["chain"], max_new_tokens=100)
     assert {how.cache_length(length) for length in range(1, 2049)} == {512 + 103, 1024 + 103, 2048 + 103}
+
+
+def test_caches_end_with_a_tile_where_an_accelerators_kernels_are_used():
+    wanted = ((512, 512, 6), (1000, 20, 3))
+    assert [generate.cache_length(*sizes) for sizes in wanted] == [1031, 1024]
+    with attention_backends.use(attention_backends.SPLASH):
+        assert [generate.cache_length(*sizes) for sizes in wanted] == [1152, 1024]
 
 
 def test_a_mode_compiles_two_programs_for_prompts_of_many_lengths(monkeypatch):

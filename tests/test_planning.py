@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from ppow_jax import sharding
 from ppow_jax.errors import UserError
 from ppow_jax.mesh_shape import MeshShape
 from ppow_jax.models import transformer
-from ppow_jax.planning import counting, hlo, programs, published, run, topology
+from ppow_jax.models.vocabulary import argmax
+from ppow_jax.planning import counting, hlo, programs, published, run, tables, topology
 from ppow_jax.planning.chips import CHIPS, GIB
 from ppow_jax.planning.counting import Collective, Counts
 from ppow_jax.planning.plan import Roofline, largest_batch, out_of_memory
@@ -350,6 +352,30 @@ def test_plans_side_by_side(tmp_path, capsys):
         entry.main(PlanSettings(compare=paths))
 
 
+def test_the_published_plans_are_those_of_the_committed_file():
+    """docs/plans.md, old -> new in every cell of a row that was made again; a plan is published only if it fits."""
+    root = Path(__file__).parents[1] / "docs"
+    plans = json.loads((root / "runs" / "2026-11-30-plans.json").read_text())["plans"]
+    rows = [line.strip("| ").split(" | ") for line in (root / "plans.md").read_text().splitlines() if " → " in line]
+    shown = {(r[0].lower(), r[1], r[2]): r for r in rows if len(r) == 11}
+    names = {"supervised": "stage 1", "ppow": "PPOW", "decode": "decoding"}
+    assert len(shown) == len(plans) >= 1
+    for plan in plans:
+        assert plan["fits"]
+        row = shown[plan["target"], f"{plan['topology']}, {tables.short(plan['mesh'])}", names[plan["program"]]]
+        milliseconds = [f"{1e3 * plan[f'{kind}_seconds']:.3g}" for kind in ("compute", "memory", "network")]
+        assert [cell.split(" → ")[-1] for cell in row[3:]] == [
+            str(plan["batch_size"]),
+            f"{plan['hbm_used_bytes'] / GIB:.1f} of {plan['hbm_per_device_bytes'] // GIB}",
+            f"{plan['flops'] / 1e12:.3g}",
+            f"{plan['bytes_accessed'] / GIB:.3g}",
+            f"{plan['collective_bytes'] / GIB:.3g}",
+            " / ".join(milliseconds),
+            str(plan["largest_batch_estimate"]),
+            f"{float(format(plan['tokens_per_second_roofline'], '.3g')):,.0f}",
+        ]
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(11, 8), (100, 24), (20, 20), (4, 4)])
 def test_the_search_for_the_largest_batch_only_reports_what_compiled(limit, expected):
     """From 4 rows that fit and an estimate of 16, in parts of 4 rows."""
@@ -393,5 +419,10 @@ def test_a_tpu_gathers_logits_and_not_the_head():
     states = sharding.abstract({"hidden_BxSxD": jax.ShapeDtypeStruct((8, 60, 512), jnp.float32)}, mesh)
     with sharding.use(mesh):
         compiled = jax.jit(transformer.logits).lower(params, states["hidden_BxSxD"]).compile()
+        greedy = jax.jit(lambda *x: argmax(transformer.logits(*x, whole=False)))
+        greedy = greedy.lower(params, states["hidden_BxSxD"]).compile()
     (gathered,) = [i for _, i, _ in hlo.parse(compiled.as_text()).executed() if i.opcode.startswith("all-gather")]
     assert [shape.dims for shape in gathered.shapes][-1] == (4, 60, 32000)
+    sent = [shape.size for _, i, _ in hlo.parse(greedy.as_text()).executed() for shape in i.shapes
+            if i.opcode.startswith(counting.COLLECTIVES)]  # fmt: skip
+    assert sent and max(sent) == 4 * 60  # a maximum and an index for each token

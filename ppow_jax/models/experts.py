@@ -87,7 +87,7 @@ def _matrix(layer: dict[str, Any], name: str, e: Array) -> Array:
 def spread_mixture(layer: dict[str, Any], x_MxD: Array, routes: Routes) -> Array:
     """`mixture` on the mesh in use: every device applies its shard of the experts, and of their width.
 
-    Tokens are gathered along the expert axis before, and the results of its devices are summed after.
+    Tokens are gathered along the expert axis before, and the results of its devices are summed after, in their dtype.
     """
     sizes = sharding.axis_sizes()
     if not sizes:
@@ -103,7 +103,7 @@ def spread_mixture(layer: dict[str, Any], x_MxD: Array, routes: Routes) -> Array
 
     def here(used: dict[str, Any], x_MxD: Array, routes: Routes) -> Array:
         first = jax.lax.axis_index("expert") * used["gate_proj"].shape[-3] if "expert" in summed else 0
-        return jax.lax.psum(mixture(used, x_MxD, routes, first), summed)
+        return jax.lax.psum(mixture(used, x_MxD, routes, first).astype(x_MxD.dtype), summed)
 
     spread = jax.shard_map(here, in_specs=(lying, rows, rows), out_specs=rows, check_vma=False)
     return spread(used, x_MxD, routes)

@@ -129,15 +129,18 @@ def _ours() -> bool:
     return jax.default_backend() == "cpu" and not sharding.in_use() and library.available()
 
 
-def input_gradient(g_MxO: Array, w_OxI: Array) -> Array:
-    """g w -> float32 [M, I]: the gradient of `linear`'s x, multiplied in the dtype of the weights."""
+def input_gradient(g_MxO: Array, w_OxI: Array, out: DTypeLike = jnp.float32) -> Array:
+    """g w -> [M, I] in the dtype `out`: the gradient of `linear`'s x, multiplied in the dtype of the weights."""
 
     def plain(g_MxO: Array, w_OxI: Array) -> Array:
-        return jnp.einsum("mo,oi->mi", g_MxO.astype(w_OxI.dtype), w_OxI, preferred_element_type=jnp.float32)
+        return jnp.einsum("mo,oi->mi", g_MxO.astype(w_OxI.dtype), w_OxI, preferred_element_type=out)
+
+    def on_cpu(g_MxO: Array, w_OxI: Array) -> Array:
+        return product.product_transposed(g_MxO, w_OxI).astype(out)
 
     if w_OxI.dtype != jnp.bfloat16 or not _ours():
         return plain(g_MxO, w_OxI)
-    return jax.lax.platform_dependent(g_MxO, w_OxI, cpu=product.product_transposed, default=plain)
+    return jax.lax.platform_dependent(g_MxO, w_OxI, cpu=on_cpu, default=plain)
 
 
 def linear_bf16(x: Array, w_OxI: Array) -> Array:
@@ -146,13 +149,13 @@ def linear_bf16(x: Array, w_OxI: Array) -> Array:
     Plain differentiation of a bfloat16 product multiplies a float32 cotangent, which leaves the fast path; here the
     cotangent is rounded to bfloat16 too, and laid out for the weight gradient.
     """
-    y_MxO = _product_bf16(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_OxI, jnp.float32)
+    y_MxO = _product_bf16(x.reshape(-1, x.shape[-1]), w_OxI, jnp.float32, x.dtype)
     return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
 
 
 def project_bf16(x: Array, w_OxI: Array) -> Array:
     """`linear_bf16` in the dtype of x."""
-    y_MxO = _product_bf16(x.reshape(-1, x.shape[-1]).astype(jnp.float32), w_OxI, x.dtype)
+    y_MxO = _product_bf16(x.reshape(-1, x.shape[-1]), w_OxI, x.dtype, x.dtype)
     return y_MxO.reshape(*x.shape[:-1], w_OxI.shape[0])
 
 
@@ -174,20 +177,20 @@ def weight_gradient(g_PxMxO: Array, x_PxMxI: Array) -> Array:
     return jax.lax.platform_dependent(g_PxMxO, x_PxMxI, cpu=transposed, default=plain)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product_bf16(x_MxI: Array, w_OxI: Array, out: DTypeLike) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product_bf16(x_MxI: Array, w_OxI: Array, out: DTypeLike, back: DTypeLike) -> Array:
     return _product(x_MxI, w_OxI.astype(jnp.bfloat16), out)
 
 
-def _product_bf16_fwd(x_MxI: Array, w_OxI: Array, out: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+def _product_bf16_fwd(x_MxI: Array, w_OxI: Array, out: DTypeLike, _: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
     x_MxI, w_OxI = x_MxI.astype(jnp.bfloat16), w_OxI.astype(jnp.bfloat16)
     return _product(x_MxI, w_OxI, out), (x_MxI, w_OxI)
 
 
-def _product_bf16_bwd(_: DTypeLike, saved: tuple[Array, Array], g_MxO: Array) -> tuple[Array, Array]:
+def _product_bf16_bwd(_: DTypeLike, back: DTypeLike, saved: tuple[Array, Array], g_MxO: Array) -> tuple[Array, Array]:
     x_MxI, w_OxI = saved
     g_MxO = g_MxO.astype(jnp.bfloat16)
-    return input_gradient(g_MxO, w_OxI), weight_gradient(g_MxO[None], x_MxI[None])[0]
+    return input_gradient(g_MxO, w_OxI, back), weight_gradient(g_MxO[None], x_MxI[None])[0]
 
 
 _product_bf16.defvjp(_product_bf16_fwd, _product_bf16_bwd)
@@ -263,7 +266,7 @@ def _in_query_blocks(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> A
         seen = KV(own.kv.k_BxKvxdxL[..., : rows.stop], own.kv.v_BxKvxLxd[:, :, : rows.stop])
         blocks = [Keys(kv, mask_BxSxL[:, rows]) for kv, mask_BxSxL in contexts]
         blocks.append(Keys(seen, own.mask_BxSxL[:, rows, : rows.stop]))
-        outs.append(_attention(q_BxSxHxd[:, rows], blocks))
+        outs.append((_joined if q_BxSxHxd.dtype == jnp.bfloat16 else _attention)(q_BxSxHxd[:, rows], blocks))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
@@ -291,6 +294,30 @@ def _attention(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
         out += weighted_values(p[..., start : start + part.shape[-1]], block.kv.v_BxKvxLxd)
         start += part.shape[-1]
     return out
+
+
+def _joined(q_BxSxHxd: Array, blocks: Sequence[Keys]) -> Array:
+    """`_attention` for an accelerator: each block keeps its own scores, and heads stay grouped with their queries.
+
+    A TPU would copy scores to join them, and to part H/Kv from S where S is no multiple of its tiles. The barrier
+    keeps it from computing the exponentials twice, once for their sum.
+    """
+    B, S, H, d = q_BxSxHxd.shape
+    Kv = blocks[0].kv.k_BxKvxdxL.shape[1]
+    q_BxKvxXxd = q_BxSxHxd.reshape(B, S, Kv, H // Kv, d).transpose(0, 2, 3, 1, 4).reshape(B, Kv, -1, d)
+    parts = []
+    for (k, _), mask_BxSxL in blocks:
+        s = jnp.einsum("bkxd,bkdl->bkxl", q_BxKvxXxd.astype(k.dtype), k, preferred_element_type=jnp.float32)
+        parts.append(jnp.where(jnp.tile(mask_BxSxL, (1, H // Kv, 1))[:, None], s * d**-0.5, NEGATIVE))
+    top = functools.reduce(jnp.maximum, [part.max(-1, keepdims=True) for part in parts])
+    out, total = jnp.zeros(()), jnp.zeros(())
+    for part, block in zip(parts, blocks, strict=True):
+        p, v = jnp.exp(part - top), block.kv.v_BxKvxLxd
+        weights, part_sum = jax.lax.optimization_barrier((p.astype(v.dtype), p.sum(-1, keepdims=True)))
+        out += jnp.einsum("bkxl,bkld->bkxd", weights, v, preferred_element_type=jnp.float32)
+        total += part_sum
+    out = (out / total).astype(q_BxSxHxd.dtype)
+    return out.reshape(B, Kv, -1, S, d).transpose(0, 3, 1, 2, 4).reshape(B, S, H, d)
 
 
 def biased(x: Array, params: dict[str, Any], name: str) -> Array:

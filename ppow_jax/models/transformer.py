@@ -182,9 +182,13 @@ def head(params: dict[str, Any]) -> Array:
     return params.get("lm_head", params["embed"])
 
 
-def logits(params: dict[str, Any], hidden: Array) -> Array:
-    """Target logits [..., V], float32, of normed hidden states [B, ..., D]; whole along V on every device."""
-    return sharding.whole_logits(linear(hidden, head(params)))
+def logits(params: dict[str, Any], hidden: Array, whole: bool = True) -> Array:
+    """Target logits [..., V], float32, of normed hidden states [B, ..., D].
+
+    whole: along V on every device; False leaves each device its part of V, which is enough for a maximum.
+    """
+    place = sharding.whole_logits if whole else sharding.split_logits
+    return place(linear(hidden, head(params)))
 
 
 def causal_mask(B: int, S: int) -> Array:

@@ -158,7 +158,7 @@ def _forward(
         if hard:
             g_PxMxW += a_PxMxW * hard[0][..., None]
         g_PxMxW, w = g_PxMxW.astype(dtype), w_WxE.astype(dtype)
-        dh.append(input_gradient(g_PxMxW.reshape(-1, w.shape[0]), w).reshape(h_PxMxE.shape))
+        dh.append(input_gradient(g_PxMxW.reshape(-1, w.shape[0]), w, h_PxMxE.dtype).reshape(h_PxMxE.shape))
         dw_PxWxE += weight_gradient(g_PxMxW, h_PxMxE.astype(dtype))
         rows.append(row)
     return _gather(rows, soft_BxM, hard_BxM), (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
@@ -169,7 +169,7 @@ def _backward(
 ) -> tuple[Array, Array, None, None, None]:
     dh_BxMxE, dw_WxE = saved
     c = cotangent.total
-    return c * dh_BxMxE, c * dw_WxE, None, None, None
+    return (c * dh_BxMxE).astype(dh_BxMxE.dtype), c * dw_WxE, None, None, None
 
 
 head_loss.defvjp(_forward, _backward)

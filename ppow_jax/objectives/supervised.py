@@ -150,7 +150,7 @@ def score_step(
     head_WxE = drafter.params["lm_head"]
     dtype = jnp.dtype(drafter.compute_dtype or head_WxE.dtype)
     wanted = Wanted(step.probability_BxMxW, step.mass_BxM, step.label_BxM)
-    return head_loss(step.hidden_BxMxE.astype(jnp.float32), head_WxE, wanted, soft_BxM, hard_BxM, rule, dtype)
+    return head_loss(step.hidden_BxMxE, head_WxE, wanted, soft_BxM, hard_BxM, rule, dtype)
 
 
 def training_time_test(

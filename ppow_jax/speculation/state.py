@@ -13,7 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ppow_jax.models import cache
+from ppow_jax.models import attention_backends, cache
+from ppow_jax.models.attention_backends import BLOCK
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
@@ -114,8 +115,12 @@ def map_leaves(function: Callable[..., Array], *states: State) -> State:
 
 
 def cache_length(longest_prompt: int, max_new_tokens: int, K: int) -> int:
-    """Cache slots that a generation needs: prompt, output, and room for one window past the last token."""
-    return longest_prompt + max_new_tokens + K + 1
+    """Cache slots that a generation needs: prompt, output, and room for one window past the last token.
+
+    With kernels of accelerators a multiple of their tiles: a TPU copies a cache of any other length in every call.
+    """
+    L = longest_prompt + max_new_tokens + K + 1
+    return L if attention_backends.current() == attention_backends.PLAIN else -(-L // BLOCK) * BLOCK
 
 
 def usable(logits: Array) -> Array:

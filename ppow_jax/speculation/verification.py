@@ -73,7 +73,7 @@ def verify_draft(
         [Context(state.target_kv, cache.visible(L, root_B, window.token_BxN1.shape[1]), jnp.arange(L))],
         drafter.config.feature_layers if drafter else (),
     )
-    logits = transformer.logits(params, out.hidden_BxSxD)
+    logits = transformer.logits(params, out.hidden_BxSxD, whole=not sampling.greedy)  # an argmax needs no whole ones
     healthy_B = usable(logits).all(1)
     experts_B = unique_experts(out.experts, config.experts.number) if config.experts else None
     if isinstance(draft, Tree):
