@@ -149,6 +149,31 @@ def test_what_is_spread_is_counted_once_and_what_is_in_place_as_it_is_touched():
     assert counts.bytes == gathered + fetched + added
 
 
+def test_a_matrix_that_a_fusion_within_a_fusion_hands_on_is_read():
+    """As XLA writes a product with a matrix that only changes its shape."""
+    text = """HloModule m
+
+%reshaped (w: bf16[512,256]) -> bf16[512,256,1] {
+  %w = bf16[512,256]{1,0} parameter(0)
+  ROOT %flat = bf16[512,256,1]{1,0,2} bitcast(%w)
+}
+
+%product (w.1: bf16[512,256], x: bf16[8,60,256]) -> f32[8,60,512] {
+  %x = bf16[8,60,256]{2,1,0:S(1)} parameter(1)
+  %w.1 = bf16[512,256]{1,0} parameter(0)
+  %w.2 = bf16[512,256,1]{1,0,2} fusion(%w.1), kind=kLoop, calls=%reshaped
+  ROOT %y = f32[8,60,512]{2,1,0} convolution(%x, %w.2), window={size=1}, dim_labels=0bf_oi0->0bf
+}
+
+ENTRY %main (p0: bf16[512,256], p1: bf16[8,60,256]) -> f32[8,60,512] {
+  %p0 = bf16[512,256]{1,0} parameter(0)
+  %p1 = bf16[8,60,256]{2,1,0:S(1)} parameter(1)
+  ROOT %result = f32[8,60,512]{2,1,0:S(1)} fusion(%p0, %p1), kind=kOutput, calls=%product
+}
+"""
+    assert counting.count(hlo.parse(text)).bytes == 512 * 256 * 2
+
+
 def test_a_loop_that_waits_counts_once_or_as_often_as_is_assumed():
     waiting = LOOP.replace("%less = pred[] compare(%i.1, %three), direction=LT", "%less = pred[] is-finite(%i.1)")
     waiting = waiting.replace("body=%body", 'body=%body, metadata={op_name="jit(f)/experts/while"}')

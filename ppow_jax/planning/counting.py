@@ -210,12 +210,22 @@ def _taken(module: Module, inner: Computation, source: Instruction) -> float | N
             parts = [
                 _taken(module, deeper, deeper.parameters[i]) for i, o in enumerate(user.operands) if o == source.name
             ]
+            if _source(deeper) in [deeper.parameters[i] for i, o in enumerate(user.operands) if o == source.name]:
+                parts.append(_taken(module, inner, user))  # hands the value on
             if None in parts:
                 return None
             total += sum(parts)
         elif user.opcode not in ("dynamic-slice", "gather", "dynamic-update-slice") or source.shapes[0].dims:
             return None
     return total
+
+
+def _source(computation: Computation) -> Instruction:
+    """The value that a computation returns, apart from its shape."""
+    value = computation.root
+    while value.opcode == "bitcast":
+        value = computation.instructions[value.operands[0]]
+    return value
 
 
 def _written(module: Module, inner: Computation, instruction: Instruction) -> float:
