@@ -2,7 +2,7 @@
 # make train   specialises the shipped drafter to a workload, and measures what PPOW gained; results in runs/quick/
 # make train-from-scratch   every stage from a new drafter; results in runs/scratch/
 # make tiny    every stage on a tiny random model, in under a minute
-# make test    the default test suite: every module and acceptance rule, in about 7 minutes on 2 cores
+# make test    the default test suite: every module and acceptance rule, in about 6 minutes on 2 cores
 # make test-rest   what the default suite leaves out, for MINUTES=24 at most: every day begins with another file
 # make test-all   everything: the default suite, costly cases, fuzzing of files, statistics on the real model; about an hour on 2 cores
 # make lint    ruff and mypy

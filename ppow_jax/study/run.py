@@ -56,13 +56,14 @@ def run(settings: StudySettings) -> int:
     with StopSignal() as stop, hold_workdir(settings) as workdir:
         try:
             study = _open(settings, workdir, stop)
-            rates = _tune(study)
+            tuning = _tune(study)
+            rates = {family: max(tried, key=lambda rate: tried[rate]) for family, tried in tuning.items()}
             for seed in settings.seeds:
                 for arm in map(find_arm, settings.arms):
                     _measured(study, arm, seed, rates.get(arm.family), study.test, study.workdir)
-                    _write(study, rates)
+                    _write(study, rates, tuning)
             _decode(study, rates)
-            _write(study, rates)
+            _write(study, rates, tuning)
         except Stopped:
             log.warning("stopped; the same command resumes here")
             return stop.exit_code
@@ -111,25 +112,25 @@ def _more_tests(settings: StudySettings, target: targets.Target, questions: Sequ
     return found
 
 
-def _tune(study: _Study) -> dict[str, float]:
-    """Learning rate of each family of arms: that of --rates with the highest tau on the held-out answers, as the mean
-    over --modes (which is less noisy than one of them), tuned with one seed.
+def _tune(study: _Study) -> dict[str, dict[float, float]]:
+    """tau on the held-out answers by family of arms and learning rate, of --rates; the highest is used.
+
+    tau is the mean over --modes, which is less noisy than that of one. One seed, of the first arm of a family.
     """
     s = study.settings
     if not s.rates:
         return {}
-    chosen = {}
+    tuning: dict[str, dict[float, float]] = {}
     for arm in map(find_arm, s.arms):
-        if arm.stage is None or arm.family in chosen:
+        if arm.stage is None or arm.family in tuning:
             continue
-        tried = {}
+        tried = tuning[arm.family] = {}
         for rate in s.rates:
             found = _measured(study, arm, s.tuning_seed, rate, study.held_out, study.workdir / "tuning" / f"{rate:g}")
             tried[rate] = statistics.mean(results.tau(found, mode) for mode in s.modes)
-        chosen[arm.family] = max(tried, key=lambda rate: tried[rate])
         shown = ", ".join(f"{rate:g}: {tau:.3f}" for rate, tau in tried.items())
-        log.info("%s: learning rate %g (held-out tau, mean over modes, %s)", arm.family, chosen[arm.family], shown)
-    return chosen
+        log.info("%s: held-out tau by learning rate, mean over modes: %s", arm.family, shown)
+    return tuning
 
 
 def _measured(
@@ -211,11 +212,12 @@ def _decode(study: _Study, rates: dict[str, float]) -> None:
         files.write_atomic(path, json.dumps(results.plain(rows)))
 
 
-def _write(study: _Study, rates: dict[str, float]) -> None:
+def _write(study: _Study, rates: dict[str, float], tuning: dict[str, dict[float, float]]) -> None:
     s = study.settings
     about = measure.environment(s.dtype) | {
         "settings": {spec.name: getattr(s, spec.name) for spec in flags.specs(StudySettings)},
         "rates": rates,
+        "tuning": tuning,
         "costs": json.loads((study.workdir / "prices.json").read_text()),
         "test_answers": len(study.test.batches.examples),
         "test_tokens": int(sum(e.answer_mask.sum() for e in study.test.batches.examples)),
