@@ -17,7 +17,8 @@ from ppow_jax import cli, defaults
 from ppow_jax.flags import field, require
 
 if TYPE_CHECKING:
-    from ppow_jax.serving.machine import Machine
+    from ppow_jax.inference.model import Model
+    from ppow_jax.speculation.settings import Speculation
 
 PACKAGES = ("anyio", "prometheus_client", "starlette", "uvicorn")
 CONTEXT, ROUNDS = 2048, 4
@@ -76,6 +77,7 @@ def _serve(settings: Settings, mesh) -> None:
     from ppow_jax.serving import server
     from ppow_jax.serving.app import Endpoint
     from ppow_jax.serving.engine import Engine
+    from ppow_jax.serving.machine import Machine
     from ppow_jax.serving.metrics import Metrics
     from ppow_jax.weights import loading
 
@@ -84,28 +86,28 @@ def _serve(settings: Settings, mesh) -> None:
             directory = loading.find_drafter(settings.drafter, settings.target)
             rule = f"--online: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
             require(directory is not None, rule)
-        machine = make_machine(settings)
+        model, speculation, context = load_models(settings)
+        machine = Machine(model, speculation, settings.slots, context, settings.rounds)
         if settings.online:
             log.info("compiling what adapts the drafter")
-            settings.adapt(machine.model)
+            settings.adapt(model)
         machine.warm_up()
-        name, speculation = settings.model_name or settings.target, machine.speculation
+        name = settings.model_name or settings.target
         engine = Engine(machine, Metrics(name, speculation.window), settings.queue, mesh)
-        endpoint = Endpoint(machine.model, engine, name, settings.time_limit)
+        endpoint = Endpoint(model, engine, name, settings.time_limit)
         url, mode = server.address(bound), speculation.mode
         print(f"serving {name} ({mode}, {settings.slots} slots) at {url}/v1, chat at {url}/", flush=True)
         server.Server(endpoint, settings.drain).run([bound])
     log.info("ended")
 
 
-def make_machine(settings: Any) -> "Machine":
-    """The slots of a server, with the models and the speculation mode that the flags name; nothing is compiled yet.
+def load_models(settings: Any) -> "tuple[Model, Speculation, int]":
+    """(model, speculation mode, context in tokens) that the flags name; nothing is compiled or measured yet.
 
     Raises:
       UserError: no drafter where the mode needs one, more context than the target has positions, wrong files.
     """
     from ppow_jax.inference.model import SPECULATIONS, load
-    from ppow_jax.serving.machine import Machine
     from ppow_jax.weights import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)
@@ -119,7 +121,7 @@ def make_machine(settings: Any) -> "Machine":
     positions = model.target.config.max_position_embeddings
     context = min(CONTEXT, positions) if settings.context is None else settings.context
     require(context <= positions, f"--context={context}: {settings.target} has {positions} positions")
-    return Machine(model, speculation, settings.slots, context, settings.rounds)
+    return model, speculation, context
 
 
 if __name__ == "__main__":

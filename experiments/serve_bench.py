@@ -62,24 +62,26 @@ def _measure(settings: Settings, mesh) -> None:
     from ppow_jax.evaluation import measure, report
     from ppow_jax.evaluation.benchmarks import load_benchmark
     from ppow_jax.serving.engine import Engine
+    from ppow_jax.serving.machine import Machine
     from ppow_jax.serving.metrics import Metrics
 
     s = settings
     benchmarks = [load_benchmark(name, s.num_prompts, 0, s.benchmark_dir) for name in s.chosen]
-    machine = serve.make_machine(s)
+    model, speculation, context = serve.load_models(s)
     turns = [(prompt.source, prompt.turns[0]) for benchmark in benchmarks for prompt in benchmark.prompts]
-    prompts = [machine.model.chat_prompt(text) for _, text in turns]
+    prompts = [model.chat_prompt(text) for _, text in turns]
     for (source, _), prompt in zip(turns, prompts, strict=True):
-        rule = f"its {len(prompt)} tokens and --max_new_tokens={s.max_new_tokens} exceed the context, {machine.context}"
-        require(len(prompt) + s.max_new_tokens <= machine.context, f"{source}: {rule}")
+        rule = f"its {len(prompt)} tokens and --max_new_tokens={s.max_new_tokens} exceed the context, {context}"
+        require(len(prompt) + s.max_new_tokens <= context, f"{source}: {rule}")
     work = serving.Workload(prompts, s.clients, s.max_new_tokens, s.temperature)
+    machine = Machine(model, speculation, s.slots, context, s.rounds)
     machine.warm_up()
-    engine = Engine(machine, Metrics(s.target, machine.speculation.window), s.clients, mesh)
+    engine = Engine(machine, Metrics(s.target, speculation.window), s.clients, mesh)
     found = serving.compare(engine, work, s.repetitions)
-    print(f"{s.target}, {machine.speculation.mode}, {s.clients} clients, {s.slots} slots, {len(prompts)} prompts")
+    print(f"{s.target}, {speculation.mode}, {s.clients} clients, {s.slots} slots, {len(prompts)} prompts")
     print(serving.table(found))
     if s.output:
-        about = {"command": flags.command("experiments.serve_bench", s), "mode": machine.speculation.mode}
+        about = {"command": flags.command("experiments.serve_bench", s), "mode": speculation.mode}
         report.write_json(s.output, measure.environment(s.dtype) | about | found)
         print(f"result: {s.output}")
 
