@@ -43,7 +43,7 @@ def test_a_leading_blank_is_kept_behind_text_and_dropped_at_the_start(spm):
 
 @pytest.mark.parametrize("text", ["a\u4e16\u754cb", "\u4e16\u754c\u4e16\u754c", "\u00e9\u00e9 \U0001f600"])
 def test_characters_of_several_tokens(spm, text):
-    """What is settled stays, and a character that the prompt begins is the answer's."""
+    """Text that was given out stays, and a character that the prompt begins belongs to the answer."""
     for tokenizer in (spm, tiny_tokenizer()):
         ids = tokenizer(text + "b")["input_ids"]
         for cut in range(1, len(ids)):

@@ -80,7 +80,7 @@ def given(config: dict, key: str, default: Any) -> Any:
 
 
 def check_layer(config: dict, loaded: ModelConfig | DrafterConfig, defaults: dict) -> None:
-    """What both kinds of models read alike, against the JSON: sizes and rotary settings."""
+    """Compares the fields that both kinds of models read with the JSON: sizes and rotary settings."""
     heads = given(config, "num_attention_heads", defaults.get("num_attention_heads"))
     assert loaded.num_heads == heads
     assert loaded.hidden_size == given(config, "hidden_size", defaults.get("hidden_size"))

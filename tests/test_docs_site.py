@@ -27,7 +27,7 @@ def test_figures_are_drawn_and_shown(tmp_path):
 
 
 def texts(root) -> list[str]:
-    """What is written in a figure."""
+    """The words of a figure."""
     return [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
 

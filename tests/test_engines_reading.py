@@ -1,4 +1,4 @@
-"""What is told of how serving engines read a drafter: by the properties that its files have."""
+"""The reports on how serving engines read a drafter: by the properties that its files have."""
 
 import dataclasses
 import json

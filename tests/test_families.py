@@ -1,4 +1,4 @@
-"""What sets the families of targets apart, and scaled rotary embeddings: what is read, what is refused and how."""
+"""Differences between families of targets, and scaled rotary embeddings: configs that are read or refused."""
 
 import copy
 import json

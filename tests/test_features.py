@@ -26,7 +26,7 @@ def whole(tmp_path_factory):
 
 
 def test_features_are_those_of_the_target(whole):
-    """Of every token and anchor of any batch of any epoch, whatever rows it was computed in."""
+    """The features of every token and anchor of any batch of any epoch, whatever rows it was computed in."""
     step = world.batches().steps_of_epochs(1) + 1  # another epoch packs other rows
     batch = world.batches().at(step)
     cached = whole[1].at(step, batch)

@@ -99,7 +99,7 @@ def watched() -> Iterator[None]:
 
 
 def load(path: Path) -> targets.Target | None:
-    """What a file is read as; None for a UserError in one line that names it."""
+    """The model that is read from a file; None for a UserError in one line that names it."""
     signal.alarm(SECONDS)
     tracemalloc.reset_peak()
     start = tracemalloc.get_traced_memory()[0]

@@ -49,7 +49,7 @@ def test_words_of_a_rule(pre):
 
 
 def _byte_of() -> dict[str, int]:
-    """What each letter of byte-level BPE stands for: printable ones for themselves, the others in order from 256."""
+    """The byte of each letter of byte-level BPE: printable ones for themselves, the others in order from 256."""
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}

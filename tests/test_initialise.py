@@ -1,4 +1,4 @@
-"""Where a new drafter starts: its vocabulary, the sizes of the features, and the target's own last layer."""
+"""The initialisation of a new drafter: its vocabulary, the sizes of the features, and the target's own last layer."""
 
 import dataclasses
 

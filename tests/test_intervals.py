@@ -95,7 +95,7 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say(seeds):
 
 
 def _true_difference(seeds: int) -> float:
-    """Of the micro-averages above, from many answers."""
+    """The difference of the micro-averages above, from many answers."""
     rng, N = np.random.default_rng(5), 400_000
     spread = np.hypot(np.hypot(0.3, 0.2), 0.05 * (seeds > 1))
     noise_N = rng.normal(0, spread, N)

@@ -85,7 +85,7 @@ def tiny(tmp_path_factory):
 
 
 def stage_of(log: str) -> str:
-    """How far a process had come when it ended: the last stage that its log speaks of."""
+    """The progress of a process when it ended: the last stage that its log speaks of."""
     found = re.findall(r" (answers|features|supervised|ppow|exported)\b", log)
     return found[-1] if found else "start"
 

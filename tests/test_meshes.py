@@ -58,7 +58,7 @@ def rest(tmp_path_factory):
 
 
 def assert_close(ours, theirs, rtol=1e-4, atol=1e-5, where=""):
-    """Of two trees, whose lists are arrays."""
+    """Compares two trees, whose lists are arrays."""
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys()
         for name in ours:

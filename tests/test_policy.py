@@ -30,7 +30,7 @@ def test_groups_without_variance_get_zeros_and_are_counted():
 
 
 def decisive(accepted_G, K):
-    """Of one group in which R_dist is the same everywhere."""
+    """The decisive tokens of one group in which R_dist is the same everywhere."""
     accepted_G = jnp.asarray(accepted_G)
     return decisive_tokens(accepted_G, jnp.zeros(accepted_G.shape), K)
 

@@ -1,4 +1,4 @@
-"""What a trace says about the parts of a step, and the other places that metrics go to."""
+"""The parts of a step in a profiler's trace, and other outputs of metrics."""
 
 import json
 import struct

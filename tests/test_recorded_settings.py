@@ -1,4 +1,4 @@
-"""What is known of a run before anything is answered: bad chats are left out and counted, hopeless runs refused."""
+"""Checks before anything is answered: bad chats are left out and counted, hopeless runs refused."""
 
 import dataclasses
 import datetime

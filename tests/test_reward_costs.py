@@ -1,4 +1,4 @@
-"""What windows cost in the reward of stage 2: what flags say, and what they leave open as measured, once a workdir."""
+"""The costs in the reward of stage 2: by flags, and otherwise as measured, once for each workdir."""
 
 import dataclasses
 import types

@@ -54,7 +54,7 @@ def reference(logits, temperature, top_k, top_p) -> np.ndarray:
 
 
 def references(logits: np.ndarray) -> np.ndarray:
-    """Of [B, ..., V], each row under its own setting."""
+    """The distribution of logits [B, ..., V], each row under its own setting."""
     rows = [np.apply_along_axis(reference, -1, x, *setting) for x, setting in zip(logits, SETTINGS, strict=True)]
     return np.stack(rows)
 

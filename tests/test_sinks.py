@@ -16,7 +16,7 @@ from ppow_jax.training.settings import TrainSettings
 
 
 class Run:
-    """What the stand-in records of one run."""
+    """The records of one run in the stand-in."""
 
     def __init__(self, name: str):
         self.id, self.rows, self.axes, self.finished = name, [], {}, False

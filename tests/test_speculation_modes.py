@@ -138,7 +138,7 @@ def test_a_batch_rests_together(accepted_B):
 
 @pytest.mark.parametrize("rounds", [100, 400])
 def test_a_hopeless_drafter_costs_a_batch_little(rounds):
-    """What rounds cost by the price list, with verification as dear as in a batch, against plain decoding."""
+    """The cost of rounds by the price list, with verification as dear as in a batch, against plain decoding."""
     rows, way = batches()[0], ADAPTIVE_TREE
     cost_table = CostTable.of(0.1, 1 + 0.3 * np.arange(way.verified + 1))
     stats, live_B, plain, cost = AcceptanceStats.start(len(rows)), jnp.ones(len(rows), bool), 0, 0.0

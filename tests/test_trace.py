@@ -57,7 +57,7 @@ def test_a_trace_is_of_the_answer_that_generate_gives(mode):
 
 
 def target_law(ids) -> np.ndarray:
-    """Of the next token, at temperature 1."""
+    """Distribution of the next token, at temperature 1."""
     return np.asarray(_law(jnp.asarray(np.pad(ids, (0, 64 - len(ids)))), len(ids)))
 
 

@@ -24,7 +24,7 @@ from ppow_jax.speculation.tree import (
 
 
 def walk(tokens, parents, drawn) -> list[int]:
-    """What a round emits, written the plain way."""
+    """The tokens that a round emits, by a plain loop."""
     at, out = 0, []
     while True:
         out.append(int(drawn[at]))

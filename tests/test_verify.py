@@ -85,7 +85,7 @@ CASES = {
 
 
 def reference_law(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Of one row [V], by sorting, in float64."""
+    """The distribution of one row [V], by sorting, in float64."""
     order = np.argsort(-logits, kind="stable")
     z = (logits[order] - logits.max()) / (temperature or 1.0)
     kept = np.exp(z) * (np.arange(len(z)) < ((1 if temperature == 0 else top_k) or len(z)))

@@ -67,7 +67,7 @@ def window() -> Figure:
 
 
 def anchors() -> Figure:
-    """What the drafted steps of three windows of one row attend to."""
+    """The tokens to which the drafted steps of three windows of one row attend."""
     T, K, places = 12, 3, (2, 5, 8)
     figure, axes = blank(8.2, 3.6, (-3.6, T + K + 1.4), (-len(places) * (K + 0.6) - 0.2, 1.6))
     for column in range(T):

@@ -63,7 +63,7 @@ def flag_tables(entry: EntryPoint) -> str:
 
 
 def syntax(spec: flags.Spec) -> str:
-    """How the flag is written."""
+    """The flag's name and form."""
     if spec.positional:
         return spec.name.upper()
     if spec.kind is bool and not spec.many:

@@ -18,7 +18,7 @@ from ppow_jax.speculation.settings import chain, tree
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
-    """What --output keeps (docs/plans.md)."""
+    """The plan as the dictionary that --output writes (docs/plans.md)."""
     with progress.activity("looking for the devices; those of this machine are measured"):
         devices, chip = topology.find(settings.topology)
     policy, backend = precision.of_flag(settings.precision, settings.dtype), None

@@ -31,7 +31,7 @@ class Command:
 
     @property
     def arguments(self) -> list[str]:
-        """What follows the program's name, without a final `...`, which stands for further flags."""
+        """The arguments after the program's name, without a final `...`, which stands for further flags."""
         rest = self.words[1 if self.words[0].startswith("ppow-") else 3 :]
         return [word for word in rest if word != "..."]
 

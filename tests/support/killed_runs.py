@@ -30,7 +30,7 @@ class Death:
 
 @dataclasses.dataclass(frozen=True)
 class Life:
-    """How a process ended: its exit code, its log, and the changes of files that it came to, one `event path` each."""
+    """The end of a process: its exit code, its log, and the changes of files that it came to, one `event path` each."""
 
     code: int
     log: str

@@ -96,7 +96,7 @@ def endless() -> np.ndarray:
 
 @functools.cache
 def expected() -> list[list[int]]:
-    """What every row must give: the greedy continuation up to its budget or its first end token."""
+    """The expected tokens of every row: the greedy continuation up to its budget or its first end token."""
     found = []
     for tokens, start, limit in zip(endless().tolist(), *(x.tolist() for x in prompts()[1:]), strict=True):
         answer = tokens[start:limit]
