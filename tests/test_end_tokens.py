@@ -110,7 +110,7 @@ def test_answers_stop_at_each_of_them(tmp_path):
 
 
 def gguf_ends(path: Path, extra=(), types=None, **ids) -> tuple[int, ...]:
-    """The end tokens of a file with 259 tokens, <|im_start|> and <|im_end|> among them at 256 and 257, and more from 259 on."""
+    """The end tokens of a file with 259 tokens, <|im_start|> and <|im_end|> at 256 and 257, and more from 259 on."""
     tokens = [text if text != "<|im_end|>" else "<|other|>" for text in TOKENS] + list(extra)
     kinds = [1] * 256 + [3, 3, 1] + (types or [3] * len(extra))
     fields = TOKENIZER | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
