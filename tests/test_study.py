@@ -61,6 +61,8 @@ def test_a_small_study_compares_an_arm_with_its_start(tmp_path):
     assert len((workdir / "study.csv").read_text().splitlines()) == 3
     assert "recipe" in (workdir / "study.md").read_text()
     assert (workdir / "tau_by_step.png").stat().st_size > 5000
+    assert trained["candidates_by_mode"]["tree"] > trained["candidates_by_mode"]["ngram"] > 0
+    assert start["flat_groups"] is None and 0 <= trained["flat_groups"] <= 1
 
 
 @pytest.mark.full
@@ -197,3 +199,19 @@ def test_prompts_to_compare_on_are_others(tmp_path, data, message):
 )
 def test_verdicts(low, high, claimed, said):
     assert page.verdict({"mean": (low + high) / 2, "low": low, "high": high}, claimed) == said
+
+
+def test_changed_settings_are_compared_with_the_first_arm_of_their_name():
+    def row(name, flat=None):
+        ratios = {other: {"mean": mean, "low": 0.9, "high": 1.1} for other, mean in (("ppow", 0.98), ("cst", 0.5))}
+        return {"arm": name, "paired_ratios": ratios, "flat_groups": flat}
+
+    rows = [row("cst"), row("ppow", 0.25), row("ppow:eta=1;eps=2", 0.125), row("recipe:gamma=0.2")]
+    (line,) = page.settings_table(rows).splitlines()[2:]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        "ppow",
+        "eta=1, eps=2",
+        "0.980 (0.900 to 1.100)",
+        "0.12",
+    ]
+    assert page.settings_table(rows[:2]) == ""

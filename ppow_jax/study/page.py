@@ -34,6 +34,9 @@ def markdown(study: Mapping[str, Any], table: str, plots: Sequence[str]) -> str:
         "## tau by mode, and its paired difference to cst",
         _by_mode(study["arms"]),
     ]
+    settings = settings_table(study["arms"])
+    if settings:
+        parts += ["## Settings, each compared with the first arm of its name", settings]
     if any("tau_by_benchmark" in row for row in study["arms"]):
         parts += ["## Decoded benchmarks", _decoded(study["arms"])]
     parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots]
@@ -102,6 +105,21 @@ def _in_mode(row: Row, mode: str) -> tuple[str, str]:
     difference = row.get("paired_difference_to_cst_by_mode", {}).get(mode)
     found = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference) if difference else "-"
     return f"{row['tau_by_mode'][mode]['mean']:.3f}", found
+
+
+def settings_table(rows: Sequence[Row]) -> str:
+    """The arms with the same name before the colon, such as ppow and ppow:eta=1: ratios of tau to the first of them."""
+    first: dict[str, str] = {}
+    table = []
+    for row in rows:
+        name, _, changes = row["arm"].partition(":")
+        base = first.setdefault(name, row["arm"])
+        if base != row["arm"]:
+            ratio = "{mean:.3f} ({low:.3f} to {high:.3f})".format(**row["paired_ratios"][base])
+            flat = f"{row['flat_groups']:.2f}" if row["flat_groups"] is not None else "-"
+            table.append([base, changes.replace(";", ", "), ratio, flat])
+    heads = ["arm", "changed", "ratio of tau", "flat groups"]
+    return tabulate(table, heads, tablefmt="github", disable_numparse=True) if table else ""
 
 
 def _decoded(rows: Sequence[Row]) -> str:

@@ -20,6 +20,7 @@ def draw(workdir: Path, study: Mapping[str, Any], curves: Curves) -> list[str]:
         panels = {
             "tau_by_step.png": lambda ax: _curves(ax, study, curves),
             "acceptance_by_position.png": lambda ax: _acceptance(ax, study),
+            "tau_by_candidates.png": lambda ax: _candidates(ax, study),
             "difference_to_cst.png": lambda ax: _differences(ax, study),
             "adaw_switch.png": lambda ax: _switch(ax, workdir, study),
         }
@@ -63,6 +64,19 @@ def _acceptance(ax, study) -> None:
         )
     ax.set(title="Acceptance by position, all before accepted", xlabel="position in the window")
     ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    ax.legend(fontsize=8)
+
+
+def _candidates(ax, study) -> None:
+    """Acceptance length against the cost of a verification: a point for each mode, a line for each arm."""
+    modes = study["arms"][0]["tau_by_mode"]
+    for i, row in enumerate(study["arms"]):
+        points = sorted((row["candidates_by_mode"][mode], row["tau_by_mode"][mode]["mean"]) for mode in modes)
+        ax.plot(*zip(*points, strict=True), marker="o", markersize=4, color=plots.colour(i), label=row["arm"])
+    for mode in modes:
+        at = study["arms"][0]["candidates_by_mode"][mode], study["arms"][0]["tau_by_mode"][mode]["mean"]
+        ax.annotate(mode, at, textcoords="offset points", xytext=(4, -12), fontsize=8)
+    ax.set(title="Acceptance length, by mode", xlabel="drafted tokens per verification")
     ax.legend(fontsize=8)
 
 

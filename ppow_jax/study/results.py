@@ -55,7 +55,7 @@ def write(
     if not complete:
         return {}
     kept = {name: [results[seed] for seed in complete] for name, results in found.items()}
-    rows = [_row(arm, kept, complete, mode) | _decoded(workdir, arm, seeds) for arm in arms]
+    rows = [_row(workdir, arm, kept, complete, mode) | _decoded(workdir, arm, seeds) for arm in arms]
     study = {"schema": 1, **plain(dict(about)), "compared_in": mode, "seeds": complete, "arms": rows}
     write_atomic(workdir / "study.json", json.dumps(study, indent=1) + "\n")
     write_atomic(workdir / "study.csv", _csv(rows))
@@ -84,7 +84,7 @@ def _counts(results: Sequence[Mapping[str, Any]], mode: str, per: str = "rounds"
     return Counts(*(np.array([x[name] for x in replayed], float) for name in ("tokens", per)))
 
 
-def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) -> dict[str, Any]:
+def _row(workdir: Path, arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) -> dict[str, Any]:
     """Statistics of an arm; differences are paired over answers and seeds."""
     mine = kept[arm.name]
     chain = "chain" if "chain" in mine[0]["replayed"] else mode
@@ -97,8 +97,10 @@ def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) ->
         "speedup": interval(micro_average(_counts(mine, mode, "cost"))),
         "tau_by_mode": {m: interval(micro_average(_counts(mine, m))) for m in mine[0]["replayed"]},
         "tau_by_seed": [tau(result, mode) for result in mine],
+        "candidates_by_mode": {m: _candidates(mine, m) for m in mine[0]["replayed"]},
         "accepted_histogram": np.sum([r["replayed"][chain]["accepted_histogram"] for r in mine], 0).tolist(),
         "seconds": float(np.mean([result["seconds"] for result in mine])),
+        "flat_groups": _flat_groups(workdir, arm, seeds),
     }
     for other, key in ((BASELINE, "cst"), (START, "start")):
         if other in kept and other != arm.name:
@@ -113,6 +115,24 @@ def _row(arm: Arm, kept: Mapping[str, list], seeds: Sequence[int], mode: str) ->
     others = {name: _counts(results, mode) for name, results in kept.items() if name != arm.name}
     row["paired_ratios"] = {name: interval(paired_ratio(_counts(mine, mode), x)) for name, x in others.items()}
     return row
+
+
+def _candidates(results: Sequence[Mapping[str, Any]], mode: str) -> float:
+    """Drafted tokens per verification."""
+    replayed = [result["replayed"][mode] for result in results]
+    return float(sum(x["drafted"] for x in replayed) / sum(np.sum(x["rounds"]) for x in replayed))
+
+
+def _flat_groups(workdir: Path, arm: Arm, seeds: Sequence[int]) -> float | None:
+    """Share of groups of windows with equal rewards, the mean over steps and seeds; None for arms without rewards."""
+    rows = [row for seed in seeds for row in _metrics(arm_directory(workdir, arm.name, seed))]
+    found = [row["flat_groups"] for row in rows if "flat_groups" in row]
+    return float(np.mean(found)) if found else None
+
+
+def _metrics(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _decoded(workdir: Path, arm: Arm, seeds: Sequence[int]) -> dict[str, Any]:
@@ -137,8 +157,7 @@ def _curve(workdir: Path, arm: Arm, seeds: Sequence[int]) -> list[list[tuple[int
     """Held-out simulated tau by step, a curve per seed."""
     curves = []
     for seed in seeds:
-        path = arm_directory(workdir, arm.name, seed) / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        rows = _metrics(arm_directory(workdir, arm.name, seed))
         curves.append([(row["step"], row["held_out_tau_sim"]) for row in rows if "held_out_tau_sim" in row])
     return curves
 
