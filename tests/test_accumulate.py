@@ -9,6 +9,7 @@ import pytest
 import small_world as world
 
 from ppow_jax.data.batches import Batches
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.training.steps import supervised
 from ppow_jax.training.steps.accumulate import each, join, split, summed
 from ppow_jax.training.steps.state import TrainState
@@ -33,7 +34,8 @@ def test_each_keeps_the_order_of_rows_and_summed_adds_all():
 
 
 @pytest.mark.full
-def test_four_microbatches_are_the_whole_batch():
+@pytest.mark.parametrize("loss", [SupervisedLoss(), SupervisedLoss("hybrid", "acceptance")], ids=str)
+def test_four_microbatches_are_the_whole_batch(loss):
     """Rows of very different numbers of anchors: a mean of means would be another number."""
     batches = Batches(world.examples(), seed=0, batch_size=4, row_length=world.ROW, max_anchors=world.ANCHORS)
     batch = batches.at(0)
@@ -42,7 +44,7 @@ def test_four_microbatches_are_the_whole_batch():
     start, results = world.drafter(), []
     for number in (1, 4):
         step = functools.partial(
-            supervised.train_step, config=world.CONFIG, optimizer=world.OPTIMIZER, steps=2, decay=0.8,
+            supervised.train_step, config=world.CONFIG, optimizer=world.OPTIMIZER, steps=2, loss=loss,
             answers_are_greedy=False, accumulate=number,
         )  # fmt: skip
         state = TrainState.create(start.params, world.OPTIMIZER)

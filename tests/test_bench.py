@@ -17,6 +17,7 @@ from ppow_jax.inference.batch import draft_round, verify_round
 from ppow_jax.inference.costs import synthetic_state
 from ppow_jax.models import layers
 from ppow_jax.models.config import ModelConfig
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.planning import counting, hlo, published
 from ppow_jax.speculation.settings import chain, off
 from ppow_jax.training.steps import ppow_sampled, supervised
@@ -177,7 +178,7 @@ def test_counts_of_training_are_those_of_the_compiled_programs():
     static = {"config": model.target.config, "optimizer": update, "answers_are_greedy": True}
     arguments = state, spec, model.target.params, batch
     rows = training_parts._rows(s)
-    found = xla(supervised.train_step, *arguments, steps=2, decay=0.8, **static)
+    found = xla(supervised.train_step, *arguments, steps=2, loss=SupervisedLoss(), **static)
     counted = work.supervised_step(model.target.config, spec.config, rows, 2)
     assert found == pytest.approx(counted, rel=0.3)
     rollouts = training_parts.stages.rollout_settings(s, training_parts.CostModel(0.1), True)

@@ -14,6 +14,7 @@ from ppow_jax.objectives.expected import ExactSettings, expected_reward, priorit
 from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.policy import group_advantage
 from ppow_jax.objectives.rewards import CostModel, speedup_reward
+from ppow_jax.objectives.supervised import SupervisedLoss
 
 K, N = 4, 7
 
@@ -122,6 +123,14 @@ def pieces(drafter, windows, rule):
     return steps, jnp.stack(log_a), jnp.stack([step.valid_BxM for step in steps]), jnp.stack(kl)
 
 
+def plain_step(drafter, step):
+    """(acceptance rate of a sampled draft, log-probability of the label) at temperature 1."""
+    log_q = jax.nn.log_softmax(step.hidden_BxMxE @ drafter.params["lm_head"].T, -1)
+    alpha = jnp.minimum(step.mass_BxM[..., None] * step.probability_BxMxW, jnp.exp(log_q)).sum(-1)
+    mine = jnp.take_along_axis(log_q, jnp.maximum(step.label_BxM, 0)[..., None], -1)[..., 0]
+    return alpha, jnp.where(step.label_BxM >= 0, mine, -jnp.inf)
+
+
 def free(valid, settings):
     """[K, B, M]: what a lookup gets of windows of which it gets the first FOUND(m) tokens right."""
     within = np.arange(K)[:, None, None] < found(valid.shape[1:])
@@ -145,8 +154,13 @@ def plain_loss(drafter, windows, reward_K1, settings, adaw):
     policy = jnp.sum(a_BxM * mean_BxM / scale) / a_BxM.sum()
     known = valid & jnp.stack([step.label_BxM >= 0 for step in steps])
     counts_K = jnp.maximum(known.sum((1, 2)), 1)
-    supervised_K = jnp.sum(jnp.where(known, kl, 0.0), (1, 2)) / counts_K
-    supervised_loss = jnp.sum(settings.decay ** jnp.arange(K) * supervised_K)
+    dense, weight = kl, settings.supervised.decay ** jnp.arange(K)[:, None, None]
+    if settings.supervised == SupervisedLoss("acceptance", "acceptance"):
+        scores = [plain_step(drafter, step) for step in steps]
+        alpha, log_q = (jnp.stack(x) for x in zip(*scores, strict=True))
+        dense = -jnp.log(jnp.where(known, alpha, 1.0))
+        weight = supervised.acceptance_weights(jax.lax.stop_gradient(log_q), valid)
+    supervised_loss = jnp.sum(jnp.where(known, weight * dense, 0.0) / counts_K[:, None, None])
     anchored = settings.kl_weight * jnp.sum(reached * kl) / reached.sum()
     return anchored + settings.supervised_weight * supervised_loss - policy
 
@@ -184,6 +198,7 @@ def assert_equal(gradient, wanted):
         pytest.param(ExactSettings(kl_weight=0.5), True, marks=pytest.mark.full),
         pytest.param(ExactSettings(DraftRule(0.3), supervised_weight=1.0), True, marks=pytest.mark.full),
         (ExactSettings(DraftRule(0.5, 2), supervised_weight=0.3, lookup_discount=0.7), False),
+        (ExactSettings(DraftRule(0.5), "window", False, 0.5, 0.3, SupervisedLoss("acceptance", "acceptance")), False),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, Wanted, head_loss
+from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, Wanted, head_loss, overlap_loss
 
 
 def head_case(seed=0, B=2, M=6, E=8, W=11):
@@ -35,7 +35,8 @@ def plain_head_loss(h, w, wanted, soft, hard, rule):
         log_a = label_z / rule.temperature - jax.nn.logsumexp(z / rule.temperature, -1)
     total = (soft * loss).sum() - (hard * jnp.where(label >= 0, log_a, 0.0)).sum()
     overlap = jnp.minimum(mass[..., None] * p, jnp.exp(log_q)).sum(-1)
-    return total, (loss, match, overlap, jnp.where(label >= 0, log_a, -jnp.inf))
+    log_q_label = jnp.take_along_axis(log_q, jnp.maximum(label, 0)[..., None], -1)[..., 0]
+    return total, (loss, match, overlap, *(jnp.where(label >= 0, x, -jnp.inf) for x in (log_a, log_q_label)))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])
@@ -80,6 +81,57 @@ def test_the_soft_loss_alone_is_that_without_hard_weights():
     b = jax.value_and_grad(total, (0, 1))(h, w, jnp.zeros_like(hard))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_the_losses_of_the_acceptance_rate_are_their_plain_definitions(hybrid):
+    """Value against numpy, gradient against automatic differentiation, beside the other losses."""
+    h, w, wanted, soft, hard = head_case(4)
+    weight = jnp.asarray(np.random.default_rng(5).random(soft.shape), jnp.float32)
+    p, mass, _ = wanted
+
+    def plain(h, w):
+        log_q = jax.nn.log_softmax(jnp.einsum("bme,we->bmw", h, w, precision="highest"), -1)
+        alpha = jnp.minimum(mass[..., None] * p, jnp.exp(log_q)).sum(-1)
+        loss = -jnp.log(alpha)
+        if hybrid:
+            share = jnp.exp(-3.0 * jax.lax.stop_gradient(alpha))
+            loss = -share * (p * log_q).sum(-1) + (1 - share) * (1 - alpha)
+        return plain_head_loss(h, w, wanted, soft, hard, SAMPLED)[0] + (weight * loss).sum()
+
+    def ours(h, w):
+        return head_loss(h, w, wanted, soft, hard, SAMPLED, jnp.float32, weight, hybrid).total
+
+    value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(h, w)
+    expected, expected_gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(h, w)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(ours)(h, w), expected, rtol=1e-5)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    z = np.einsum("bme,we->bmw", h.astype(float), w.astype(float))
+    q = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    alpha = np.minimum(np.asarray(mass)[..., None] * np.asarray(p), q).sum(-1)
+    cross_entropy = -(np.asarray(p) * np.log(q)).sum(-1)
+    share = np.exp(-3 * alpha)
+    reference = share * cross_entropy + (1 - share) * (1 - alpha) if hybrid else -np.log(alpha)
+    np.testing.assert_allclose(overlap_loss(jnp.asarray(alpha), cross_entropy, hybrid), reference, rtol=1e-5)
+    alone = head_loss(h, w, wanted, jnp.zeros_like(soft), None, SAMPLED, jnp.float32, weight, hybrid).total
+    np.testing.assert_allclose(alone, (np.asarray(weight) * reference).sum(), rtol=1e-5)
+
+
+def test_the_acceptance_loss_of_a_certain_target_is_its_cross_entropy():
+    """And where nothing can be accepted, or a weight is 0, the gradient stays finite."""
+    h, w, wanted, _, _ = head_case(6)
+    one, zero = jnp.ones(wanted.mass_BxM.shape), jnp.zeros(wanted.mass_BxM.shape)
+    certain = Wanted(jax.nn.one_hot(wanted.p_BxMxW.argmax(-1), 11), one, wanted.label_BxM)
+
+    def gradient(wanted, soft, overlap):
+        return jax.grad(lambda h: head_loss(h, w, wanted, soft, None, SAMPLED, jnp.float32, overlap).total)(h)
+
+    np.testing.assert_allclose(gradient(certain, zero, one), gradient(certain, one, None), rtol=1e-4, atol=1e-5)
+    assert not gradient(wanted._replace(mass_BxM=zero), zero, one).any()
+    h[0, 3] = 1e30  # past the mask
+    assert not gradient(wanted, zero, zero).any()
 
 
 def test_as_the_temperature_falls_the_drafted_token_is_the_most_probable_one():

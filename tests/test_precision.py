@@ -18,6 +18,7 @@ from ppow_jax.inference.model import Model
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import precision, transformer
 from ppow_jax.objectives.rewards import CostModel
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain
@@ -98,7 +99,7 @@ def read_off(dtype: str) -> dict[str, str]:
     )
     spec, training, update, batch = training_parts._inputs(subjects.Subject(m.target, drafter, True), s)
     static = {"config": CONFIG, "optimizer": update, "answers_are_greedy": True}
-    step = functools.partial(supervised.train_step, steps=2, decay=0.8, **static)
+    step = functools.partial(supervised.train_step, steps=2, loss=SupervisedLoss(), **static)
     trained, metrics = jax.eval_shape(step, training, spec, params, batch)
     rollouts = stages.rollout_settings(s, CostModel(0.1), True)
     policy = ppow_sampled.PolicySettings(s.clip, s.kl_weight, s.passes)
@@ -222,7 +223,7 @@ def test_a_step_of_training_is_that_of_float32_activations():
             spec, state, update, batch = training_parts._inputs(subjects.Subject(m.target, m.drafter, True), s)
             results[policy.name] = supervised.train_step(
                 state, spec, m.target.params, batch,
-                steps=2, decay=0.8, config=CONFIG, optimizer=update, answers_are_greedy=True,
+                steps=2, loss=SupervisedLoss(), config=CONFIG, optimizer=update, answers_are_greedy=True,
             )[1]  # fmt: skip
     wide, narrow = results["cpu-bfloat16"], results["accelerator"]
     assert float(narrow["loss"]) == pytest.approx(float(wide["loss"]), rel=0.02)

@@ -153,6 +153,9 @@ def test_arms_and_what_they_change(tmp_path):
     assert settings_of(find_arm("ppow_neither"), base, 3).eta == 0.0
     changed = settings_of(find_arm("ppow:eta=0.5;adaw=false"), base, 3)
     assert (changed.eta, changed.adaw, changed.seed, changed.estimator) == (0.5, False, 3, "sampled")
+    for name in ("cst", "recipe"):
+        changed = settings_of(find_arm(f"{name}:supervised_loss=acceptance;step_weights=acceptance"), base, 3)
+        assert (changed.supervised_loss, changed.step_weights) == ("acceptance", "acceptance")
     exact = settings_of(find_arm("recipe"), base, 0, rate=3e-4)
     assert (exact.estimator, exact.ppow_learning_rate, exact.cst_learning_rate) == ("exact", 3e-4, 3e-4)
     for arm in ARMS.values():

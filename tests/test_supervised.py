@@ -10,8 +10,10 @@ import small_world as world
 import suites
 
 from ppow_jax.data.batches import empty_batch, find_anchors
+from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.objectives import supervised as objective
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain
@@ -19,18 +21,19 @@ from ppow_jax.training.steps import supervised
 from ppow_jax.training.steps.state import TrainState
 
 STEPS, DECAY = world.STEPS, 0.7
+USUAL = SupervisedLoss(decay=DECAY)
 
 # The training-time test.
 
 
-@functools.partial(jax.jit, static_argnames="compute_dtype")
-def judged(params, batch, shell, compute_dtype=None):
+@functools.partial(jax.jit, static_argnames=("compute_dtype", "how"))
+def judged(params, batch, shell, compute_dtype=None, how=USUAL):
     """(total, scores), gradient of the drafter's parameters."""
     windows = world.score_in(batch, shell.target_ids_W).windows
 
     def loss(params):
         drafter = shell.replace(compute_dtype=compute_dtype).with_params(params)
-        scores = objective.training_time_test(drafter, world.target_params()["embed"], windows, STEPS, DECAY)
+        scores = objective.training_time_test(drafter, world.target_params()["embed"], windows, STEPS, how)
         return scores.total.sum(), scores
 
     return jax.value_and_grad(loss, has_aux=True)(params)
@@ -247,6 +250,76 @@ def test_a_batch_of_padding_is_harmless():
     assert total == 0 and not scores.valid.any()
     assert not any(g.any() for g in gradient.values())
     assert objective.simulated_length(*objective.chain_counts(scores)) == 1.0
+
+
+# Losses of the acceptance rate, and weights by acceptance.
+
+
+def plain_total(params, batch, shell, how):
+    """The total from logits that are all kept, step by step, differentiated by JAX."""
+    drafter, embed = shell.with_params(params), world.target_params()["embed"]
+    windows = world.score_in(batch, shell.target_ids_W).windows
+    steps = objective.unroll(drafter, embed, windows, STEPS)
+    anchors = objective.anchors_at(windows, *objective.prefix(drafter, embed, windows), windows.anchor_BxM)
+    outs = drafting.unroll(drafter, embed, anchors, objective.text_tokens(windows, STEPS))
+    log_q = [jax.nn.log_softmax(drafting.logits(drafter, out), -1) for out in outs]
+    weight = [how.decay**s for s in range(STEPS)]
+    if how.step_weights == "acceptance":
+        chance, smooth = [], 1.0
+        for step, x in zip(steps, log_q, strict=True):
+            mine = jnp.take_along_axis(x, jnp.maximum(step.label_BxM, 0)[..., None], -1)[..., 0]
+            smooth *= 0.5 + 0.5 * jnp.where(step.label_BxM >= 0, jnp.exp(jax.lax.stop_gradient(mine)), 0.0)
+            chance.append(jnp.where(step.valid_BxM, smooth, 0.0))
+        weight = [sum(chance[s:]) for s in range(STEPS)]
+    total = 0.0
+    for w, step, x in zip(weight, steps, log_q, strict=True):
+        alpha = jnp.minimum(step.mass_BxM[..., None] * step.probability_BxMxW, jnp.exp(x)).sum(-1)
+        counted = step.valid_BxM & (step.label_BxM >= 0)
+        loss = -jnp.log(jnp.where(counted, alpha, 1.0))
+        if how.kind != "acceptance":
+            share = 1.0 if how.kind == "cross_entropy" else jnp.exp(-3 * jax.lax.stop_gradient(alpha))
+            loss = -share * (step.probability_BxMxW * x).sum(-1) + (1 - share) * (1 - alpha)
+        total += jnp.where(counted, w * loss, 0.0).sum() / counted.sum()
+    return total
+
+
+HOWS = [SupervisedLoss("acceptance"), SupervisedLoss("hybrid", "acceptance"), SupervisedLoss(step_weights="acceptance")]
+
+
+@pytest.mark.parametrize("how", suites.keep(HOWS[1:2], HOWS), ids=str)
+def test_acceptance_in_the_loss_and_in_its_weights(how):
+    drafter, batch = world.trained(), world.batch()
+    (total, scores), gradient = jax.device_get(judged(drafter.params, batch, drafter.spec, how=how))
+    plain = jax.jit(jax.value_and_grad(functools.partial(plain_total, batch=batch, shell=drafter.spec, how=how)))
+    expected, expected_gradient = jax.device_get(plain(drafter.params))
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    for name, g in gradient.items():
+        largest = np.abs(expected_gradient[name]).max()
+        np.testing.assert_allclose(g, expected_gradient[name], rtol=1e-3, atol=2e-5 * largest, err_msg=name)
+    (_, usual), _ = run(drafter, batch)  # what is reported does not depend on the loss
+    for name in ("loss", "match", "valid", "known", "overlap"):
+        np.testing.assert_allclose(getattr(scores, name), getattr(usual, name), rtol=1e-5, atol=1e-6)
+
+
+def test_acceptance_weights_by_hand():
+    """Two anchors: three steps, the last of which cannot be accepted; an answer that ends after one step."""
+    q = jnp.asarray([[0.8, 0.4], [0.2, 0.5], [0.0, 0.5]])[:, None]
+    valid = jnp.asarray([[1, 1], [1, 0], [1, 0]], bool)[:, None]
+    weights = objective.acceptance_weights(jnp.log(q), valid)[:, 0]
+    a, b, c = 0.9, 0.9 * 0.6, 0.9 * 0.6 * 0.5
+    np.testing.assert_allclose(weights, [[a + b + c, 0.7], [b + c, 0], [c, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", suites.keep(["acceptance"], ["acceptance", "hybrid"]))
+def test_training_lowers_a_loss_of_the_acceptance_rate(kind):
+    start, history = world.drafter(), []
+    state = TrainState.create(start.params, world.OPTIMIZER)
+    for index in range(30):
+        batch = world.batches().at(index)
+        state, metrics = world.train_step(state, start.spec, world.target_params(), batch, loss=SupervisedLoss(kind))
+        history.append(jax.device_get((metrics["loss"], metrics["tau_sim"])))
+    loss, tau = np.array(history).T
+    assert loss[-6:].mean() < 0.9 * loss[:2].mean() and tau[-6:].mean() > tau[:2].mean()
 
 
 # The simulated length.

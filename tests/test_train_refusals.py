@@ -82,6 +82,15 @@ def refuse(argv, monkeypatch, capsys):
         ({"profile_steps": "5"}, "--profile_steps=5: must be FIRST:LAST, such as 10:13"),
         ({"profile_steps": "7:5"}, "--profile_steps=7:5: must be steps from 1 on, the first not after the last"),
         ({"compilation_cache": "/dev/null/x"}, "--compilation_cache=/dev/null/x: /dev/null/x: must be a directory"),
+        (
+            {"supervised_loss": "acceptence"},
+            "--supervised_loss=acceptence: must be one of cross_entropy, acceptance, hybrid (did you mean acceptance?)",
+        ),
+        ({"step_weights": "none"}, "--step_weights=none: must be one of decay, acceptance"),
+        (
+            {"step_weights": "acceptance", "ttt_decay": 0.7},
+            "--ttt_decay=0.7: has no effect with --step_weights=acceptance; leave it out",
+        ),
         ({"adaw_strat": 3}, "--adaw_strat: unknown flag; did you mean --adaw_start?"),
     ],
 )

@@ -26,7 +26,7 @@ def supervised_step(bench: Bench, subject: Subject, settings: TrainSettings) -> 
     """A step of stage 1."""
     s = settings
     spec, state, update, batch = _inputs(subject, s)
-    static = {"steps": s.ttt_steps, "decay": s.ttt_decay}
+    static = {"steps": s.ttt_steps, "loss": stages.supervised_loss(s)}
     flops = work.supervised_step(subject.target.config, spec.config, _rows(s), s.ttt_steps)
     return _row(bench, subject, s, "supervised", supervised.train_step, flops, (state, spec, batch), update, static)
 

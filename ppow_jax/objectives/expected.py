@@ -36,7 +36,7 @@ from ppow_jax.models.layers import inner
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import criticality
 from ppow_jax.objectives.head_loss import SAMPLED, DraftRule
-from ppow_jax.objectives.supervised import DraftStep
+from ppow_jax.objectives.supervised import DraftStep, SupervisedLoss
 
 Array = jax.Array
 HORIZONS = ("window", "answer")
@@ -47,8 +47,8 @@ class ExactSettings:
     """Hashable. rule: drafting rule that the reward is computed for. horizon: see the module.
     divide_by_std: divides a window's gradient by the standard deviation of its reward, as group-relative advantages do.
     kl_weight: beta of KL(target || drafter) on the drafter's own path. supervised_weight: weight of stage 1's loss over
-    the same draft steps, and decay: its weight of a step relative to the one before. lookup_discount: share, 0 to 1, of
-    the worth of an accepted token that is lost where an n-gram lookup gets it as well.
+    the same draft steps, and supervised: that loss. lookup_discount: share, 0 to 1, of the worth of an accepted token
+    that is lost where an n-gram lookup gets it as well.
     """
 
     rule: DraftRule = SAMPLED
@@ -56,7 +56,7 @@ class ExactSettings:
     divide_by_std: bool = False
     kl_weight: float = 0.0
     supervised_weight: float = 0.0
-    decay: float = 0.8
+    supervised: SupervisedLoss = SupervisedLoss()
     lookup_discount: float = 0.0
 
 
@@ -159,12 +159,11 @@ def window_loss(
     steps: `supervised.unroll`, K of them. last_BxM: see `supervised.last_anchors`. adaw: weight windows by their
     criticality (a boolean scalar).
     vocab_size: of the target. found_BxM: number of a window's first tokens that an n-gram lookup gets right, for
-    `ExactSettings.lookup_discount`. All terms are cross-entropies at the same logits, so one pass over the head with
-    their weights gives the gradient of all.
+    `ExactSettings.lookup_discount`. All terms are losses of the same logits, so one pass over the head with their
+    weights gives the gradient of all.
     """
-    frozen, rule = jax.lax.stop_gradient(drafter), settings.rule
-    nothing_BxM = jnp.zeros(steps[0].valid_BxM.shape)
-    seen = [supervised.score_step(frozen, jax.lax.stop_gradient(s), nothing_BxM, nothing_BxM, rule) for s in steps]
+    rule, dense = settings.rule, settings.supervised
+    seen = [supervised.seen_step(drafter, step, rule) for step in steps]
     valid_KxBxM = jnp.stack([step.valid_BxM for step in steps])
     log_a_KxBxM = jnp.where(valid_KxBxM, jnp.stack([x.log_a_BxM for x in seen]), -jnp.inf)
     free_KxBxM = jnp.zeros(valid_KxBxM.shape)
@@ -187,14 +186,19 @@ def window_loss(
     whole = jnp.maximum(counted_BxM.sum(), 1e-9)
     reached_KxBxM = jnp.where(valid_KxBxM, expected.reach_Kx * counted_BxM, 0.0)
     known_KxBxM = valid_KxBxM & jnp.stack([step.label_BxM >= 0 for step in steps])
-    decay_Kx = settings.decay ** jnp.arange(len(steps))[:, None, None]
+    step_Kx = dense.decay ** jnp.arange(len(steps))[:, None, None]
+    if dense.step_weights == "acceptance":
+        step_Kx = supervised.acceptance_weights(jnp.stack([x.log_q_BxM for x in seen]), valid_KxBxM)
     soft_KxBxM = settings.kl_weight * reached_KxBxM / jnp.maximum(reached_KxBxM.sum(), 1e-9)
     counts_Kx = jnp.maximum(known_KxBxM.sum((1, 2), keepdims=True), 1)
-    soft_KxBxM += settings.supervised_weight * decay_Kx * known_KxBxM / counts_Kx
+    dense_KxBxM, overlap_KxBxM = dense.split(settings.supervised_weight * step_Kx * known_KxBxM / counts_Kx)
+    soft_KxBxM += dense_KxBxM
     hard_KxBxM = weight_KxBxM * counted_BxM / whole
     total = jnp.zeros(())
-    for step, soft_BxM, hard_BxM in zip(steps, soft_KxBxM, hard_KxBxM, strict=True):
-        total += supervised.score_step(drafter, step, soft_BxM, hard_BxM, rule).total
+    for k, step in enumerate(steps):
+        overlap_BxM = None if overlap_KxBxM is None else overlap_KxBxM[k]
+        weights = soft_KxBxM[k], hard_KxBxM[k], rule, overlap_BxM
+        total += supervised.score_step(drafter, step, *weights, dense.hybrid).total
 
     def mean(x_BxM: Array) -> Array:
         return jnp.sum(x_BxM * counted_BxM) / whole

@@ -1,8 +1,9 @@
 """The drafter's head and its losses in one function, so that [B, M, W] logits are never stored.
 
-Two losses share the logits: the soft cross-entropy against the target's distribution, and -log of the probability that
-the drafted token is accepted. Their gradients are known as soon as the logits are, so the forward pass computes them
-too, one batch row at a time while the row's logits are still in the processor's cache; the backward pass only scales.
+Three losses share the logits: the soft cross-entropy against the target's distribution, -log of the probability that
+the label is drafted, and a loss of the acceptance rate of sampled drafts (`overlap_loss`). Their gradients are known as
+soon as the logits are, so the forward pass computes them too, one batch row at a time while the row's logits are still
+in the processor's cache; the backward pass only scales.
 On a mesh it is one row of every device at a time: P parts of the batch are processed in parallel.
 """
 
@@ -36,12 +37,15 @@ class DraftRule:
 
 
 SAMPLED = DraftRule()  # one token, drawn from the drafter's distribution
+FALL = 3.0  # eta of the hybrid loss, the paper's value
+LEAST = 1e-20  # acceptance rate below which -log alpha is flat
 
 
 class HeadLoss(NamedTuple):
     """total: sum of the weighted losses, the one differentiable part. loss_BxM: cross-entropy against p. match_BxM:
     True where the label has the highest logit. overlap_BxM: sum_v min(mass p, q), the acceptance rate of a sampled
-    draft at temperature 1. log_a_BxM: log-probability that the label is drafted, -inf where it is unknown.
+    draft at temperature 1. log_a_BxM: log-probability that the label is drafted by the rule, log_q_BxM: at temperature
+    1; both -inf where it is unknown.
     """
 
     total: Array
@@ -49,6 +53,7 @@ class HeadLoss(NamedTuple):
     match_BxM: Array
     overlap_BxM: Array
     log_a_BxM: Array
+    log_q_BxM: Array
 
 
 class Wanted(NamedTuple):
@@ -61,7 +66,7 @@ class Wanted(NamedTuple):
     label_BxM: Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 8))
 def head_loss(
     h_BxMxE: Array,
     w_WxE: Array,
@@ -70,14 +75,42 @@ def head_loss(
     hard_BxM: Array | None,
     rule: DraftRule,
     dtype: DTypeLike,
+    overlap_BxM: Array | None = None,
+    hybrid: bool = False,
 ) -> HeadLoss:
-    """sum of soft * (-sum_v p_v log softmax(h w^T)_v) + hard * (-log a(label)) over anchors, and its parts.
+    """sum of soft * (-sum_v p_v log softmax(h w^T)_v) + hard * (-log a(label)) + overlap * `overlap_loss`, and its
+    parts.
 
-    h_BxMxE: normed hidden states. w_WxE: the head. soft_BxM, hard_BxM: weights, constant for the gradient; hard None
-    drops its term, which is faster. rule: drafting rule that defines a. dtype: of the products.
+    h_BxMxE: normed hidden states. w_WxE: the head. soft_BxM, hard_BxM, overlap_BxM: weights, constant for the gradient;
+    None drops the term, which is faster. rule: drafting rule that defines a. dtype: of the products. hybrid: see
+    `overlap_loss`.
     """
-    rows = [_row(h, w_WxE, Wanted(*wanted), rule, dtype)[:4] for h, *wanted in _rows(h_BxMxE, *wanted)]
-    return _gather(rows, soft_BxM, hard_BxM)
+    rows = [_row(h, w_WxE, Wanted(*wanted), rule, dtype)[:5] for h, *wanted in _rows(h_BxMxE, *wanted)]
+    return _gather(rows, soft_BxM, hard_BxM, overlap_BxM, hybrid)
+
+
+def overlap_loss(alpha_x: Array, cross_entropy_x: Array, hybrid: bool) -> Array:
+    """Loss of the acceptance rate alpha = sum_v min(P_v, q_v): LK losses (2602.23881).
+
+    P is the target's distribution over its whole vocabulary. Tokens outside the draft vocabulary have q = 0, so their
+    probability is lost, and alpha is at most the target's mass inside. The loss is -log alpha; hybrid: lambda *
+    cross-entropy + (1 - lambda) * (1 - alpha), with lambda = exp(-3 alpha) constant for the gradient. (The paper takes
+    lambda from the mean alpha of a batch; here every position has its own, so that microbatches add up exactly.)
+    """
+    if not hybrid:
+        return -jnp.log(jnp.maximum(alpha_x, LEAST))
+    lambda_x = jnp.exp(-FALL * alpha_x)
+    return lambda_x * cross_entropy_x + (1.0 - lambda_x) * (1.0 - alpha_x)
+
+
+def _overlap_gradient(p_xW: Array, mass_x: Array, q_xW: Array, alpha_x: Array, hybrid: bool) -> Array:
+    """The gradient of `overlap_loss` by the logits."""
+    below_xW = jnp.where(q_xW < mass_x[..., None] * p_xW, q_xW, 0.0)
+    g_xW = q_xW * below_xW.sum(-1, keepdims=True) - below_xW  # of -alpha
+    if not hybrid:
+        return g_xW / jnp.maximum(alpha_x, LEAST)[..., None]
+    lambda_x1 = jnp.exp(-FALL * alpha_x)[..., None]
+    return lambda_x1 * (q_xW - p_xW) + (1.0 - lambda_x1) * g_xW
 
 
 def _rows(*arrays: Array) -> Iterator[tuple[Array, ...]]:
@@ -105,7 +138,8 @@ def _row(h_PxMxE: Array, w_WxE: Array, wanted: Wanted, rule: DraftRule, dtype: D
     overlap_PxM = jnp.minimum(mass_PxM[..., None] * p_PxMxW, q_PxMxW).sum(-1)
     log_a_PxM, g_PxMxW = _acceptance(z_PxMxW, q_PxMxW, logsumexp_PxM, label_PxM, label_z_PxM, rule)
     log_a_PxM = jnp.where(known_PxM, log_a_PxM, -jnp.inf)
-    return loss_PxM, match_PxM, overlap_PxM, log_a_PxM, q_PxMxW, g_PxMxW
+    log_q_PxM = jnp.where(known_PxM, label_z_PxM - logsumexp_PxM, -jnp.inf)
+    return loss_PxM, match_PxM, overlap_PxM, log_a_PxM, log_q_PxM, q_PxMxW, g_PxMxW
 
 
 def _softmax(z_PxMxW: Array) -> tuple[Array, Array, Array]:
@@ -133,12 +167,21 @@ def _acceptance(
     return label_z_PxM / T - logsumexp_PxM, (q_PxMxW - label_PxMxW) / T
 
 
-def _gather(rows: Sequence[Sequence[Array]], soft_BxM: Array, hard_BxM: Array | None) -> HeadLoss:
-    loss_BxM, match_BxM, overlap_BxM, log_a_BxM = (_together(x) for x in zip(*rows, strict=True))
+def _gather(
+    rows: Sequence[Sequence[Array]],
+    soft_BxM: Array,
+    hard_BxM: Array | None,
+    overlap_BxM: Array | None,
+    hybrid: bool,
+) -> HeadLoss:
+    loss_BxM, match_BxM, alpha_BxM, log_a_BxM, log_q_BxM = (_together(x) for x in zip(*rows, strict=True))
     total = jnp.sum(jnp.where(soft_BxM > 0, soft_BxM * loss_BxM, 0.0))
     if hard_BxM is not None:
         total -= jnp.sum(jnp.where(hard_BxM != 0, hard_BxM * log_a_BxM, 0.0))
-    return HeadLoss(total, loss_BxM, match_BxM, overlap_BxM, log_a_BxM)
+    if overlap_BxM is not None:
+        weighted_BxM = overlap_BxM * overlap_loss(alpha_BxM, loss_BxM, hybrid)
+        total += jnp.sum(jnp.where(overlap_BxM > 0, weighted_BxM, 0.0))
+    return HeadLoss(total, loss_BxM, match_BxM, alpha_BxM, log_a_BxM, log_q_BxM)
 
 
 def _forward(
@@ -149,27 +192,32 @@ def _forward(
     hard_BxM: Array | None,
     rule: DraftRule,
     dtype: DTypeLike,
+    overlap_BxM: Array | None,
+    hybrid: bool,
 ) -> tuple[HeadLoss, tuple[Array, Array]]:
     rows, dh, dw_PxWxE = [], [], jnp.zeros(())
-    weights = (soft_BxM,) if hard_BxM is None else (soft_BxM, hard_BxM)
-    for h_PxMxE, p, mass, label, soft_PxM, *hard in _rows(h_BxMxE, *wanted, *weights):
+    weights = [weight for weight in (soft_BxM, hard_BxM, overlap_BxM) if weight is not None]
+    for h_PxMxE, p, mass, label, soft_PxM, *more in _rows(h_BxMxE, *wanted, *weights):
         *row, q_PxMxW, a_PxMxW = _row(h_PxMxE, w_WxE, Wanted(p, mass, label), rule, dtype)
         g_PxMxW = (q_PxMxW - p) * soft_PxM[..., None]
-        if hard:
-            g_PxMxW += a_PxMxW * hard[0][..., None]
+        if hard_BxM is not None:
+            g_PxMxW += a_PxMxW * more[0][..., None]
+        if overlap_BxM is not None:
+            g_PxMxW += _overlap_gradient(p, mass, q_PxMxW, row[2], hybrid) * more[-1][..., None]
         g_PxMxW, w = g_PxMxW.astype(dtype), w_WxE.astype(dtype)
         dh.append(input_gradient(g_PxMxW.reshape(-1, w.shape[0]), w, h_PxMxE.dtype).reshape(h_PxMxE.shape))
         dw_PxWxE += weight_gradient(g_PxMxW, h_PxMxE.astype(dtype))
         rows.append(row)
-    return _gather(rows, soft_BxM, hard_BxM), (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
+    loss = _gather(rows, soft_BxM, hard_BxM, overlap_BxM, hybrid)
+    return loss, (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
 
 
 def _backward(
-    rule: DraftRule, dtype: DTypeLike, saved: tuple[Array, Array], cotangent: HeadLoss
-) -> tuple[Array, Array, None, None, None]:
+    rule: DraftRule, dtype: DTypeLike, hybrid: bool, saved: tuple[Array, Array], cotangent: HeadLoss
+) -> tuple[Array, Array, None, None, None, None]:
     dh_BxMxE, dw_WxE = saved
     c = cotangent.total
-    return (c * dh_BxMxE).astype(dh_BxMxE.dtype), c * dw_WxE, None, None, None
+    return (c * dh_BxMxE).astype(dh_BxMxE.dtype), c * dw_WxE, None, None, None, None
 
 
 head_loss.defvjp(_forward, _backward)

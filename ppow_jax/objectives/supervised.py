@@ -2,10 +2,12 @@
 
 Every anchor unrolls a window of S draft steps over ground-truth tokens; from step 1 on the feature is the drafter's
 own output. Gradients flow through all steps. The loss of a step is the cross-entropy against the target's
-distribution restricted to the draft vocabulary; positions whose target argmax is outside it carry no loss.
+distribution restricted to the draft vocabulary, or a loss of the acceptance rate (`SupervisedLoss`); positions whose
+target argmax is outside the draft vocabulary carry no loss.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,6 +19,29 @@ from ppow_jax.models.layers import KV
 from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, HeadLoss, Wanted, head_loss
 
 Array = jax.Array
+KINDS = ("cross_entropy", "acceptance", "hybrid")
+STEP_WEIGHTS = ("decay", "acceptance")
+SMOOTHING = 0.5  # alpha of D-PACE, the paper's value
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedLoss:
+    """Hashable. kind: cross_entropy against the target's distribution, or one of `head_loss.overlap_loss`: acceptance
+    (-log alpha) or hybrid. step_weights: decay weights step s by decay^s, acceptance by `acceptance_weights`.
+    """
+
+    kind: str = "cross_entropy"
+    step_weights: str = "decay"
+    decay: float = 0.8
+
+    @property
+    def hybrid(self) -> bool:
+        """True for the hybrid of cross-entropy and acceptance rate."""
+        return self.kind == "hybrid"
+
+    def split(self, weight_x: Array) -> tuple[Array, Array | None]:
+        """(weights of the cross-entropy, of `head_loss.overlap_loss`) from weights of this loss."""
+        return (weight_x, None) if self.kind == "cross_entropy" else (jnp.zeros_like(weight_x), weight_x)
 
 
 class AnchorRows(NamedTuple):
@@ -42,10 +67,10 @@ class AnchorRows(NamedTuple):
 
 
 class StepScores(NamedTuple):
-    """Scores per draft step s and anchor. total_S: sum of decay^s * the masked mean loss, differentiable. loss_SxBxM;
-    match_SxBxM: the drafter's argmax is the target's; valid_SxBxM: the step's token belongs to the anchor's answer;
-    known_SxBxM: the draft vocabulary holds the target's argmax; overlap_SxBxM: sum_v min(P, Q) over the whole
-    vocabulary, the acceptance rate at temperature 1.
+    """Scores per draft step s and anchor. total_S: the masked mean loss times the step's weight, differentiable.
+    loss_SxBxM: cross-entropy, whatever the total is made of; match_SxBxM: the drafter's argmax is the target's;
+    valid_SxBxM: the step's token belongs to the anchor's answer; known_SxBxM: the draft vocabulary holds the target's
+    argmax; overlap_SxBxM: sum_v min(P, Q) over the whole vocabulary, the acceptance rate at temperature 1.
     """
 
     total: Array
@@ -144,13 +169,36 @@ def unroll(drafter: Drafter, embed_VxD: Array, windows: AnchorRows, steps: int) 
 
 
 def score_step(
-    drafter: Drafter, step: DraftStep, soft_BxM: Array, hard_BxM: Array | None = None, rule: DraftRule = SAMPLED
+    drafter: Drafter,
+    step: DraftStep,
+    soft_BxM: Array,
+    hard_BxM: Array | None = None,
+    rule: DraftRule = SAMPLED,
+    overlap_BxM: Array | None = None,
+    hybrid: bool = False,
 ) -> HeadLoss:
     """The losses of one draft step, weighted, and their parts; see `head_loss`."""
     head_WxE = drafter.params["lm_head"]
     dtype = jnp.dtype(drafter.compute_dtype or head_WxE.dtype)
     wanted = Wanted(step.probability_BxMxW, step.mass_BxM, step.label_BxM)
-    return head_loss(step.hidden_BxMxE, head_WxE, wanted, soft_BxM, hard_BxM, rule, dtype)
+    return head_loss(step.hidden_BxMxE, head_WxE, wanted, soft_BxM, hard_BxM, rule, dtype, overlap_BxM, hybrid)
+
+
+def seen_step(drafter: Drafter, step: DraftStep, rule: DraftRule = SAMPLED) -> HeadLoss:
+    """The parts of `score_step` without a loss or gradient, for weights that depend on them."""
+    nothing_BxM = jnp.zeros(step.valid_BxM.shape)
+    return score_step(*jax.lax.stop_gradient((drafter, step)), nothing_BxM, nothing_BxM, rule)
+
+
+def acceptance_weights(log_q_SxBxM: Array, valid_SxBxM: Array) -> Array:
+    """D-PACE's weight of every draft step (2605.18810, equations 7 and 8), [S, B, M].
+
+    w_s = sum_{m >= s} prod_{i <= m} p_i with p_i = (1 - SMOOTHING) q_i + SMOOTHING: the gradient of the expected
+    accepted length sum_m prod_{i <= m} p_i by log p_s. log_q_SxBxM: log of q, the probability of the label, -inf where
+    it cannot be drafted. valid_SxBxM: the step's token belongs to the answer.
+    """
+    chance_SxBxM = jnp.cumprod((1.0 - SMOOTHING) * jnp.exp(log_q_SxBxM) + SMOOTHING, axis=0)
+    return jnp.cumsum(jnp.where(valid_SxBxM, chance_SxBxM, 0.0)[::-1], axis=0)[::-1]
 
 
 def training_time_test(
@@ -158,7 +206,7 @@ def training_time_test(
     embed_VxD: Array,
     windows: AnchorRows,
     steps: int,
-    decay: float,
+    loss: SupervisedLoss,
     counts_S: Array | None = None,
 ) -> StepScores:
     """Unrolls `steps` draft steps from every anchor; see `StepScores` (each field stacked over steps).
@@ -166,11 +214,16 @@ def training_time_test(
     counts_S: counts of the whole batch (see `counts`), if these rows are only a part of it.
     """
     counts_S = counts(windows, steps) if counts_S is None else counts_S
-    scores = []
-    for s, step in enumerate(unroll(drafter, embed_VxD, windows, steps)):
+    unrolled, scores = unroll(drafter, embed_VxD, windows, steps), []
+    weight_S: Sequence[float] | Array = [loss.decay**s for s in range(steps)]
+    if loss.step_weights == "acceptance":
+        log_q_SxBxM = jnp.stack([seen_step(drafter, step).log_q_BxM for step in unrolled])
+        weight_S = acceptance_weights(log_q_SxBxM, jnp.stack([step.valid_BxM for step in unrolled]))
+    for s, step in enumerate(unrolled):
         known_BxM = step.label_BxM >= 0
         counted_BxM = (step.valid_BxM & known_BxM).astype(jnp.float32)
-        parts = score_step(drafter, step, decay**s * counted_BxM / jnp.maximum(counts_S[s], 1.0))
+        soft_BxM, overlap_BxM = loss.split(weight_S[s] * counted_BxM / jnp.maximum(counts_S[s], 1.0))
+        parts = score_step(drafter, step, soft_BxM, overlap_BxM=overlap_BxM, hybrid=loss.hybrid)
         scores.append(
             StepScores(parts.total, parts.loss_BxM, parts.match_BxM, step.valid_BxM, known_BxM, parts.overlap_BxM)
         )

@@ -22,6 +22,7 @@ from ppow_jax.models.drafter import Drafter, DrafterSpec, cast
 from ppow_jax.objectives.expected import ExactSettings
 from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.rewards import CostModel
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.online.settings import OnlineSettings
 from ppow_jax.training import initialise
 from ppow_jax.training.optimizers import constant_rate
@@ -31,7 +32,7 @@ from ppow_jax.training.steps.state import TrainState
 
 Array = jax.Array
 WARMUP = 8  # training steps
-CLIP_NORM, DECAY = 0.5, 0.8  # as in training
+CLIP_NORM, LOSS = 0.5, SupervisedLoss()  # as in training
 TEMPERATURE, GAMMA = 0.5, 0.1  # of the recipe: drafting rule of the reward, cost of a draft step in plain steps
 
 
@@ -105,9 +106,9 @@ def train(
     rows = state, spec, params, batch, cached
     K = settings.draft_steps
     if settings.objective == "supervised":
-        how: dict[str, Any] = {"steps": K, "decay": DECAY, "answers_are_greedy": True}
+        how: dict[str, Any] = {"steps": K, "loss": LOSS, "answers_are_greedy": True}
         return supervised.train_step(*rows, config=config, optimizer=optimizer, **how)
-    exact = ExactSettings(DraftRule(TEMPERATURE), supervised_weight=1.0, decay=DECAY)
+    exact = ExactSettings(DraftRule(TEMPERATURE), supervised_weight=1.0, supervised=LOSS)
     return ppow_exact.train_step(*rows, config=config, optimizer=optimizer, rollouts=_rollouts(K), exact=exact)
 
 

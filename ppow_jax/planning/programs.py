@@ -112,7 +112,7 @@ def training(stage: str, settings: TrainSettings, found: Models, mesh: jax.shard
     options["accumulate"] = settings.accumulate
     function: Callable = supervised.train_step
     if stage == "supervised":
-        options |= {"steps": settings.ttt_steps, "decay": settings.ttt_decay}
+        options |= {"steps": settings.ttt_steps, "loss": stages.supervised_loss(settings)}
     else:
         function = ppow_sampled.train_step
         arguments += (_whole(jax.eval_shape(lambda: jax.random.key(0)), mesh),)

@@ -6,6 +6,7 @@ from ppow_jax import defaults, mesh_shape
 from ppow_jax.flags import field
 from ppow_jax.models import precision
 from ppow_jax.objectives.expected import HORIZONS
+from ppow_jax.objectives.supervised import KINDS, STEP_WEIGHTS
 from ppow_jax.speculation.settings import LOOKUP_MODES, MODES
 
 STAGES = ("data", "supervised", "ppow", "evaluate", "export")
@@ -183,6 +184,20 @@ class TrainFields:
     ttt_steps: int = field(5, "Draft steps of the training-time test.", low=1, group="Stage 1, supervised")
     ttt_decay: float = field(
         0.8, "Loss weight of a draft step relative to the step before.", low=0, group="Stage 1, supervised"
+    )
+    supervised_loss: str = field(
+        "cross_entropy",
+        "Loss of stage 1, of cst and of --supervised_weight. acceptance: -log of the acceptance rate of sampled drafts;"
+        " hybrid: cross-entropy, and the acceptance rate itself the higher it is.",
+        choices=KINDS,
+        group="Stage 1, supervised",
+    )
+    step_weights: str = field(
+        "decay",
+        "Loss weight of a draft step. decay: by --ttt_decay. acceptance: the tokens that are expected to be accepted"
+        " from this step on (D-PACE).",
+        choices=STEP_WEIGHTS,
+        group="Stage 1, supervised",
     )
     optimizer: str = field(
         "adamw",

@@ -117,6 +117,9 @@ class TrainSettings(TrainFields):
         require(self.rivals < self.draft_vocab_size, f"--rivals={self.rivals}: {rule}")
         rule = "--horizon=answer has no deviation to divide by; add --nodivide_by_std"
         require(self.horizon == "window" or not self.divide_by_std, f"--divide_by_std: {rule}")
+        rule = "has no effect with --step_weights=acceptance; leave it out"
+        unused = self.step_weights != "decay" and self.ttt_decay != default["ttt_decay"]
+        require(not unused, f"--ttt_decay={self.ttt_decay}: {rule}")
         for name in IGNORED[self.estimator]:
             value = getattr(self, name)
             rule = f"has no effect with --estimator={self.estimator}; leave it out"

@@ -17,6 +17,7 @@ from ppow_jax.models.drafter import Drafter, cast
 from ppow_jax.objectives.expected import ExactSettings
 from ppow_jax.objectives.head_loss import DraftRule
 from ppow_jax.objectives.rewards import CostModel
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.speculation.settings import chain
 from ppow_jax.training.acceptance import decoded_acceptance
 from ppow_jax.training.context import RunContext
@@ -163,7 +164,7 @@ def _supervised_step(context: RunContext, drafter: Drafter, plan: _Plan, draft_s
     s = context.settings
     static = {
         "steps": draft_steps,
-        "decay": s.ttt_decay,
+        "loss": supervised_loss(s),
         "answers_are_greedy": context.answers_are_greedy,
         "accumulate": s.accumulate,
     }
@@ -210,8 +211,13 @@ def _program(
 def exact_settings(s: TrainSettings) -> ExactSettings:
     """Settings of the objective of --estimator=exact."""
     rule = DraftRule(s.rollout_temperature, s.rivals)
-    weights = s.kl_weight, s.supervised_weight, s.ttt_decay
+    weights = s.kl_weight, s.supervised_weight, supervised_loss(s)
     return ExactSettings(rule, s.horizon, s.divide_by_std, *weights, s.lookup_discount)
+
+
+def supervised_loss(s: TrainSettings) -> SupervisedLoss:
+    """The loss of stage 1, of continued supervised training, and beside the exact estimator's reward."""
+    return SupervisedLoss(s.supervised_loss, s.step_weights, s.ttt_decay)
 
 
 def rollout_settings(s: TrainSettings, costs: CostModel, answers_are_greedy: bool) -> RolloutSettings:

@@ -24,6 +24,7 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.families import Experts
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import chain, tree
@@ -75,7 +76,7 @@ def models() -> tuple[dict, Drafter]:
 def step_1(state, params, drafter, index, accumulate=1):
     batch = sharding.place(BATCHES.at(index))
     return supervised.train_step(
-        state, drafter.spec, params, batch, config=CONFIG, optimizer=OPTIMIZER, steps=2, decay=0.8,
+        state, drafter.spec, params, batch, config=CONFIG, optimizer=OPTIMIZER, steps=2, loss=SupervisedLoss(),
         answers_are_greedy=False, accumulate=accumulate,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from ppow_jax.data.encoding import Example
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.objectives.rewards import CostModel
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sampling import Sampling
 from ppow_jax.speculation.settings import off
@@ -106,7 +107,12 @@ _score = jax.jit(score_in)
 
 STEPS, OPTIMIZER = 3, optax.adamw(3e-3)
 train_step = functools.partial(
-    supervised.train_step, config=CONFIG, optimizer=OPTIMIZER, steps=STEPS, decay=0.8, answers_are_greedy=True
+    supervised.train_step,
+    config=CONFIG,
+    optimizer=OPTIMIZER,
+    steps=STEPS,
+    loss=SupervisedLoss(),
+    answers_are_greedy=True,
 )
 
 

@@ -16,6 +16,7 @@ from ppow_jax.models import transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter, DrafterSpec
 from ppow_jax.objectives import supervised
+from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.training.steps.accumulate import each, summed
 from ppow_jax.training.steps.state import TrainState
 
@@ -24,7 +25,7 @@ Array = jax.Array
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "steps", "decay", "answers_are_greedy", "accumulate", "average_decay"),
+    static_argnames=("config", "optimizer", "steps", "loss", "answers_are_greedy", "accumulate", "average_decay"),
     donate_argnames=("state",),
 )
 def train_step(
@@ -37,12 +38,12 @@ def train_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     steps: int,
-    decay: float,
+    loss: SupervisedLoss,
     answers_are_greedy: bool,
     accumulate: int = 1,
     average_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Target pass, training-time test over `steps` steps, gradient, update -> (state, metrics).
+    """Target pass, training-time test over `steps` steps with this loss, gradient, update -> (state, metrics).
 
     spec: of the drafter, whose parameters are the state's. cached: the
     target's pass over the batch, if computed before (`corpus.features`). accumulate: number of microbatches per step;
@@ -62,7 +63,7 @@ def train_step(
         head_WxD = transformer.head(target_params)[ids_W]
         windows = windows._replace(probability_BxMxW=restricted(hidden_BxMxD, head_WxD))
         scores = supervised.training_time_test(
-            spec.with_params(params), target_params["embed"], windows, steps, decay, counts_S
+            spec.with_params(params), target_params["embed"], windows, steps, loss, counts_S
         )
         return scores.total.sum(), supervised.Totals.of(scores)
 
@@ -110,7 +111,7 @@ def _evaluate_batch(
 ):
     layers = drafter.config.feature_layers
     windows = score(target_params, config, layers, drafter.target_ids_W, batch, answers_are_greedy, cached).windows
-    scores = supervised.training_time_test(drafter, target_params["embed"], windows, K, decay=1.0)
+    scores = supervised.training_time_test(drafter, target_params["embed"], windows, K, SupervisedLoss())
     return jax.tree.map(sharding.pin, supervised.Totals.of(scores))
 
 
