@@ -166,9 +166,9 @@ def test_the_gradient_of_a_products_input_is_summed_in_the_dtype_of_the_input(mo
     x, w = jnp.ones((3, 64), dtype), jnp.ones((48, 64))
     back = jax.vjp(lambda x: product(x, w), x)[1]
     y = jax.eval_shape(product, x, w)
-    (found,) = [e for e in jax.make_jaxpr(back)(jnp.ones(y.shape, y.dtype)).eqns if e.primitive.name == "dot_general"]
-    assert found.outvars[0].aval.shape == (3, 64)
-    assert found.outvars[0].aval.dtype == dtype
+    equations = jax.make_jaxpr(back)(jnp.ones(y.shape, y.dtype)).eqns
+    products = [e.outvars[0].aval for e in equations if e.primitive.name == "dot_general"]  # of x, and of the weights
+    assert [aval.dtype for aval in products if aval.shape == (3, 64)] == [dtype]
 
 
 def test_cache_keeps_rows_apart_and_writes_where_it_is_told():

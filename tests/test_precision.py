@@ -16,7 +16,7 @@ from ppow_jax.errors import UserError
 from ppow_jax.inference import decoding
 from ppow_jax.inference.model import Model
 from ppow_jax.models import drafter as drafting
-from ppow_jax.models import precision, transformer
+from ppow_jax.models import platforms, precision, transformer
 from ppow_jax.objectives.rewards import CostModel
 from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.speculation import generate
@@ -117,7 +117,7 @@ def read_off(dtype: str) -> dict[str, str]:
 
     drafted = jax.eval_shape(draft, out.features_BxSxF)
     matrices = [x for x in jax.tree.leaves((params, drafter.params)) if x.ndim > 1 and x.shape[0] != 3]
-    # An accelerator's branch of a product holds the dtype that is sent; a CPU's computes in float32 and rounds then.
+    # On an accelerator a product's dtype is the one that is sent; a CPU computes in float32 and rounds then.
     here = precision.current().activation(matrices[0].dtype)
     narrow = [e for e in projections if e.outvars[0].aval.dtype == here]
     return {
@@ -149,7 +149,8 @@ def test_the_table_is_that_of_the_programs(name):
     rows = [re.split(r"\s*\|\s*", line.strip("| \n")) for line in PAGE.read_text().splitlines() if line.startswith("|")]
     head, _, *body = rows
     documented = {row[0]: row[head.index(name)] for row in body}
-    with precision.use(precision.POLICIES[name]):
+    accelerated = "tpu" if name == "accelerator" else None
+    with precision.use(precision.POLICIES[name]), platforms.use(accelerated):
         assert read_off(precision.POLICIES[name].parameter) == documented
 
 

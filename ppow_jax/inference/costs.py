@@ -1,9 +1,10 @@
 """Costs of the parts of a round of speculative decoding on this device."""
 
 import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from ppow_jax.models.layers import KV
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import Speculation, chain, ngram, off
+from ppow_jax.speculation.settings import Speculation, off
 from ppow_jax.speculation.state import State
 from ppow_jax.weights.targets import Target
 
@@ -65,33 +66,10 @@ def measure_costs(
     counts. The caches are donated and fed back, so that they stay in place as in a generation. L must be at least
     K + 3. An adaptive window is measured at its full width. drafter: may be None for n-gram lookup.
     """
-    K = speculation.window
-    drafter = drafter if speculation.needs_drafter else None
-    if K < 1 or L < K + 3:
-        raise ValueError(f"a cache of length {L} is too short for a window of {K}")
-    speculation = dataclasses.replace(speculation, adaptive=None)
-    params, config = target.params, target.config
-    state, drafter_kv, target_kv = synthetic_state(target, drafter, K, L, batch)
-    settings = {"speculation": speculation, "sampling": sampling}
-    drafter_kv, _, draft = draft_round(params, drafter, drafter_kv, state, **settings)
-
-    def draft_once(kv):
-        return jax.block_until_ready(draft_round(params, drafter, kv, state, **settings))[0]
-
-    def verify_once(kv):
-        return verify_round(params, config, drafter, kv, state, draft, **settings)[0]
-
-    def plain_once(kv):
-        return verify_round(params, config, None, kv, state, None, speculation=off(), sampling=sampling)[0]
-
-    seconds: dict[str, list[float]] = {"draft": [], "verify": [], "plain": []}
-    for _ in range(repetitions + 1):  # the first run compiles
-        target_kv = _timed(verify_once, target_kv, seconds["verify"])
-        target_kv = _timed(plain_once, target_kv, seconds["plain"])
-        drafter_kv = _timed(draft_once, drafter_kv, seconds["draft"])
-    median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    steps = speculation.shape.depth if speculation.shape else K
-    return Costs(median["draft"], median["verify"], median["plain"], steps)
+    widths = (speculation.verified,)
+    found = _measure(target, drafter, speculation, L, batch, widths, sampling=sampling, repetitions=repetitions)
+    steps = speculation.shape.depth if speculation.shape else speculation.window
+    return Costs(found["draft"], found[speculation.verified], found["plain"], steps)
 
 
 def measure_cost_table(
@@ -110,21 +88,55 @@ def measure_cost_table(
     not); in between, and down to no draft, costs are interpolated linearly. Where each row decides by itself, as with
     sampled chains, the table holds the costs for all rows.
     """
-    N, shape = speculation.verified, speculation.shape
-    widths = np.array(speculation.widths)
-    near = {int(widths[np.argmin(np.abs(widths[1:] - N / part)) + 1]) for part in (1, 2, 4)}
-
-    def measured(nodes: int) -> Costs:
-        sized = chain(nodes) if speculation.needs_drafter else ngram(nodes)
-        if shape:
-            sized = dataclasses.replace(speculation, shape=dataclasses.replace(shape, nodes=nodes))
-        return measure_costs(target, drafter, sized, L, batch, sampling=sampling, repetitions=repetitions)
-
-    found = {nodes: measured(nodes) for nodes in sorted(near)}
-    verify_X = np.interp(widths, [0, *found], [1.0, *(costs.verify_ratio for costs in found.values())])
+    N, widths = speculation.verified, np.array(speculation.widths)
+    near = sorted({int(widths[np.argmin(np.abs(widths[1:] - N / part)) + 1]) for part in (1, 2, 4)})
+    found = _measure(target, drafter, speculation, L, batch, near, sampling=sampling, repetitions=repetitions)
+    verify_X = np.interp(widths, [0, *near], [1.0, *(found[width] / found["plain"] for width in near)])
     compiled_N1 = np.searchsorted(widths, np.arange(N + 1))
-    cost_table = CostTable.of(found[N].gamma, np.maximum.accumulate(verify_X)[compiled_N1])
+    steps = speculation.shape.depth if speculation.shape else speculation.window
+    step = found["draft"] / steps / found["plain"]
+    cost_table = CostTable.of(step, np.maximum.accumulate(verify_X)[compiled_N1])
     return cost_table if speculation.decides_together(sampling) else cost_table.alone(batch)
+
+
+def _measure(
+    target: Target,
+    drafter: Drafter | None,
+    speculation: Speculation,
+    L: int,
+    batch: int,
+    widths: Sequence[int],
+    *,
+    sampling: Sampling,
+    repetitions: int,
+) -> dict[str | int, float]:
+    """Seconds of `draft`, `plain`, and of each of `widths`: verifying so many drafted tokens. See `measure_costs`."""
+    K = speculation.window
+    drafter = drafter if speculation.needs_drafter else None
+    if K < 1 or L < K + 3:
+        raise ValueError(f"a cache of length {L} is too short for a window of {K}")
+    params, config = target.params, target.config
+    state, drafter_kv, target_kv = synthetic_state(target, drafter, K, L, batch)
+    settings = {"speculation": dataclasses.replace(speculation, adaptive=None), "sampling": sampling}
+    drafter_kv, _, draft = draft_round(params, drafter, drafter_kv, state, **settings)
+
+    def draft_once(kv):
+        return jax.block_until_ready(draft_round(params, drafter, kv, state, **settings))[0]
+
+    def verify_once(kv, width):
+        return verify_round(params, config, drafter, kv, state, draft, **settings, width=width)[0]
+
+    def plain_once(kv):
+        return verify_round(params, config, None, kv, state, None, speculation=off(), sampling=sampling)[0]
+
+    on_target: dict[str | int, Callable[[Any], Any]] = {"plain": plain_once}
+    on_target |= {width: functools.partial(verify_once, width=width) for width in widths}
+    seconds: dict[str | int, list[float]] = {name: [] for name in ("draft", *on_target)}
+    for _ in range(repetitions + 1):  # the first run compiles
+        for name, once in on_target.items():
+            target_kv = _timed(once, target_kv, seconds[name])
+        drafter_kv = _timed(draft_once, drafter_kv, seconds["draft"])
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def _timed(once: Callable[[Any], Any], kv: Any, seconds: list[float]) -> Any:

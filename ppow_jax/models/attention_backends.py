@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ppow_jax import sharding
+from ppow_jax.models import platforms
 
 Array = jax.Array
 PLAIN, CUDNN, SPLASH, INTERPRETED = "plain", "cudnn", "splash", "splash-interpreted"
@@ -54,7 +55,7 @@ def use(backend: str | None) -> Iterator[None]:
 
 def current() -> str:
     """The backend in use: the one chosen by `use`, or the platform's."""
-    return _chosen.value or _BY_PLATFORM.get(jax.default_backend(), PLAIN)
+    return _chosen.value or _BY_PLATFORM.get(platforms.current(), PLAIN)
 
 
 def eligible(S: int, head_dim: int, dtype: Any) -> bool:

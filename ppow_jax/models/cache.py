@@ -1,5 +1,7 @@
 """Fixed-length key/value caches, written only with accepted tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -27,15 +29,12 @@ def write(cache: KV, new: KV, start_B: Array) -> KV:
 
 
 def write_rows(buffer: Array, new: Array, start_B: Array, axis: int = 0) -> Array:
-    """Writes new[b] into buffer[b] from start_B[b] on, along `axis` of the row."""
+    """Writes new[b] into buffer[b] from start_B[b] on, which is not negative, along `axis` of the row."""
     new = new.astype(buffer.dtype)
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, allow_negative_indices=False)
     if buffer.shape[0] == 1:  # a plain slice update stays in place on every backend
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, start_B[0], axis + 1)
-
-    def write(row: Array, value: Array, start: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(row, value, start, axis)
-
-    return jax.vmap(write)(buffer, new, start_B)
+        return write(buffer, new, start_B[0], axis + 1)
+    return jax.vmap(functools.partial(write, axis=axis))(buffer, new, start_B)
 
 
 def grow(kv: KV, L: int, dtype: DTypeLike = jnp.float32) -> KV:

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from ppow_jax import sharding
 from ppow_jax.cpu import attention as cpu_attention
 from ppow_jax.cpu import library, norm, product
-from ppow_jax.models import attention_backends, precision
+from ppow_jax.models import attention_backends, platforms, precision
 from ppow_jax.models.attention_backends import Packed
 from ppow_jax.models.rope import Scaling
 
@@ -67,12 +67,8 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
     scale: [D], or more axes that broadcast with x.
     """
-
-    def plain(x: Array) -> Array:
-        return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
     dtype, x = x.dtype, x.astype(jnp.float32)
-    factor = jax.lax.platform_dependent(x, cpu=lambda x: norm.factor(x, eps), default=plain) if _ours() else plain(x)
+    factor = norm.factor(x, eps) if _ours() else jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return (x * factor * scale.astype(jnp.float32)).astype(dtype)
 
 
@@ -81,17 +77,10 @@ def rows_of(table_VxD: Array, index: Array) -> Array:
 
     XLA:CPU has no bfloat16 gather: it would make a float32 copy of the whole table first. Bits are gathered instead.
     """
-
-    def plain(table_VxD: Array, index: Array) -> Array:
+    if table_VxD.dtype != jnp.bfloat16 or not platforms.on_cpu():
         return table_VxD[index].astype(jnp.float32)
-
-    def bits(table_VxD: Array, index: Array) -> Array:
-        rows = jax.lax.bitcast_convert_type(table_VxD, jnp.uint16)[index]
-        return jax.lax.bitcast_convert_type(rows, jnp.bfloat16).astype(jnp.float32)
-
-    if table_VxD.dtype != jnp.bfloat16:
-        return plain(table_VxD, index)
-    return jax.lax.platform_dependent(table_VxD, index, cpu=bits, default=plain)
+    rows = jax.lax.bitcast_convert_type(table_VxD, jnp.uint16)[index]
+    return jax.lax.bitcast_convert_type(rows, jnp.bfloat16).astype(jnp.float32)
 
 
 def linear(x: Array, w_OxI: Array) -> Array:
@@ -105,42 +94,30 @@ def project(x: Array, w_OxI: Array) -> Array:
 
 
 def _product(x_MxI: Array, w_OxI: Array, out: Any = jnp.float32) -> Array:
-    def plain(x_MxI: Array, w_OxI: Array, out: Any = jnp.float32) -> Array:
-        return jnp.einsum("mi,oi->mo", x_MxI.astype(w_OxI.dtype), w_OxI, preferred_element_type=out)
-
-    def doubled(x_1xI: Array, w_OxI: Array) -> Array:  # XLA:CPU leaves its fast path for a single bfloat16 row
-        return plain(jnp.concatenate([x_1xI, x_1xI]), w_OxI)[:1]
+    def plain(x_MxI: Array, sums: Any = jnp.float32) -> Array:
+        return jnp.einsum("mi,oi->mo", x_MxI.astype(w_OxI.dtype), w_OxI, preferred_element_type=sums)
 
     if w_OxI.dtype != jnp.bfloat16:
-        return plain(x_MxI, w_OxI).astype(out)
-    on_cpu: Product = doubled if x_MxI.shape[0] == 1 else plain
+        return plain(x_MxI).astype(out)
+    if not platforms.on_cpu():
+        return plain(x_MxI, out)
     if _ours():
-        on_cpu = product.product
-    return jax.lax.platform_dependent(
-        x_MxI,
-        w_OxI,
-        cpu=lambda x_MxI, w_OxI: on_cpu(x_MxI, w_OxI).astype(out),
-        default=functools.partial(plain, out=out),
-    )
+        return product.product(x_MxI, w_OxI).astype(out)
+    if x_MxI.shape[0] == 1:  # XLA:CPU leaves its fast path for a single bfloat16 row
+        return plain(jnp.concatenate([x_MxI, x_MxI]))[:1].astype(out)
+    return plain(x_MxI).astype(out)
 
 
 def _ours() -> bool:
     """True if CPU programs use our own kernels: custom calls cannot be partitioned, and other backends need none."""
-    return jax.default_backend() == "cpu" and not sharding.in_use() and library.available()
+    return platforms.on_cpu() and not sharding.in_use() and library.available()
 
 
 def input_gradient(g_MxO: Array, w_OxI: Array, out: DTypeLike = jnp.float32) -> Array:
     """g w -> [M, I] in the dtype `out`: the gradient of `linear`'s x, multiplied in the dtype of the weights."""
-
-    def plain(g_MxO: Array, w_OxI: Array) -> Array:
-        return jnp.einsum("mo,oi->mi", g_MxO.astype(w_OxI.dtype), w_OxI, preferred_element_type=out)
-
-    def on_cpu(g_MxO: Array, w_OxI: Array) -> Array:
+    if w_OxI.dtype == jnp.bfloat16 and _ours():
         return product.product_transposed(g_MxO, w_OxI).astype(out)
-
-    if w_OxI.dtype != jnp.bfloat16 or not _ours():
-        return plain(g_MxO, w_OxI)
-    return jax.lax.platform_dependent(g_MxO, w_OxI, cpu=on_cpu, default=plain)
+    return jnp.einsum("mo,oi->mi", g_MxO.astype(w_OxI.dtype), w_OxI, preferred_element_type=out)
 
 
 def linear_bf16(x: Array, w_OxI: Array) -> Array:
@@ -164,17 +141,11 @@ def weight_gradient(g_PxMxO: Array, x_PxMxI: Array) -> Array:
 
     On a CPU in bfloat16 the cotangent is first transposed in memory, which is twice as fast.
     """
-
-    def plain(g_PxMxO: Array, x_PxMxI: Array) -> Array:
-        return jnp.einsum("pmo,pmi->poi", g_PxMxO, x_PxMxI, preferred_element_type=jnp.float32)
-
-    def transposed(g_1xMxO: Array, x_1xMxI: Array) -> Array:
-        g_OxM = with_layout_constraint(jax.lax.optimization_barrier(g_1xMxO[0].T), Layout((0, 1)))
-        return jnp.einsum("om,mi->oi", g_OxM, x_1xMxI[0], preferred_element_type=jnp.float32)[None]
-
-    if g_PxMxO.dtype != jnp.bfloat16 or g_PxMxO.shape[0] > 1 or sharding.in_use():
-        return plain(g_PxMxO, x_PxMxI)
-    return jax.lax.platform_dependent(g_PxMxO, x_PxMxI, cpu=transposed, default=plain)
+    one = g_PxMxO.dtype == jnp.bfloat16 and g_PxMxO.shape[0] == 1
+    if one and platforms.on_cpu() and not sharding.in_use():
+        g_OxM = with_layout_constraint(jax.lax.optimization_barrier(g_PxMxO[0].T), Layout((0, 1)))
+        return jnp.einsum("om,mi->oi", g_OxM, x_PxMxI[0], preferred_element_type=jnp.float32)[None]
+    return jnp.einsum("pmo,pmi->poi", g_PxMxO, x_PxMxI, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -257,7 +228,7 @@ def attention(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:
     keys = [block.kv.k_BxKvxdxL for block in (*contexts, own)]
     if not _ours() or any(x.dtype != jnp.float32 for x in (q_BxSxHxd, *keys)):
         return _in_query_blocks(q_BxSxHxd, contexts, own).astype(q_BxSxHxd.dtype)
-    return jax.lax.platform_dependent(q_BxSxHxd, contexts, own, cpu=_fused, default=_in_query_blocks)
+    return _fused(q_BxSxHxd, contexts, own)
 
 
 def _in_query_blocks(q_BxSxHxd: Array, contexts: Sequence[Keys], own: Keys) -> Array:

@@ -100,6 +100,6 @@ def chosen() -> Precision | None:
 
 def current() -> Precision:
     """The policy in use: the one chosen by `use`, or the platform's."""
-    import jax
+    from ppow_jax.models import platforms  # imports JAX
 
-    return chosen() or (CPU_BFLOAT16 if jax.default_backend() == "cpu" else ACCELERATOR)
+    return chosen() or (CPU_BFLOAT16 if platforms.on_cpu() else ACCELERATOR)

@@ -3,6 +3,7 @@
 Llama and Qwen, dense and with experts, share this code: the parameters of a layer determine what it computes.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -138,6 +139,7 @@ class LayerOutputs(NamedTuple):
     experts_BxSxX: Array | None
 
 
+@functools.partial(jax.jit, static_argnames=("config",))  # equal layers are traced and lowered once
 def decoder_layer(
     layer: dict[str, Any],
     config: ModelConfig,

@@ -8,7 +8,7 @@ import jax
 
 from ppow_jax import progress, sharding
 from ppow_jax.mesh_shape import MeshShape
-from ppow_jax.models import attention_backends, precision
+from ppow_jax.models import platforms, precision
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.planning import plan as planning
 from ppow_jax.planning import programs, published, topology
@@ -21,10 +21,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     """The plan as the dictionary that --output writes (docs/plans.md)."""
     with progress.activity("looking for the devices; those of this machine are measured"):
         devices, chip = topology.find(settings.topology)
-    policy, backend = precision.of_flag(settings.precision, settings.dtype), None
-    if settings.topology != topology.LOCAL:  # as on a TPU, not as on the machine that compiles for it
-        policy, backend = policy or precision.ACCELERATOR, attention_backends.SPLASH
-    with precision.use(policy), attention_backends.use(backend):
+    policy = precision.of_flag(settings.precision, settings.dtype)
+    with precision.use(policy), platforms.use(None if settings.topology == topology.LOCAL else "tpu"):
         return _plan(settings, devices, chip)
 
 

@@ -161,11 +161,38 @@ def verify_window(
 
     width: verify only the first `width` places of the draft, which must hold all drafted tokens.
     """
-    root_B = state.length_B - 1
-    drafted_B = jnp.zeros_like(root_B) if draft is None else draft.count_B
+    result = _verify(params, config, drafter, state, draft, speculation, sampling, width)
+    return _commit(config, state, draft, result, speculation, sampling, cost_table), result
+
+
+def _verify(
+    params: dict[str, Any],
+    config: ModelConfig,
+    drafter: Drafter | None,
+    state: State,
+    draft: Draft | Tree | Drafts | None,
+    speculation: Speculation,
+    sampling: Sampling,
+    width: int | None = None,
+) -> Verification:
+    """The part of `verify_window` that changes nothing."""
     tokens = draft.tree if isinstance(draft, Drafts) else draft
     seen = tokens if width is None else tokens.cut(width) if width else None
-    result = verify_draft(params, config, drafter, state, speculation, sampling, seen)
+    return verify_draft(params, config, drafter, state, speculation, sampling, seen)
+
+
+def _commit(
+    config: ModelConfig,
+    state: State,
+    draft: Draft | Tree | Drafts | None,
+    result: Verification,
+    speculation: Speculation,
+    sampling: Sampling,
+    cost_table: CostTable | None,
+) -> State:
+    """Commits what was verified: tokens, keys, features and statistics."""
+    root_B = state.length_B - 1
+    drafted_B = jnp.zeros_like(root_B) if draft is None else draft.count_B
     start_B = cache.after(root_B, result.token_BxK1[:, 0])
     target_kv = stack.each_layer(functools.partial(cache.write, start_B=start_B), state.target_kv, result.kv)
     counted_B = jnp.where(state.done_B, 0, 1)
@@ -198,13 +225,13 @@ def verify_window(
     if state.source_BxL is not None:
         state = state.replace(source_BxL=cache.write_rows(state.source_BxL, _sources(draft, result), before_B))
     if not speculation.needs_drafter:
-        return state, result
+        return state
     gained_B = jnp.maximum(state.length_B - before_B, 1)
     features, pending_B = result.features_BxK1xF, gained_B
     if speculation.adaptive:  # appended to those of cooldown rounds, which wait for a round that drafts
         features = cache.write_rows(state.features_BxK1xF, features, state.pending_B)
         pending_B += state.pending_B
-    return state.replace(features_BxK1xF=features, pending_B=pending_B), result
+    return state.replace(features_BxK1xF=features, pending_B=pending_B)
 
 
 def _sources(draft: Draft | Tree | Drafts | None, result: Verification) -> Array:
@@ -217,26 +244,33 @@ def _sources(draft: Draft | Tree | Drafts | None, result: Verification) -> Array
     return jnp.pad(path_BxK, ((0, 0), (0, 1))).astype(jnp.int8)
 
 
-def _at_width(
-    widths: Sequence[int], count: Array, verify: Callable[..., tuple[State, Verification]], state: State
-) -> State:
-    """Calls `verify` at the least of `widths` that holds `count` drafted tokens.
+def _at_width(widths: Sequence[int], count: Array, verify: Callable[..., Verification], K1: int) -> Verification:
+    """Calls `verify` with the least of `widths` that holds `count` drafted tokens.
 
-    Uses a `while_loop` that runs at most once per width: XLA copies the outputs of `cond`, but updates loop carries
-    (the caches) in place.
+    Only what is committed leaves the `switch`, padded to K1 places: XLA copies the results of its branches, but neither
+    copies the caches that they read, nor compiles for each width how they are written.
     """
-    widest = jnp.searchsorted(jnp.asarray(widths), count)
-    carry = jnp.asarray(True), state  # the flag says that verification is still due
-    for n, width in enumerate(widths):
+    branches = [lambda width=width: _padded(verify(width=width), K1) for width in widths]
+    return jax.lax.switch(jnp.searchsorted(jnp.asarray(widths), count), branches)
 
-        def due(carry: tuple[Array, State], n: int = n) -> Array:
-            return carry[0] & (widest == n)
 
-        def once(carry: tuple[Array, State], width: int = width) -> tuple[Array, State]:
-            return jnp.asarray(False), verify(state=carry[1], width=width)[0]
+def _padded(result: Verification, K1: int) -> Verification:
+    """A verification with K1 places in place of fewer, as of a longer window of which no more is accepted.
 
-        carry = jax.lax.while_loop(due, once, carry)
-    return carry[1]
+    The hidden states are those of the root only.
+    """
+    missing = K1 - result.token_BxK1.shape[1]
+
+    def pad(x: Array, axis: int, mode: str = "constant") -> Array:
+        return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)], mode)
+
+    return result._replace(
+        token_BxK1=pad(result.token_BxK1, 1, "edge"),
+        index_BxK1=pad(result.index_BxK1, 1, "edge"),
+        hidden_BxN1xD=result.hidden_BxN1xD[:, :1],
+        features_BxK1xF=None if result.features_BxK1xF is None else pad(result.features_BxK1xF, 1),
+        kv=stack.each_layer(lambda kv: KV(pad(kv.k_BxKvxdxL, 3), pad(kv.v_BxKvxLxd, 2)), result.kv),
+    )
 
 
 def _drafts(state: State) -> Array:
@@ -292,18 +326,12 @@ def decode(
         draft, used = None, drafter if speculation.needs_drafter else None
         if drafts:
             state, draft = draft_window(params, used, state, speculation, sampling, cost_table, store_S)
-        how: dict[str, Any] = {
-            "draft": draft,
-            "speculation": speculation,
-            "sampling": sampling,
-            "cost_table": cost_table,
-        }
-        verify = functools.partial(verify_window, params, config, used, **how)
+        verify = functools.partial(_verify, params, config, used, state, draft, speculation, sampling)
         if draft is not None and speculation.adaptive:
-            state = _at_width(speculation.widths, draft.count_B.max(), verify, state)
+            result = _at_width(speculation.widths, draft.count_B.max(), verify, speculation.window + 1)
         else:
-            state, _ = verify(state=state)
-        return step + 1, state
+            result = verify()
+        return step + 1, _commit(config, state, draft, result, speculation, sampling, cost_table)
 
     def spell(drafts: bool, condition: Callable[[Carry], Array], carry: Carry) -> Carry:
         return jax.lax.while_loop(condition, functools.partial(one_round, drafts=drafts), carry)

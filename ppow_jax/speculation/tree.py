@@ -6,6 +6,7 @@ token is drawn with the random numbers of its position in the text, so the resul
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -283,7 +284,7 @@ def follow(tree: Tree, drawn_BxN: Array, depth: int) -> Path:
 
 def compact(kv: KV, index_BxD1: Array) -> KV:
     """Keys and values of the accepted path only, in its order, ready to be written to a cache."""
+    taken = functools.partial(jnp.take_along_axis, mode="promise_in_bounds")  # half the operations, in every layer
     return KV(
-        jnp.take_along_axis(kv.k_BxKvxdxL, index_BxD1[:, None, None], 3),
-        jnp.take_along_axis(kv.v_BxKvxLxd, index_BxD1[:, None, :, None], 2),
+        taken(kv.k_BxKvxdxL, index_BxD1[:, None, None], 3), taken(kv.v_BxKvxLxd, index_BxD1[:, None, :, None], 2)
     )
