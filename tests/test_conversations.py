@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import logging
+import re
 import sys
 from types import SimpleNamespace
 
@@ -280,3 +281,14 @@ def test_the_standard_library_gives_programming_tasks():
     original = next(f for f in ast.parse(inspect.getsource(bisect)).body if getattr(f, "name", "") == "insort_right")
     assert ast.get_docstring(function) == ast.get_docstring(original)
     assert len(function.body) == 1 and task.source.startswith("stdlib/bisect.py:")
+
+
+@pytest.mark.parametrize("name", ["tickets", "replies"])
+def test_a_service_desk_asks_the_same_about_different_messages(name):
+    found = load_conversations(name)
+    assert found == load_conversations(name) and len(found) == len({c.messages for c in found}) == 2000
+    assert all([m.role for m in c.messages] == ["user"] for c in found)
+    instructions, messages = zip(*(c.messages[0].content.split("Message:\n") for c in found), strict=True)
+    assert len(set(instructions)) == 1 and len(set(messages)) == 2000
+    assert all(re.search(r"HL-\d{5}", message) and "{" not in message for message in messages)
+    assert found[0].source == f"{name}[0]"

@@ -29,6 +29,7 @@ THROUGH_OTHERS = {
     "ppow_jax.data.code": "test_conversations.py",
     "ppow_jax.data.json_files": "test_readers.py",
     "ppow_jax.data.messages": "test_records.py",
+    "ppow_jax.data.service": "test_conversations.py",
     "ppow_jax.data.tasks": "test_conversations.py",
     "ppow_jax.inference.learner": "test_online.py",
     "ppow_jax.evaluation.replay_lookup": "test_replay.py",

