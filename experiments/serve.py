@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
-from experiments.common import ModelFlags, OnlineFlags, StoppingFlags
+from experiments.common import DatastoreFlags, ModelFlags, OnlineFlags, StoppingFlags
 from ppow_jax import cli, defaults
 from ppow_jax.flags import field, require
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(OnlineFlags, StoppingFlags, ModelFlags):
+class Settings(OnlineFlags, DatastoreFlags, StoppingFlags, ModelFlags):
     """The flags of this program."""
 
     host: str = field("127.0.0.1", "Address to listen at; 0.0.0.0: all addresses.", group="Server")
@@ -50,6 +50,8 @@ class Settings(OnlineFlags, StoppingFlags, ModelFlags):
         require(self.model_name != "", "--model_name: must not be empty")
         check_speculation(self)
         self.check_online(self.speculation, self.drafter)
+        looks_up = self.datastore is None or self.speculation in (None, "ngram", "mixture")
+        require(looks_up, f"--datastore={self.datastore}: --speculation={self.speculation} looks nothing up")
 
 
 def check_speculation(settings: Any) -> None:
@@ -87,6 +89,7 @@ def _serve(settings: Settings, mesh) -> None:
             rule = f"--online: needs a drafter, but --target={settings.target} has none; name one: --drafter=DIR"
             require(directory is not None, rule)
         model, speculation, context = load_models(settings)
+        model.datastore = settings.open_datastore(model.target.config.vocab_size)
         machine = Machine(model, speculation, settings.slots, context, settings.rounds)
         if settings.online:
             log.info("compiling what adapts the drafter")

@@ -12,8 +12,11 @@ from small_model import MODES, NEW, free, model
 from small_server import new_engine, patient, running, ticket, until
 
 from ppow_jax.inference import slots
+from ppow_jax.inference.datastore import LEAD, Datastore
+from ppow_jax.serving.engine import Engine
 from ppow_jax.serving.errors import ApiError
 from ppow_jax.serving.machine import Machine
+from ppow_jax.serving.metrics import Metrics
 from ppow_jax.speculation import generate
 from ppow_jax.speculation.sources import NAMES
 from ppow_jax.weights.targets import Target
@@ -112,6 +115,24 @@ def test_a_mixture_tells_which_source_proposed_each_token(mode):
     assert sum(last.accepted) - MODES[mode].window <= sum(counted) <= sum(last.accepted)  # the last round may be cut
     assert counted[1] > 0 and (mode == "mixture") == bool(last.drafted[0])
     assert set(told(one)) <= set(last.result.sources) and "ngram" in told(one)
+
+
+def test_finished_answers_are_looked_up_and_kept(tmp_path):
+    """The second answer is in the datastore as a whole; the store is saved when the engine ends."""
+    store = Datastore(tmp_path, model().target.config.vocab_size, 512)
+    found = Machine(dataclasses.replace(model(), datastore=store), MODES["ngram"], 2, 256, 4)
+    settings = {"temperature": 0.9, "seed": 3, "max_new_tokens": NEW}
+    results = []
+    with running(Engine(found, Metrics("small", MODES["ngram"].window), 8)) as engine:
+        for _ in range(2):
+            one = ticket("Once upon", **settings)
+            engine.submit([one])
+            results.append(one.emit.last.result)
+    (wanted,) = model().generate("Once upon", speculation="off", **settings)
+    assert [result.token_ids for result in results] == [wanted.token_ids] * 2
+    assert results[1].stats.num_spec_steps < results[0].stats.num_spec_steps
+    kept = Datastore(tmp_path, model().target.config.vocab_size)
+    assert kept.tokens.tolist() == [*wanted.prompt_ids[-LEAD:], *wanted.token_ids]
 
 
 def test_long_prompts_move_the_running_answers_to_longer_caches():

@@ -27,6 +27,7 @@ TINY = ["--target=tiny", "--drafter=none", "--dtype=float32"]
         ([*TINY, "--port=0", "--context=99999"], "--context=99999: tiny has 2048 positions"),
         ([*TINY, "--speculation=chain"], "--speculation=chain: needs a drafter, but --drafter=none"),
         (["--target=tiny", "--port=0", "--speculation=tree"], "needs a drafter, but --target=tiny has none"),
+        (["--datastore=x", "--speculation=chain"], "--datastore=x: --speculation=chain looks nothing up"),
         (["--host="], "--host: must not be empty"),
         (["--host=256.0.0.1"], "--host=256.0.0.1 --port=8000: cannot be used"),
         (["--model_name="], "--model_name: must not be empty"),

@@ -83,13 +83,14 @@ class Engine:
     """Answers tickets in the order of their arrival, as many at once as the machine has rows.
 
     Where the machine's model adapts its drafter (`Model.online`), that happens between rounds, in the engine's thread.
+    Finished answers are added to its datastore, if it has one, which is saved at the end.
 
     queue: tickets that may wait; `submit` refuses more. mesh: of devices, see `sharding.use`.
     """
 
     def __init__(self, machine: Machine, metrics: Metrics, queue: int, mesh: sharding.Mesh | None = None):
         self.machine, self.metrics, self.queue, self.mesh = machine, metrics, queue, mesh
-        self.online = machine.model.online
+        self.online, self.datastore = machine.model.online, machine.model.datastore
         self._finished: list[Result] = []  # that `online` has not been given yet
         self.precision = precision.chosen()  # of the thread that makes it, for its own
         self.accepting, self._stopped = True, False
@@ -146,12 +147,14 @@ class Engine:
         self._close()
 
     def _close(self) -> None:
-        """Saves the adaptation."""
-        try:
-            if self.online is not None:
-                self.online.close()
-        except UserError as error:
-            log.error("%s", error)
+        """Saves the adaptation and the datastore."""
+        ends = [self.online.close] if self.online is not None else []
+        ends += [self.datastore.save] if self.datastore is not None else []
+        for end in ends:
+            try:
+                end()
+            except UserError as error:
+                log.error("%s", error)
 
     def _wait(self) -> bool:
         """Waits for work; False if the thread must end."""
@@ -238,6 +241,8 @@ class Engine:
                 self._seconds.append(now - one.begin)
                 self.metrics.finished(one.answer.result.finish_reason, now - one.ticket.arrived)
                 self._finished.append(one.answer.result)
+                if self.datastore is not None:
+                    self.datastore.add(one.ticket.request.prompt_ids, one.answer.ids)
         self._free(finished)
         self._free(damaged, damaged=True)
 

@@ -174,6 +174,7 @@ class Machine:
             speculation=self.speculation,
             sampling=sampling,
             cost_table=self.cost_table[sampling.greedy],
+            store_S=self.model.store_S if self.speculation.lookup else None,
         )
 
     def _sampling(self) -> Sampling:
