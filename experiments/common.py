@@ -122,7 +122,7 @@ class AdaptationFlags:
         choices=OBJECTIVES,
         group="Online adaptation",
     )
-    online_learning_rate: float = field(4e-4, "Learning rate of every step.", high=1, group="Online adaptation")
+    online_learning_rate: float = field(1.5e-3, "Learning rate of every step.", high=1, group="Online adaptation")
     online_save: str | None = field(
         None, "Directory to resume adaptation from and to save it to, with the drafter.", group="Online adaptation"
     )

@@ -1,11 +1,12 @@
 """Serves workloads one after the other with a frozen and with an adapting drafter, and compares acceptance lengths.
 
-    python -m experiments.online_study --workloads='translations[8000:9000]' --requests=200 --workdir=runs/online
+    python -m experiments.online_study --workloads=tickets --requests=200 --workdir=runs/online
     python -m experiments.online_study --workdir=runs/shift \\
         --workloads='sharegpt[3000:3400],explanations[2000:2400],translations[8000:8400]'
 
 Answers are greedy, one at a time. The workdir holds served.jsonl (a line per request), result.json and plot.png, which
-are written as it goes, and online/, the adapted drafter. The same command resumes it.
+are written as it goes, and online/, the adapted drafter. The same command resumes it, after Ctrl-C or SIGTERM where it
+stopped.
 """
 
 import dataclasses
@@ -47,8 +48,8 @@ class Settings(AdaptationFlags, StoppingFlags, ModelFlags):
         require(self.online_save is None, f"--online_save={self.online_save}: this study saves to its --workdir")
 
 
-def main(settings: Settings) -> None:
-    """Serves what is left to serve, and writes the result."""
+def main(settings: Settings) -> int:
+    """Serves what is left to serve, and writes the result -> the exit code, see `StopSignal`."""
     workdir = files.writable_directory(settings.workdir)
     written = workdir / "flags.txt"
     if written.exists():
@@ -59,13 +60,14 @@ def main(settings: Settings) -> None:
     cli.keep_compiled(settings.compilation_cache)
 
     with settings.in_use():
-        _run(settings, workdir)
+        return _run(settings, workdir)
 
 
-def _run(settings: Settings, workdir: Path) -> None:
+def _run(settings: Settings, workdir: Path) -> int:
     from ppow_jax.data.conversations import load_conversations, sources_of
     from ppow_jax.inference.model import SPECULATIONS, load
     from ppow_jax.online import study
+    from ppow_jax.training.run.preemption import StopSignal
     from ppow_jax.weights import loading
 
     directory = loading.find_drafter(settings.drafter, settings.target)
@@ -79,16 +81,22 @@ def _run(settings: Settings, workdir: Path) -> None:
     online = settings.adapt(model, workdir / "online")
     path = workdir / "served.jsonl"
     served = study.read_served(path)
-    with path.open("a", encoding="utf-8", buffering=1) as file:
+    lost = served[-1].steps - online.stats().steps if served else 0
+    if lost > 0:
+        log.warning("%d training steps were lost by a kill; --online_save_every=1 loses none", lost)
+    with path.open("a", encoding="utf-8", buffering=1) as file, StopSignal() as stop:
         how: dict[str, Any] = {"plain_every": settings.plain_every, "before": tuple(served)}
         for one in study.serve(online, questions, speculation, settings.max_new_tokens, **how):
             print(json.dumps(dataclasses.asdict(one)), file=file)
             served.append(one)
             if len(served) % EVERY == 0:
                 _write(settings, workdir, served)
-    online.close()
-    _write(settings, workdir, served)
-    print(f"{workdir / 'result.json'}, {workdir / 'plot.png'}")
+            if stop.requested:
+                break
+        online.close()
+        _write(settings, workdir, served)
+        print(f"{workdir / 'result.json'}, {workdir / 'plot.png'}")
+        return stop.exit_code
 
 
 def _write(settings: Settings, workdir: Path, served: list) -> None:

@@ -27,15 +27,15 @@ class OnlineSettings:
 
     budget: float = 0.05
     objective: str = "recipe"
-    learning_rate: float = 4e-4
+    learning_rate: float = 1.5e-3
     optimizer: str = "muon"
     draft_steps: int = 4
     row_length: int = 512
     max_anchors: int = 352
-    passes: int = 2
+    passes: int = 1
     rows: int = 16
     window: int = 64
-    least: int = 8
+    least: int = 4
 
     def __post_init__(self):
         require(0 < self.budget <= 1, f"--online_budget={self.budget}: must be above 0 and at most 1")

@@ -31,7 +31,7 @@ from ppow_jax.training.steps.rollout import RolloutSettings
 from ppow_jax.training.steps.state import TrainState
 
 Array = jax.Array
-WARMUP = 8  # training steps
+WARMUP = 2  # training steps: a budget pays for few of them
 CLIP_NORM, LOSS = 0.5, SupervisedLoss()  # as in training
 TEMPERATURE, GAMMA = 0.5, 0.1  # of the recipe: drafting rule of the reward, cost of a draft step in plain steps
 
