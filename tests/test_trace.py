@@ -123,6 +123,8 @@ def read(path) -> tuple[str, Reader]:
 def test_the_page_holds_the_answer_and_every_step(mode, tmp_path):
     found = traced(mode)
     found.write(tmp_path / "trace.html")
+    shown = repr(found)
+    assert shown.startswith(f"Trace({found.target}, ") and len(shown.splitlines()) == 1 and len(shown) < 300
     text, reader = read(tmp_path / "trace.html")
     assert "".join(reader.answer) == found.result.text
     kinds = [attributes.get("class", "") for _, attributes in reader.tags]

@@ -69,6 +69,9 @@ class Trace:
         """Writes one self-contained HTML page."""
         write_atomic(path, page(self))
 
+    def __repr__(self) -> str:
+        return f"Trace({self.target}, {self.speculation.mode}, {len(self.steps)} steps; {self.result!r})"
+
     def _repr_html_(self) -> str:
         """The page in an iframe, for notebooks."""
         style = "width:100%;height:600px;border:1px solid #d9dce0;border-radius:6px"
