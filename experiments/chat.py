@@ -33,7 +33,6 @@ class Chat:
         self.model, self.decoding = model, dict(decoding)
         self.messages: list[dict[str, str]] = []
         self.at_terminal = sys.stdin.isatty()
-        self._compiled = False  # the programs of the mode; a longer chat compiles others
 
     def run(self) -> None:
         """Answers line after line of standard input, until `/quit`, its end, or Ctrl-C at the prompt."""
@@ -75,12 +74,11 @@ class Chat:
 
         self.messages.append({"role": "user", "content": message})
         said: list[str] = []
-        pieces = self.model.stream(self.model.chat_prompt(self.messages), **self.decoding)
+        prompt = self.model.chat_prompt(self.messages)
         try:
-            with progress.activity("compiling", hidden=self._compiled):
-                said += [piece for piece in [next(pieces, "")] if piece]
-            self._compiled = True
-            print("".join(said), end="", flush=True)
+            with progress.activity("compiling", hidden=len(self.messages) > 1):
+                self.model.warm_up(prompt, **self.decoding)
+            pieces = self.model.stream(prompt, **self.decoding)
             for piece in pieces:
                 said.append(piece)
                 print(piece, end="", flush=True)
@@ -98,7 +96,6 @@ class Chat:
         try:
             if mode:
                 self.decoding["speculation"] = self.model.resolve(mode)
-                self._compiled = False
         except UserError as error:
             print(error)
         else:

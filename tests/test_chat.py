@@ -15,7 +15,7 @@ class Echo:
     """Answers with the last message; `interrupt` raises Ctrl-C after that number of pieces."""
 
     def __init__(self):
-        self.asked, self.modes, self.interrupt = [], [], None
+        self.asked, self.modes, self.compiled, self.interrupt = [], [], [], None
 
     def chat_prompt(self, messages):
         self.asked.append([(message["role"], message["content"]) for message in messages])
@@ -28,7 +28,11 @@ class Echo:
             raise UserError(f"speculation={speculation}: must be one of chain, adaptive")
         return types.SimpleNamespace(mode=speculation or "chain")
 
+    def warm_up(self, prompt, **decoding):
+        self.compiled.append((prompt, decoding))
+
     def stream(self, prompt, **decoding):
+        assert self.compiled[-1] == (prompt, decoding)  # so that no compilation counts for the speed
         self.modes.append(decoding.get("speculation"))
         return Pieces(prompt, self.interrupt)
 

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from ppow_jax.data import hub_access
-from ppow_jax.data.conversations import load_conversations
+from ppow_jax.data.conversations import check_hub_sources, load_conversations
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import load_benchmark
 from ppow_jax.weights.huggingface import find_directory
@@ -37,6 +37,9 @@ def test_data_sets(unreachable, monkeypatch):
     with pytest.raises(UserError) as error:
         load_conversations("owner/chats")
     assert str(error.value).endswith(f"{REASON} file instead") and "\n" not in str(error.value)
+    check_hub_sources("sharegpt,explanations[:3],missing.jsonl,/dev/stdin")  # none of them is the hub's
+    with pytest.raises(UserError, match="owner/chats"):
+        check_hub_sources("sharegpt,owner/chats[:10]")
     with pytest.raises(UserError) as error:
         load_benchmark("gsm8k")
     text = str(error.value)

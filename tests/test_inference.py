@@ -256,6 +256,22 @@ def test_prompts_of_a_rung_share_their_programs_and_nothing_is_left_behind():
     assert (generate.decode._cache_size(), generate.prefill._cache_size(), len(jax.live_arrays())) == before
 
 
+def test_a_program_is_warmed_up_once():
+    fresh, how = dataclasses.replace(model()), {"max_new_tokens": NEW, "speculation": MODES["chain"]}
+    with mock.patch.object(Model, "run", autospec=True, side_effect=Model.run) as run:
+        for prompt, settings, runs in (
+            (PROMPTS[0], {}, 1),
+            (PROMPTS[1], {}, 1),  # another prompt of its length
+            (PROMPTS[0], {"temperature": 1.0}, 2),
+            (PROMPTS[0], {"temperature": 0.5, "seed": 3}, 2),
+            (PROMPTS[0], {"temperature": 0.5, "top_k": 3}, 3),
+            ("b" * 40, {}, 4),
+            (PROMPTS[0], {"speculation": "off"}, 5),
+        ):
+            fresh.warm_up(prompt, **how | settings)
+            assert run.call_count == runs
+
+
 def test_costs_of_adaptive_windows_are_measured_once():
     fresh, measured = dataclasses.replace(model(), cost_table={}), []
 

@@ -95,6 +95,14 @@ def load_conversations(spec: str, limit: int | None = None) -> list[Conversation
     return found
 
 
+def check_hub_sources(spec: str) -> None:
+    """Raises UserError for a data set in the comma list `spec` that the hub does not give; reads one record of each."""
+    for source in sources_of(spec):
+        name, _, _ = _split_slice(source)
+        if not _is_local(name):
+            next(_records(name, 1), None)
+
+
 def sources_of(spec: str) -> list[str]:
     """The sources of a comma list; commas in brackets do not separate. Raises UserError if there are none."""
     sources = [s.strip() for s in re.split(r",(?![^\[]*\])", spec) if s.strip()]
@@ -150,10 +158,20 @@ def _told(notes: Counter) -> str:
     return (f"; cut: {', '.join(cut)}" if cut else "") + replaced
 
 
+def _is_built_in(name: str) -> bool:
+    return name in SOURCES and not os.path.isfile(name)
+
+
+def _is_local(name: str) -> bool:
+    """True for a source that needs no hub."""
+    is_file = is_place(name) or is_place(name.rpartition(":")[0]) or any(sign in name for sign in "*?")
+    return is_file or _is_built_in(name)
+
+
 def _records(name: str, stop: int | None) -> Iterator[tuple[str, Any]]:
-    if name in SOURCES and not os.path.isfile(name):
+    if _is_built_in(name):
         yield from SOURCES[name](stop)
-    elif is_place(name) or is_place(name.rpartition(":")[0]) or any(sign in name for sign in "*?"):
+    elif _is_local(name):
         yield from read_place(name)
     else:
         base, _, split = name.partition(":")

@@ -3,7 +3,7 @@
     from ppow_jax import load
 
     model = load("smollm2-135m", drafter="auto")
-    result = model.chat("How does a rainbow form?", max_new_tokens=200)
+    result = model.chat("How do I write a Python function that computes the factorial of a number?", max_new_tokens=200)
     print(result.text, result.stats.mean_acceptance_length)
     results = model.generate(["Once upon a time", "import "], temperature=0.8, seed=[1, 2], speculation="tree")
 
@@ -80,6 +80,7 @@ class Model:
     datastore: Datastore | None = dataclasses.field(default=None, kw_only=True)
     cost_table: dict[tuple[Speculation, int, bool], CostTable] = dataclasses.field(default_factory=dict)
     online: Learner | None = None
+    _warm: set[tuple[Any, ...]] = dataclasses.field(default_factory=set, init=False, repr=False)
 
     def __repr__(self) -> str:
         return shown.model_line(self)
@@ -203,10 +204,17 @@ class Model:
             self.online.work()
 
     def warm_up(self, prompts: Text | Sequence[Text], **settings: Any) -> None:
-        """Compiles every program that `generate`, or `stream`, needs with these arguments; decodes one round."""
+        """Compiles every program that `generate`, or `stream`, needs with these arguments, by decoding one round.
+
+        Does nothing for programs that an earlier call compiled.
+        """
         job = self.job(prompts, **settings)
         for members in job.batches():
-            next(self.run(job, members, rounds=1))
+            given = jax.tree.structure(job.sampling_of(members))  # which of the settings of sampling there are
+            programs = job.speculation, job.rows, *self._lengths(job, members), given
+            if programs not in self._warm:
+                next(self.run(job, members, rounds=1))
+                self._warm.add(programs)
 
     def resolve(self, speculation: str | Speculation | None) -> Speculation:
         """The `Speculation` of a name, or of None. Raises UserError for unknown names and missing drafters."""
@@ -247,11 +255,9 @@ class Model:
         make_room()
         requests, sampling = [job.requests[i] for i in members], job.sampling_of(members)
         config, speculation = self.target.config, job.speculation
-        positions = config.max_position_embeddings
         cost_table = self.cost_table_of(speculation, job.rows, sampling.greedy)
-        rows = pack(requests, job.rows, positions)
-        limit, P = max(request.limit(positions) for request in requests), rows.prompt_BxP.shape[1]
-        L = batch.cache_length_within(limit, P, positions, speculation.window)
+        P, L = self._lengths(job, members)
+        rows = pack(requests, job.rows, P, config.max_position_embeddings)
         begin = time.perf_counter()
         generation = batch.Generation.begin(
             self.target.params, config, self.drafter, rows, speculation, sampling, L, cost_table, self.store_S
@@ -262,6 +268,13 @@ class Model:
         generation.state = generation.state.replace(**sharding.place({"source_BxL": source_BxL}))
         answers = [Answer(self.target, request, seconds) for request in requests]
         return Batch(generation, answers)
+
+    def _lengths(self, job: Job, members: Sequence[int]) -> tuple[int, int]:
+        """The lengths of a batch's prompts, padded, and of its caches: P and L."""
+        requests, positions = [job.requests[i] for i in members], self.target.config.max_position_embeddings
+        P = batch.bucket(max(len(request.prompt_ids) for request in requests))
+        limit = max(request.limit(positions) for request in requests)
+        return P, batch.cache_length_within(limit, P, positions, job.speculation.window)
 
     @property
     def store_S(self) -> jax.Array | None:

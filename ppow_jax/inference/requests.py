@@ -268,13 +268,13 @@ class Batch:
         self.generation.state = s.replace(**sharding.place({"done_B": jnp.asarray(finished_B)}))
 
 
-def pack(requests: Sequence[Request], B: int, positions: int) -> generate.Prompts:
-    """The requests as B rows, for a target with that many positions."""
+def pack(requests: Sequence[Request], B: int, P: int, positions: int) -> generate.Prompts:
+    """The requests as B rows of P tokens, for a target with that many positions."""
     ids = [request.prompt_ids for request in requests]
     limits = [request.limit(positions) for request in requests]
     seed_B = np.zeros(B, np.int32)
     seed_B[: len(requests)] = [request.seed for request in requests]
-    return batch.pack(ids, limits, jax.vmap(jax.random.key)(seed_B), batch.bucket(max(map(len, ids))))
+    return batch.pack(ids, limits, jax.vmap(jax.random.key)(seed_B), P)
 
 
 def _are_several(prompts: Text | Sequence[Text]) -> bool:

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from ppow_jax import distributed, files, flags, sharding
+from ppow_jax.data.conversations import check_hub_sources
 from ppow_jax.data.templates import with_date
 from ppow_jax.errors import UserError
 from ppow_jax.evaluation.benchmarks import Benchmark, draw, load_benchmark
@@ -70,6 +71,8 @@ def _stages(settings: TrainSettings, workdir: Path, stop: StopSignal) -> None:
     leader, scratch = distributed.leader(), scratch_of(settings)
     check_sinks(settings)
     clock = Clock(workdir / "attempts.jsonl" if leader else None)
+    for data in filter(None, (settings.data, settings.recorded)):
+        check_hub_sources(data)  # what fails within a second is not told after all else was read
     benchmarks = _benchmarks(settings)
     target = targets.scanned(targets.load(settings.target, settings.dtype), settings.scan_layers)
     target = dataclasses.replace(target, tokenizer=with_date(target.tokenizer, settings.date))
