@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, Wanted, head_loss, overlap_loss
+from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, Wanted, Weights, head_loss, overlap_loss
 
 
 def head_case(seed=0, B=2, M=6, E=8, W=11):
@@ -46,28 +46,29 @@ def test_head_loss_is_its_plain_definition(rule, dtype, tolerance):
 
     @jax.jit
     def ours(h, w):
-        parts = head_loss(h, w, wanted, soft, hard, rule, dtype)
-        return 3.0 * parts.total, parts
+        total, scores = head_loss(h, w, wanted, Weights(soft, hard), rule, dtype)
+        return 3.0 * total, (total, scores)
 
     @jax.jit
     def plain(h, w):
         total, parts = plain_head_loss(h, w, wanted, soft, hard, rule)
-        return 3.0 * total, (total, *parts)
+        return 3.0 * total, (total, parts)
 
-    (_, parts), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(h, w)
-    (_, expected), expected_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(h, w)
+    (_, (total, scores)), gradients = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(h, w)
+    (_, (expected_total, expected)), expected_gradients = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(h, w)
     scale = 3 if rule.temperature < 1 else 1  # logits are divided by the temperature, and so are their errors
-    for name, a, b in zip(parts._fields, parts, expected, strict=True):
+    np.testing.assert_allclose(total, expected_total, rtol=scale * tolerance, atol=scale * tolerance)
+    for name, a, b in zip(scores._fields, scores, expected, strict=True):
         if name != "match_BxM":
             np.testing.assert_allclose(a, b, rtol=scale * tolerance, atol=scale * tolerance, err_msg=name)
     for a, b in zip(gradients, expected_gradients, strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=scale * tolerance, atol=scale * tolerance * np.abs(b).max())
     if dtype == jnp.float32:
-        np.testing.assert_array_equal(parts.match_BxM, expected[2])
-    assert not parts.match_BxM[0, :2].any()  # an unknown label never matches
+        np.testing.assert_array_equal(scores.match_BxM, expected[1])
+    assert not scores.match_BxM[0, :2].any()  # an unknown label never matches
     # without a derivative the same numbers come out
-    for a, b in zip(ours(h, w)[1], parts, strict=True):
+    for a, b in zip(jax.tree.leaves(ours(h, w)[1]), [total, *scores], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
@@ -75,7 +76,7 @@ def test_the_soft_loss_alone_is_that_without_hard_weights():
     h, w, wanted, soft, hard = head_case(2)
 
     def total(h, w, hard):
-        return head_loss(h, w, wanted, soft, hard, SAMPLED, jnp.float32).total
+        return head_loss(h, w, wanted, Weights(soft, hard), SAMPLED, jnp.float32)[0]
 
     a = jax.value_and_grad(total, (0, 1))(h, w, None)
     b = jax.value_and_grad(total, (0, 1))(h, w, jnp.zeros_like(hard))
@@ -100,7 +101,7 @@ def test_the_losses_of_the_acceptance_rate_are_their_plain_definitions(hybrid):
         return plain_head_loss(h, w, wanted, soft, hard, SAMPLED)[0] + (weight * loss).sum()
 
     def ours(h, w):
-        return head_loss(h, w, wanted, soft, hard, SAMPLED, jnp.float32, weight, hybrid).total
+        return head_loss(h, w, wanted, Weights(soft, hard, weight), SAMPLED, jnp.float32, hybrid)[0]
 
     value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(h, w)
     expected, expected_gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(h, w)
@@ -115,7 +116,9 @@ def test_the_losses_of_the_acceptance_rate_are_their_plain_definitions(hybrid):
     share = np.exp(-3 * alpha)
     reference = share * cross_entropy + (1 - share) * (1 - alpha) if hybrid else -np.log(alpha)
     np.testing.assert_allclose(overlap_loss(jnp.asarray(alpha), cross_entropy, hybrid), reference, rtol=1e-5)
-    alone = head_loss(h, w, wanted, jnp.zeros_like(soft), None, SAMPLED, jnp.float32, weight, hybrid).total
+    slope = jax.grad(lambda alpha: overlap_loss(alpha, cross_entropy, hybrid).sum())(jnp.asarray(alpha))
+    np.testing.assert_allclose(slope, share - 1 if hybrid else -1 / alpha, rtol=1e-5)
+    alone, _ = head_loss(h, w, wanted, Weights(overlap_BxM=weight), SAMPLED, jnp.float32, hybrid)
     np.testing.assert_allclose(alone, (np.asarray(weight) * reference).sum(), rtol=1e-5)
 
 
@@ -126,7 +129,8 @@ def test_the_acceptance_loss_of_a_certain_target_is_its_cross_entropy():
     certain = Wanted(jax.nn.one_hot(wanted.p_BxMxW.argmax(-1), 11), one, wanted.label_BxM)
 
     def gradient(wanted, soft, overlap):
-        return jax.grad(lambda h: head_loss(h, w, wanted, soft, None, SAMPLED, jnp.float32, overlap).total)(h)
+        weights = Weights(soft, overlap_BxM=overlap)
+        return jax.grad(lambda h: head_loss(h, w, wanted, weights, SAMPLED, jnp.float32)[0])(h)
 
     np.testing.assert_allclose(gradient(certain, zero, one), gradient(certain, one, None), rtol=1e-4, atol=1e-5)
     assert not gradient(wanted._replace(mass_BxM=zero), zero, one).any()
@@ -136,18 +140,18 @@ def test_the_acceptance_loss_of_a_certain_target_is_its_cross_entropy():
 
 def test_as_the_temperature_falls_the_drafted_token_is_the_most_probable_one():
     h, w, wanted, soft, hard = head_case(3)
-    parts = head_loss(h, w, wanted, soft, hard, DraftRule(1e-3), jnp.float32)
+    _, scores = head_loss(h, w, wanted, Weights(soft, hard), DraftRule(1e-3), jnp.float32)
     known = wanted.label_BxM >= 0
-    np.testing.assert_allclose(np.exp(parts.log_a_BxM)[known], parts.match_BxM[known] * 1.0, atol=1e-6)
+    np.testing.assert_allclose(np.exp(scores.log_a_BxM)[known], scores.match_BxM[known] * 1.0, atol=1e-6)
 
 
-def test_head_loss_without_any_weight():
-    h, w, wanted, soft, _ = head_case(1)
+@pytest.mark.parametrize("weights", [Weights(), Weights(*[jnp.zeros((2, 6))] * 3)], ids=["none", "zeros"])
+def test_head_loss_without_any_weight(weights):
+    h, w, wanted, _, _ = head_case(1)
     h[0, 3] = 1e30  # what lies past the mask may be anything finite
-    zero = jnp.zeros(soft.shape)
 
     def total(h, w):
-        return head_loss(h, w, wanted, zero, zero, SAMPLED, jnp.float32).total
+        return head_loss(h, w, wanted, weights, SAMPLED, jnp.float32)[0]
 
     value, gradients = jax.value_and_grad(total, (0, 1))(h, w)
     assert value == 0 and not any(g.any() for g in gradients)

@@ -10,6 +10,7 @@ import small_world as world
 import suites
 
 from ppow_jax.data.batches import empty_batch, find_anchors
+from ppow_jax.errors import UserError
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.objectives import supervised as objective
@@ -299,6 +300,13 @@ def test_acceptance_in_the_loss_and_in_its_weights(how):
     (_, usual), _ = run(drafter, batch)  # what is reported does not depend on the loss
     for name in ("loss", "match", "valid", "known", "overlap"):
         np.testing.assert_allclose(getattr(scores, name), getattr(usual, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{"kind": "acceptence"}, {"step_weights": "hybrid"}])
+def test_other_losses_are_refused(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(UserError, match=f"^{name}={value}: must be one of "):
+        SupervisedLoss(**changes)
 
 
 def test_acceptance_weights_by_hand():

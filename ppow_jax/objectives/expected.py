@@ -35,7 +35,7 @@ from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import inner
 from ppow_jax.objectives import supervised
 from ppow_jax.objectives.criticality import criticality
-from ppow_jax.objectives.head_loss import SAMPLED, DraftRule
+from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, Weights
 from ppow_jax.objectives.supervised import DraftStep, SupervisedLoss
 
 Array = jax.Array
@@ -156,13 +156,12 @@ def window_loss(
 
     The objective is -(mean over windows of E[R], divided by std if requested) + beta KL + supervised loss.
 
-    steps: `supervised.unroll`, K of them. last_BxM: see `supervised.last_anchors`. adaw: weight windows by their
-    criticality (a boolean scalar).
-    vocab_size: of the target. found_BxM: number of a window's first tokens that an n-gram lookup gets right, for
-    `ExactSettings.lookup_discount`. All terms are losses of the same logits, so one pass over the head with their
-    weights gives the gradient of all.
+    steps: `supervised.unroll`, K of them. last_BxM: see `supervised.last_anchors`. reward_K1: reward of a window that
+    keeps 0..K tokens. adaw: weight windows by their criticality (a boolean scalar). vocab_size: of the target.
+    found_BxM: number of a window's first tokens that an n-gram lookup gets right, for `ExactSettings.lookup_discount`.
+    All terms are losses of the same logits, so one pass over the head with their weights gives the gradient of all.
     """
-    rule, dense = settings.rule, settings.supervised
+    rule, loss = settings.rule, settings.supervised
     seen = [supervised.seen_step(drafter, step, rule) for step in steps]
     valid_KxBxM = jnp.stack([step.valid_BxM for step in steps])
     log_a_KxBxM = jnp.where(valid_KxBxM, jnp.stack([x.log_a_BxM for x in seen]), -jnp.inf)
@@ -186,19 +185,19 @@ def window_loss(
     whole = jnp.maximum(counted_BxM.sum(), 1e-9)
     reached_KxBxM = jnp.where(valid_KxBxM, expected.reach_Kx * counted_BxM, 0.0)
     known_KxBxM = valid_KxBxM & jnp.stack([step.label_BxM >= 0 for step in steps])
-    step_Kx = dense.decay ** jnp.arange(len(steps))[:, None, None]
-    if dense.step_weights == "acceptance":
+    step_Kx = loss.decay ** jnp.arange(len(steps))[:, None, None]
+    if loss.step_weights == "acceptance":
         step_Kx = supervised.acceptance_weights(jnp.stack([x.log_q_BxM for x in seen]), valid_KxBxM)
-    soft_KxBxM = settings.kl_weight * reached_KxBxM / jnp.maximum(reached_KxBxM.sum(), 1e-9)
+    kl_weight_KxBxM = settings.kl_weight * reached_KxBxM / jnp.maximum(reached_KxBxM.sum(), 1e-9)
     counts_Kx = jnp.maximum(known_KxBxM.sum((1, 2), keepdims=True), 1)
-    dense_KxBxM, overlap_KxBxM = dense.split(settings.supervised_weight * step_Kx * known_KxBxM / counts_Kx)
-    soft_KxBxM += dense_KxBxM
+    loss_weight_KxBxM = settings.supervised_weight * step_Kx * known_KxBxM / counts_Kx
     hard_KxBxM = weight_KxBxM * counted_BxM / whole
     total = jnp.zeros(())
     for k, step in enumerate(steps):
-        overlap_BxM = None if overlap_KxBxM is None else overlap_KxBxM[k]
-        weights = soft_KxBxM[k], hard_KxBxM[k], rule, overlap_BxM
-        total += supervised.score_step(drafter, step, *weights, dense.hybrid).total
+        soft_BxM, _, overlap_BxM = loss.weights(loss_weight_KxBxM[k])
+        soft_BxM = kl_weight_KxBxM[k] + (0.0 if soft_BxM is None else soft_BxM)
+        weights = Weights(soft_BxM, hard_KxBxM[k], overlap_BxM)
+        total += supervised.score_step(drafter, step, weights, rule, loss.hybrid)[0]
 
     def mean(x_BxM: Array) -> Array:
         return jnp.sum(x_BxM * counted_BxM) / whole

@@ -10,7 +10,7 @@ On a mesh it is one row of every device at a time: P parts of the batch are proc
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from ppow_jax.models.layers import inner, input_gradient, linear, weight_gradien
 from ppow_jax.models.vocabulary import top_k
 
 Array = jax.Array
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +39,17 @@ class DraftRule:
 
 SAMPLED = DraftRule()  # one token, drawn from the drafter's distribution
 FALL = 3.0  # eta of the hybrid loss, the paper's value
-LEAST = 1e-20  # acceptance rate below which -log alpha is flat
+LEAST = 1e-20  # acceptance rates below it count as it, in -log alpha and in its gradient
 
 
-class HeadLoss(NamedTuple):
-    """total: sum of the weighted losses, the one differentiable part. loss_BxM: cross-entropy against p. match_BxM:
-    True where the label has the highest logit. overlap_BxM: sum_v min(mass p, q), the acceptance rate of a sampled
-    draft at temperature 1. log_a_BxM: log-probability that the label is drafted by the rule, log_q_BxM: at temperature
-    1; both -inf where it is unknown.
+class HeadScores(NamedTuple):
+    """Scores of each anchor, without gradients.
+
+    loss_BxM: cross-entropy against p. match_BxM: True where the label has the highest logit. overlap_BxM: sum_v
+    min(mass p, q), the acceptance rate of a sampled draft at temperature 1. log_a_BxM: log-probability that the label
+    is drafted by the rule, log_q_BxM: at temperature 1; both -inf where it is unknown.
     """
 
-    total: Array
     loss_BxM: Array
     match_BxM: Array
     overlap_BxM: Array
@@ -66,27 +67,35 @@ class Wanted(NamedTuple):
     label_BxM: Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 8))
+class Weights(NamedTuple):
+    """Weights of the losses at each anchor, constants for the gradient; None drops a loss, which is faster.
+
+    soft_BxM: of the cross-entropy. hard_BxM: of -log a(label). overlap_BxM: of `overlap_loss`.
+    """
+
+    soft_BxM: Array | None = None
+    hard_BxM: Array | None = None
+    overlap_BxM: Array | None = None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def head_loss(
     h_BxMxE: Array,
     w_WxE: Array,
     wanted: Wanted,
-    soft_BxM: Array,
-    hard_BxM: Array | None,
+    weights: Weights,
     rule: DraftRule,
     dtype: DTypeLike,
-    overlap_BxM: Array | None = None,
     hybrid: bool = False,
-) -> HeadLoss:
-    """sum of soft * (-sum_v p_v log softmax(h w^T)_v) + hard * (-log a(label)) + overlap * `overlap_loss`, and its
-    parts.
+) -> tuple[Array, HeadScores]:
+    """(sum over anchors of soft * (-sum_v p_v log softmax(h w^T)_v) - hard * log a(label) + overlap * `overlap_loss`,
+    scores).
 
-    h_BxMxE: normed hidden states. w_WxE: the head. soft_BxM, hard_BxM, overlap_BxM: weights, constant for the gradient;
-    None drops the term, which is faster. rule: drafting rule that defines a. dtype: of the products. hybrid: see
-    `overlap_loss`.
+    h_BxMxE: normed hidden states. w_WxE: the head. rule: drafting rule that defines a. dtype: of the products. hybrid:
+    see `overlap_loss`.
     """
-    rows = [_row(h, w_WxE, Wanted(*wanted), rule, dtype)[:5] for h, *wanted in _rows(h_BxMxE, *wanted)]
-    return _gather(rows, soft_BxM, hard_BxM, overlap_BxM, hybrid)
+    rows = [_row(h, w_WxE, wanted, rule, dtype)[0] for h, wanted in _rows((h_BxMxE, wanted))]
+    return _summed(rows, weights, hybrid)
 
 
 def overlap_loss(alpha_x: Array, cross_entropy_x: Array, hybrid: bool) -> Array:
@@ -99,7 +108,7 @@ def overlap_loss(alpha_x: Array, cross_entropy_x: Array, hybrid: bool) -> Array:
     """
     if not hybrid:
         return -jnp.log(jnp.maximum(alpha_x, LEAST))
-    lambda_x = jnp.exp(-FALL * alpha_x)
+    lambda_x = jnp.exp(-FALL * jax.lax.stop_gradient(alpha_x))
     return lambda_x * cross_entropy_x + (1.0 - lambda_x) * (1.0 - alpha_x)
 
 
@@ -113,12 +122,12 @@ def _overlap_gradient(p_xW: Array, mass_x: Array, q_xW: Array, alpha_x: Array, h
     return lambda_x1 * (q_xW - p_xW) + (1.0 - lambda_x1) * g_xW
 
 
-def _rows(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+def _rows(tree: T) -> Iterator[T]:
     """[P, ...] of each [B, ...]: the first row of every part, then the second one, and so on."""
-    B = arrays[0].shape[0]
+    B = jax.tree.leaves(tree)[0].shape[0]
     parts = sharding.parts("batch", B)
-    cut = [x.reshape(parts, B // parts, *x.shape[1:]) for x in arrays]
-    return (tuple(x[:, row] for x in cut) for row in range(B // parts))
+    cut = jax.tree.map(lambda x: x.reshape(parts, B // parts, *x.shape[1:]), tree)
+    return (jax.tree.map(lambda x, row=row: x[:, row], cut) for row in range(B // parts))
 
 
 def _together(rows: Sequence[Array]) -> Array:
@@ -127,7 +136,10 @@ def _together(rows: Sequence[Array]) -> Array:
     return stacked.reshape(-1, *stacked.shape[2:])
 
 
-def _row(h_PxMxE: Array, w_WxE: Array, wanted: Wanted, rule: DraftRule, dtype: DTypeLike) -> tuple[Array, ...]:
+def _row(
+    h_PxMxE: Array, w_WxE: Array, wanted: Wanted, rule: DraftRule, dtype: DTypeLike
+) -> tuple[HeadScores, Array, Array]:
+    """(scores [P, M] each, softmax [P, M, W], the gradient of -log a by the logits [P, M, W])."""
     p_PxMxW, mass_PxM, label_PxM = wanted
     z_PxMxW = linear(h_PxMxE, w_WxE.astype(dtype))
     q_PxMxW, logsumexp_PxM, top_PxM = _softmax(z_PxMxW)
@@ -139,7 +151,7 @@ def _row(h_PxMxE: Array, w_WxE: Array, wanted: Wanted, rule: DraftRule, dtype: D
     log_a_PxM, g_PxMxW = _acceptance(z_PxMxW, q_PxMxW, logsumexp_PxM, label_PxM, label_z_PxM, rule)
     log_a_PxM = jnp.where(known_PxM, log_a_PxM, -jnp.inf)
     log_q_PxM = jnp.where(known_PxM, label_z_PxM - logsumexp_PxM, -jnp.inf)
-    return loss_PxM, match_PxM, overlap_PxM, log_a_PxM, log_q_PxM, q_PxMxW, g_PxMxW
+    return HeadScores(loss_PxM, match_PxM, overlap_PxM, log_a_PxM, log_q_PxM), q_PxMxW, g_PxMxW
 
 
 def _softmax(z_PxMxW: Array) -> tuple[Array, Array, Array]:
@@ -167,57 +179,53 @@ def _acceptance(
     return label_z_PxM / T - logsumexp_PxM, (q_PxMxW - label_PxMxW) / T
 
 
-def _gather(
-    rows: Sequence[Sequence[Array]],
-    soft_BxM: Array,
-    hard_BxM: Array | None,
-    overlap_BxM: Array | None,
-    hybrid: bool,
-) -> HeadLoss:
-    loss_BxM, match_BxM, alpha_BxM, log_a_BxM, log_q_BxM = (_together(x) for x in zip(*rows, strict=True))
-    total = jnp.sum(jnp.where(soft_BxM > 0, soft_BxM * loss_BxM, 0.0))
-    if hard_BxM is not None:
-        total -= jnp.sum(jnp.where(hard_BxM != 0, hard_BxM * log_a_BxM, 0.0))
-    if overlap_BxM is not None:
-        weighted_BxM = overlap_BxM * overlap_loss(alpha_BxM, loss_BxM, hybrid)
-        total += jnp.sum(jnp.where(overlap_BxM > 0, weighted_BxM, 0.0))
-    return HeadLoss(total, loss_BxM, match_BxM, alpha_BxM, log_a_BxM, log_q_BxM)
+def _summed(rows: Sequence[HeadScores], weights: Weights, hybrid: bool) -> tuple[Array, HeadScores]:
+    """The results of `head_loss` from the scores of its rows."""
+    scores = HeadScores(*(_together(x) for x in zip(*rows, strict=True)))
+    total = jnp.zeros(())
+    if weights.soft_BxM is not None:
+        total += jnp.sum(jnp.where(weights.soft_BxM > 0, weights.soft_BxM * scores.loss_BxM, 0.0))
+    if weights.hard_BxM is not None:
+        total -= jnp.sum(jnp.where(weights.hard_BxM != 0, weights.hard_BxM * scores.log_a_BxM, 0.0))
+    if weights.overlap_BxM is not None:
+        weighted_BxM = weights.overlap_BxM * overlap_loss(scores.overlap_BxM, scores.loss_BxM, hybrid)
+        total += jnp.sum(jnp.where(weights.overlap_BxM > 0, weighted_BxM, 0.0))
+    return total, scores
 
 
 def _forward(
     h_BxMxE: Array,
     w_WxE: Array,
     wanted: Wanted,
-    soft_BxM: Array,
-    hard_BxM: Array | None,
+    weights: Weights,
     rule: DraftRule,
     dtype: DTypeLike,
-    overlap_BxM: Array | None,
     hybrid: bool,
-) -> tuple[HeadLoss, tuple[Array, Array]]:
-    rows, dh, dw_PxWxE = [], [], jnp.zeros(())
-    weights = [weight for weight in (soft_BxM, hard_BxM, overlap_BxM) if weight is not None]
-    for h_PxMxE, p, mass, label, soft_PxM, *more in _rows(h_BxMxE, *wanted, *weights):
-        *row, q_PxMxW, a_PxMxW = _row(h_PxMxE, w_WxE, Wanted(p, mass, label), rule, dtype)
-        g_PxMxW = (q_PxMxW - p) * soft_PxM[..., None]
-        if hard_BxM is not None:
-            g_PxMxW += a_PxMxW * more[0][..., None]
-        if overlap_BxM is not None:
-            g_PxMxW += _overlap_gradient(p, mass, q_PxMxW, row[2], hybrid) * more[-1][..., None]
-        g_PxMxW, w = g_PxMxW.astype(dtype), w_WxE.astype(dtype)
+) -> tuple[tuple[Array, HeadScores], tuple[Array, Array]]:
+    rows, dh, dw_PxWxE, w = [], [], jnp.zeros(()), w_WxE.astype(dtype)
+    for h_PxMxE, row, of_row in _rows((h_BxMxE, wanted, weights)):
+        scores, q_PxMxW, a_PxMxW = _row(h_PxMxE, w_WxE, row, rule, dtype)
+        g_PxMxW = jnp.zeros_like(q_PxMxW)
+        if of_row.soft_BxM is not None:
+            g_PxMxW += (q_PxMxW - row.p_BxMxW) * of_row.soft_BxM[..., None]
+        if of_row.hard_BxM is not None:
+            g_PxMxW += a_PxMxW * of_row.hard_BxM[..., None]
+        if of_row.overlap_BxM is not None:
+            overlap_PxMxW = _overlap_gradient(row.p_BxMxW, row.mass_BxM, q_PxMxW, scores.overlap_BxM, hybrid)
+            g_PxMxW += overlap_PxMxW * of_row.overlap_BxM[..., None]
+        g_PxMxW = g_PxMxW.astype(dtype)
         dh.append(input_gradient(g_PxMxW.reshape(-1, w.shape[0]), w, h_PxMxE.dtype).reshape(h_PxMxE.shape))
         dw_PxWxE += weight_gradient(g_PxMxW, h_PxMxE.astype(dtype))
-        rows.append(row)
-    loss = _gather(rows, soft_BxM, hard_BxM, overlap_BxM, hybrid)
-    return loss, (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
+        rows.append(scores)
+    return _summed(rows, weights, hybrid), (_together(dh), dw_PxWxE.sum(0))  # one sum over devices, not one per row
 
 
 def _backward(
-    rule: DraftRule, dtype: DTypeLike, hybrid: bool, saved: tuple[Array, Array], cotangent: HeadLoss
-) -> tuple[Array, Array, None, None, None, None]:
+    rule: DraftRule, dtype: DTypeLike, hybrid: bool, saved: tuple[Array, Array], cotangent: tuple[Array, HeadScores]
+) -> tuple[Array, Array, None, None]:
     dh_BxMxE, dw_WxE = saved
-    c = cotangent.total
-    return (c * dh_BxMxE).astype(dh_BxMxE.dtype), c * dw_WxE, None, None, None, None
+    c = cotangent[0]
+    return (c * dh_BxMxE).astype(dh_BxMxE.dtype), c * dw_WxE, None, None
 
 
 head_loss.defvjp(_forward, _backward)

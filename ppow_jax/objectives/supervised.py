@@ -13,10 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ppow_jax.flags import require
 from ppow_jax.models import drafter as drafting
 from ppow_jax.models.drafter import Anchors, Drafter, Prefix
 from ppow_jax.models.layers import KV
-from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, HeadLoss, Wanted, head_loss
+from ppow_jax.objectives.head_loss import SAMPLED, DraftRule, HeadScores, Wanted, Weights, head_loss
 
 Array = jax.Array
 KINDS = ("cross_entropy", "acceptance", "hybrid")
@@ -28,20 +29,27 @@ SMOOTHING = 0.5  # alpha of D-PACE, the paper's value
 class SupervisedLoss:
     """Hashable. kind: cross_entropy against the target's distribution, or one of `head_loss.overlap_loss`: acceptance
     (-log alpha) or hybrid. step_weights: decay weights step s by decay^s, acceptance by `acceptance_weights`.
+
+    Raises UserError for another kind of either.
     """
 
     kind: str = "cross_entropy"
     step_weights: str = "decay"
     decay: float = 0.8
 
+    def __post_init__(self) -> None:
+        require(self.kind in KINDS, f"kind={self.kind}: must be one of {', '.join(KINDS)}")
+        rule = f"must be one of {', '.join(STEP_WEIGHTS)}"
+        require(self.step_weights in STEP_WEIGHTS, f"step_weights={self.step_weights}: {rule}")
+
     @property
     def hybrid(self) -> bool:
         """True for the hybrid of cross-entropy and acceptance rate."""
         return self.kind == "hybrid"
 
-    def split(self, weight_x: Array) -> tuple[Array, Array | None]:
-        """(weights of the cross-entropy, of `head_loss.overlap_loss`) from weights of this loss."""
-        return (weight_x, None) if self.kind == "cross_entropy" else (jnp.zeros_like(weight_x), weight_x)
+    def weights(self, weight_BxM: Array) -> Weights:
+        """Weights of the head's losses from those of this loss."""
+        return Weights(soft_BxM=weight_BxM) if self.kind == "cross_entropy" else Weights(overlap_BxM=weight_BxM)
 
 
 class AnchorRows(NamedTuple):
@@ -171,23 +179,20 @@ def unroll(drafter: Drafter, embed_VxD: Array, windows: AnchorRows, steps: int) 
 def score_step(
     drafter: Drafter,
     step: DraftStep,
-    soft_BxM: Array,
-    hard_BxM: Array | None = None,
+    weights: Weights,
     rule: DraftRule = SAMPLED,
-    overlap_BxM: Array | None = None,
     hybrid: bool = False,
-) -> HeadLoss:
-    """The losses of one draft step, weighted, and their parts; see `head_loss`."""
+) -> tuple[Array, HeadScores]:
+    """(the sum of the weighted losses of one draft step, scores of its anchors); see `head_loss`."""
     head_WxE = drafter.params["lm_head"]
     dtype = jnp.dtype(drafter.compute_dtype or head_WxE.dtype)
     wanted = Wanted(step.probability_BxMxW, step.mass_BxM, step.label_BxM)
-    return head_loss(step.hidden_BxMxE, head_WxE, wanted, soft_BxM, hard_BxM, rule, dtype, overlap_BxM, hybrid)
+    return head_loss(step.hidden_BxMxE, head_WxE, wanted, weights, rule, dtype, hybrid)
 
 
-def seen_step(drafter: Drafter, step: DraftStep, rule: DraftRule = SAMPLED) -> HeadLoss:
-    """The parts of `score_step` without a loss or gradient, for weights that depend on them."""
-    nothing_BxM = jnp.zeros(step.valid_BxM.shape)
-    return score_step(*jax.lax.stop_gradient((drafter, step)), nothing_BxM, nothing_BxM, rule)
+def seen_step(drafter: Drafter, step: DraftStep, rule: DraftRule = SAMPLED) -> HeadScores:
+    """The scores of one draft step's anchors, for weights that depend on them."""
+    return score_step(*jax.lax.stop_gradient((drafter, step)), Weights(), rule)[1]
 
 
 def acceptance_weights(log_q_SxBxM: Array, valid_SxBxM: Array) -> Array:
@@ -222,11 +227,9 @@ def training_time_test(
     for s, step in enumerate(unrolled):
         known_BxM = step.label_BxM >= 0
         counted_BxM = (step.valid_BxM & known_BxM).astype(jnp.float32)
-        soft_BxM, overlap_BxM = loss.split(weight_S[s] * counted_BxM / jnp.maximum(counts_S[s], 1.0))
-        parts = score_step(drafter, step, soft_BxM, overlap_BxM=overlap_BxM, hybrid=loss.hybrid)
-        scores.append(
-            StepScores(parts.total, parts.loss_BxM, parts.match_BxM, step.valid_BxM, known_BxM, parts.overlap_BxM)
-        )
+        weights = loss.weights(weight_S[s] * counted_BxM / jnp.maximum(counts_S[s], 1.0))
+        total, seen = score_step(drafter, step, weights, hybrid=loss.hybrid)
+        scores.append(StepScores(total, seen.loss_BxM, seen.match_BxM, step.valid_BxM, known_BxM, seen.overlap_BxM))
     return StepScores(*(jnp.stack(x) for x in zip(*scores, strict=True)))
 
 

@@ -188,7 +188,7 @@ class TrainFields:
     supervised_loss: str = field(
         "cross_entropy",
         "Loss of stage 1, of cst and of --supervised_weight. acceptance: -log of the acceptance rate of sampled drafts;"
-        " hybrid: cross-entropy, and the acceptance rate itself the higher it is.",
+        " hybrid: from the cross-entropy to 1 - acceptance rate, as that rate rises.",
         choices=KINDS,
         group="Stage 1, supervised",
     )
