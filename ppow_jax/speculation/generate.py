@@ -161,24 +161,14 @@ def verify_window(
 
     width: verify only the first `width` places of the draft, which must hold all drafted tokens.
     """
-    result = _verify(params, config, drafter, state, draft, speculation, sampling, width)
+    result = verify_draft(params, config, drafter, state, speculation, sampling, _cut(draft, width))
     return _commit(config, state, draft, result, speculation, sampling, cost_table), result
 
 
-def _verify(
-    params: dict[str, Any],
-    config: ModelConfig,
-    drafter: Drafter | None,
-    state: State,
-    draft: Draft | Tree | Drafts | None,
-    speculation: Speculation,
-    sampling: Sampling,
-    width: int | None = None,
-) -> Verification:
-    """The part of `verify_window` that changes nothing."""
+def _cut(draft: Draft | Tree | Drafts | None, width: int | None) -> Draft | Tree | None:
+    """The first `width` places of a draft, None for no place; all of them if width is None."""
     tokens = draft.tree if isinstance(draft, Drafts) else draft
-    seen = tokens if width is None else tokens.cut(width) if width else None
-    return verify_draft(params, config, drafter, state, speculation, sampling, seen)
+    return tokens if width is None else tokens.cut(width) if width else None
 
 
 def _commit(
@@ -250,14 +240,14 @@ def _at_width(widths: Sequence[int], count: Array, verify: Callable[..., Verific
     Only what is committed leaves the `switch`, padded to K1 places: XLA copies the results of its branches, but neither
     copies the caches that they read, nor compiles for each width how they are written.
     """
-    branches = [lambda width=width: _padded(verify(width=width), K1) for width in widths]
+    branches = [lambda width=width: _padded(verify(width), K1) for width in widths]
     return jax.lax.switch(jnp.searchsorted(jnp.asarray(widths), count), branches)
 
 
 def _padded(result: Verification, K1: int) -> Verification:
-    """A verification with K1 places in place of fewer, as of a longer window of which no more is accepted.
+    """A verification padded to K1 places, as that of a longer window in which no more tokens are accepted.
 
-    The hidden states are those of the root only.
+    Of the hidden states it keeps the root's, because each width has another number of them.
     """
     missing = K1 - result.token_BxK1.shape[1]
 
@@ -326,7 +316,10 @@ def decode(
         draft, used = None, drafter if speculation.needs_drafter else None
         if drafts:
             state, draft = draft_window(params, used, state, speculation, sampling, cost_table, store_S)
-        verify = functools.partial(_verify, params, config, used, state, draft, speculation, sampling)
+
+        def verify(width: int | None = None) -> Verification:
+            return verify_draft(params, config, used, state, speculation, sampling, _cut(draft, width))
+
         if draft is not None and speculation.adaptive:
             result = _at_width(speculation.widths, draft.count_B.max(), verify, speculation.window + 1)
         else:
