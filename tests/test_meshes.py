@@ -67,15 +67,20 @@ def assert_close(ours, theirs, rtol=1e-4, atol=1e-5, where=""):
         np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=rtol, atol=atol, err_msg=where)
 
 
+def assert_same_training(many, one):
+    """Compares every metric of every step, and all parameters after the last."""
+    for ours, theirs in zip(many["history"], one["history"], strict=True):
+        assert_close(ours, theirs)
+    assert_close(many["params"], one["params"])
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("stage", ["supervised", "ppow"])
 def test_training_is_that_of_one_device(runs, mesh, stage):
     """Every metric of every step, and all parameters after the last."""
     found = runs(mesh)
     one, many = found["one"][stage], found[mesh][stage]
-    for ours, theirs in zip(many["history"], one["history"], strict=True):
-        assert_close(ours, theirs)
-    assert_close(many["params"], one["params"])
+    assert_same_training(many, one)
     first, last = one["history"][0], one["history"][-1]
     assert first["loss"] != last["loss"]  # it moves
 
@@ -101,8 +106,19 @@ def test_matrices_are_cut_into_pieces(runs, mesh):
 
 
 @pytest.mark.slow
-def test_trees_give_the_tokens_of_one_device(rest):
-    assert rest["many"]["tree"] == rest["one"]["tree"]
+@pytest.mark.parametrize("mode", ["tree", "adaptive"])
+def test_trees_give_the_tokens_of_one_device(rest, mode):
+    assert rest["many"][mode] == rest["one"][mode]
+    assert np.array(rest["one"][mode][2])[:, 1:].sum() > 0  # drafts are accepted now and then
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["hybrid", "exact"])
+def test_losses_of_the_acceptance_rate_are_those_of_one_device(rest, step):
+    """In stage 1, and beside the expected reward; draft steps are weighted by acceptance."""
+    one, many = rest["one"][step], rest["many"][step]
+    assert_same_training(many, one)
+    assert one["history"][0]["loss"] != one["history"][1]["loss"]  # it moves
 
 
 @pytest.mark.slow
@@ -110,9 +126,7 @@ def test_trees_give_the_tokens_of_one_device(rest):
 def test_microbatches_give_the_whole_batch(rest, stage):
     """Two microbatches of a row per device, on data:2,tensor:2,expert:2, against the whole batch on one device."""
     one, many = rest["one"][stage], rest["many"][stage]
-    for ours, theirs in zip(many["history"], one["history"], strict=True):
-        assert_close(ours, theirs)
-    assert_close(many["params"], one["params"])
+    assert_same_training(many, one)
 
 
 @pytest.mark.slow

@@ -24,20 +24,22 @@ from ppow_jax.models import drafter as drafting
 from ppow_jax.models import transformer
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.families import Experts
+from ppow_jax.objectives.expected import ExactSettings
 from ppow_jax.objectives.supervised import SupervisedLoss
 from ppow_jax.speculation import generate
+from ppow_jax.speculation.adaptive import CostTable
 from ppow_jax.speculation.sampling import Sampling
-from ppow_jax.speculation.settings import chain, tree
+from ppow_jax.speculation.settings import adaptive_tree, chain, tree
 from ppow_jax.training import initialise
 from ppow_jax.training.run.checkpoint import Checkpoints
-from ppow_jax.training.steps import ppow_sampled, supervised
+from ppow_jax.training.steps import ppow_exact, ppow_sampled, supervised
 from ppow_jax.training.steps.state import TrainState
 
 # 4 key heads and 61 tokens do not divide by 8: they stay whole there, the 8 heads and the MLP are cut.
 CONFIG = dataclasses.replace(
     small_world.CONFIG, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_size=64, vocab_size=64
 )
-ROWS, STEPS = 8, 3
+ROWS, STEPS, CROSS_ENTROPY = 8, 3, SupervisedLoss()
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(3e-3, eps=1e-5))
 ROLLOUTS = dataclasses.replace(
     small_world.ROLLOUTS, window=2, group=3, windows=2, rollout_temperature=1.0, adaw_start=1
@@ -73,10 +75,10 @@ def models() -> tuple[dict, Drafter]:
     return sharding.place(params, CONFIG), sharding.place(drafter, drafter.config)
 
 
-def step_1(state, params, drafter, index, accumulate=1):
+def step_1(state, params, drafter, index, accumulate=1, loss=CROSS_ENTROPY):
     batch = sharding.place(BATCHES.at(index))
     return supervised.train_step(
-        state, drafter.spec, params, batch, config=CONFIG, optimizer=OPTIMIZER, steps=2, loss=SupervisedLoss(),
+        state, drafter.spec, params, batch, config=CONFIG, optimizer=OPTIMIZER, steps=2, loss=loss,
         answers_are_greedy=False, accumulate=accumulate,
     )  # fmt: skip
 
@@ -86,6 +88,15 @@ def step_2(state, params, drafter, index, accumulate=1):
     return ppow_sampled.train_step(
         state, drafter.spec, params, batch, key, config=CONFIG, optimizer=OPTIMIZER, rollouts=ROLLOUTS,
         policy=ppow_sampled.PolicySettings(0.2, 0.5, 1), answers_are_greedy=False, accumulate=accumulate,
+    )  # fmt: skip
+
+
+def exact_step(state, params, drafter, index, _):
+    """Also -log of the acceptance rate, its draft steps weighted by acceptance."""
+    exact = ExactSettings(kl_weight=0.5, supervised_weight=0.3, supervised=SupervisedLoss("acceptance", "acceptance"))
+    return ppow_exact.train_step(
+        state, drafter.spec, params, sharding.place(BATCHES.at(index)), config=CONFIG, optimizer=OPTIMIZER,
+        rollouts=ROLLOUTS, exact=exact,
     )  # fmt: skip
 
 
@@ -110,11 +121,12 @@ def decode(speculation, temperature_B):
     prompt_BxP = rng.integers(0, 60, (ROWS, 8)).astype(np.int32) * (np.arange(8) < prompt_B[:, None])
     rows = generate.Prompts(prompt_BxP, prompt_B, prompt_B + 16, jax.random.split(jax.random.key(3), ROWS))
     L = generate.cache_length(8, 16, speculation.window)
+    free = CostTable.of(0.0, np.ones(speculation.verified + 1)) if speculation.adaptive else None
     how = {"K": speculation.window, "sampling": sampling, "L": L}
     state = generate.prefill(params, CONFIG, drafter, *sharding.place(rows), **how)
     for rounds in (2, 100):
         state = generate.decode(
-            params, CONFIG, drafter, state, rounds, speculation=speculation, sampling=sampling
+            params, CONFIG, drafter, state, rounds, speculation=speculation, sampling=sampling, cost_table=free
         )
     return plain([state.tokens_BxL, state.length_B, state.histogram_BxK1])
 
@@ -192,13 +204,16 @@ def on_meshes(names):
 def further():
     return {
         "tree": decode(tree(2, 2, 4), 0.0),
+        "adaptive": decode(adaptive_tree(2, 2, 4), [0.0, 1.0] * (ROWS // 2)),
+        "hybrid": train(functools.partial(step_1, loss=SupervisedLoss("hybrid", "acceptance")), 2),
+        "exact": train(exact_step, 2),
         "bfloat16": train(step_1, 1, dtype=jnp.bfloat16),
         "experts": experts(),
     }
 
 
 def the_rest(directory):
-    """Trees, bfloat16, experts, microbatches; checkpoints that are restored on fewer devices."""
+    """Trees, further losses, bfloat16, experts, microbatches; checkpoints that are restored on fewer devices."""
     whole = {"supervised": train(step_1, 2), "ppow": train(step_2, 2)}
     found = {"one": further() | whole}
     with sharding.use(sharding.make_mesh(MeshShape(2, 1, 2, 2))):
