@@ -129,14 +129,13 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _rows(settings: Settings, bench) -> "Iterator[Row]":
-    import jax
-
     from ppow_jax.bench import subjects
     from ppow_jax.bench import training_parts as training
     from ppow_jax.bench.decoding_parts import Decoding
+    from ppow_jax.models import platforms
 
     s = settings
-    scan = jax.default_backend() != "cpu" if s.scan_layers is None else s.scan_layers
+    scan = not platforms.on_cpu() if s.scan_layers is None else s.scan_layers
     subject = subjects.load(s.target, s.drafter, s.dtype, s.random_weights, s.draft_vocab_size, scan)
     decoding = Decoding(bench, subject, s.context, s.window)
     train = training.settings(

@@ -10,7 +10,7 @@ import optax
 import pytest
 import small_world
 
-from ppow_jax.models import stack, transformer
+from ppow_jax.models import platforms, stack, transformer
 from ppow_jax.models.families import Experts
 from ppow_jax.models.stack import StackedKV
 from ppow_jax.models.transformer import Context
@@ -166,10 +166,10 @@ def test_answers_are_written_with_stacked_layers():
     assert apart.length_B.tolist() == [7, 6]
 
 
-def test_layers_are_scanned_except_on_a_cpu(monkeypatch):
+def test_layers_are_scanned_except_on_a_cpu():
     target = targets.load("tiny", "float32")
     assert targets.scanned(target) is target
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    runs = stack.runs(targets.scanned(target).params["layers"])
+    with platforms.use("gpu"):
+        runs = stack.runs(targets.scanned(target).params["layers"])
     assert any(run.stacked for run in runs)
     assert targets.scanned(target, scan=False) is target

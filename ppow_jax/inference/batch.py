@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppow_jax import sharding
+from ppow_jax.models import platforms
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.models.drafter import Drafter
 from ppow_jax.models.layers import KV
@@ -44,7 +45,7 @@ def bucket(length: int) -> int:
 
 def few_lengths() -> bool:
     """True on accelerators: programs are compiled for few lengths, with more padding."""
-    return jax.default_backend() != "cpu"
+    return not platforms.on_cpu()
 
 
 def padded(length: int) -> int:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ppow_jax import sharding
 from ppow_jax.errors import UserError
-from ppow_jax.models import stack, transformer
+from ppow_jax.models import platforms, stack, transformer
 from ppow_jax.models.config import ModelConfig
 from ppow_jax.weights import ends, gguf, gguf_file, gguf_tokenizer, huggingface, tiny, tokenizer_files
 from ppow_jax.weights.gguf_file import is_gguf
@@ -84,7 +84,7 @@ def scanned(target: Target, scan: bool | None = None) -> Target:
     scan: whether to do so; None: except on a CPU, where layers of their own run faster.
     """
     if scan is None:
-        scan = jax.default_backend() != "cpu"
+        scan = not platforms.on_cpu()
     return stacked(target) if scan else target
 
 
