@@ -1,7 +1,9 @@
 """The engine of the endpoint: answers of `Model.generate` whatever else runs, limits, cancelled requests, errors."""
 
 import dataclasses
+import errno
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +135,19 @@ def test_finished_answers_are_looked_up_and_kept(tmp_path):
     assert results[1].stats.num_spec_steps < results[0].stats.num_spec_steps
     kept = Datastore(tmp_path, model().target.config.vocab_size)
     assert kept.tokens.tolist() == [*wanted.prompt_ids[-LEAD:], *wanted.token_ids]
+
+
+def test_the_datastore_is_saved_where_the_adaptation_cannot_be(tmp_path, caplog):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Datastore(tmp_path, model().target.config.vocab_size, 512)
+    store.add([1, 2], [3, 4])
+    adapting = dataclasses.replace(model(), online=SimpleNamespace(close=full, pending=lambda: False), datastore=store)
+    with running(Engine(Machine(adapting, MODES["ngram"], 2, 256, 4), Metrics("small", 2), 8)):
+        pass
+    assert "No space left on device" in caplog.text
+    assert Datastore(tmp_path, model().target.config.vocab_size).tokens.tolist() == [1, 2, 3, 4]
 
 
 def test_long_prompts_move_the_running_answers_to_longer_caches():

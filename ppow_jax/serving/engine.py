@@ -147,13 +147,13 @@ class Engine:
         self._close()
 
     def _close(self) -> None:
-        """Saves the adaptation and the datastore."""
+        """Saves the adaptation and the datastore; where one fails, the other is still saved."""
         ends = [self.online.close] if self.online is not None else []
         ends += [self.datastore.save] if self.datastore is not None else []
         for end in ends:
             try:
                 end()
-            except UserError as error:
+            except (OSError, UserError) as error:  # such as a full disk
                 log.error("%s", error)
 
     def _wait(self) -> bool:
