@@ -111,18 +111,20 @@ class AdaptationFlags:
     """Settings of online adaptation, and where it is saved."""
 
     online_budget: float = field(
-        0.05,
+        OnlineSettings.budget,
         "Most of the time that online adaptation may take while requests are decoded, as a share; idle time is free.",
         high=1,
         group="Online adaptation",
     )
     online_objective: str = field(
-        "recipe",
+        OnlineSettings.objective,
         "recipe: PPOW's expected reward in closed form, and the supervised loss; supervised: training-time test.",
         choices=OBJECTIVES,
         group="Online adaptation",
     )
-    online_learning_rate: float = field(1.5e-3, "Learning rate of every step.", high=1, group="Online adaptation")
+    online_learning_rate: float = field(
+        OnlineSettings.learning_rate, "Learning rate of every step.", high=1, group="Online adaptation"
+    )
     online_save: str | None = field(
         None, "Directory to resume adaptation from and to save it to, with the drafter.", group="Online adaptation"
     )

@@ -83,7 +83,7 @@ def _run(settings: Settings, workdir: Path) -> int:
     served = study.read_served(path)
     lost = served[-1].steps - online.stats().steps if served else 0
     if lost > 0:
-        log.warning("%d training steps were lost by a kill; --online_save_every=1 loses none", lost)
+        log.warning("%d training steps were lost by a kill; a study with --online_save_every=1 loses none", lost)
     with path.open("a", encoding="utf-8", buffering=1) as file, StopSignal() as stop:
         how: dict[str, Any] = {"plain_every": settings.plain_every, "before": tuple(served)}
         for one in study.serve(online, questions, speculation, settings.max_new_tokens, **how):

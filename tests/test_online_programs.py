@@ -1,7 +1,9 @@
 """Online adaptation in the endpoint, its flags, and what its study computes."""
 
 import dataclasses
+import functools
 import json
+import signal
 
 import pytest
 from small_model import MODES, NEW
@@ -10,7 +12,7 @@ from small_server import patient, running, ticket, until
 
 from experiments import generate, online_study, serve
 from ppow_jax import cli
-from ppow_jax.inference.model import Model
+from ppow_jax.inference.model import SPECULATIONS, Model
 from ppow_jax.online import study
 from ppow_jax.online.study import Served
 from ppow_jax.serving.engine import Engine
@@ -131,3 +133,33 @@ def test_the_study_serves_and_resumes():
     assert [one.plain_seconds is not None for one in served] == [n % 4 == 0 for n in range(len(PROMPTS))]
     assert served[0].rounds == served[0].frozen_rounds and served[-1].steps >= 2
     assert study.summary(served)[0]["requests"] == len(PROMPTS)
+
+
+@pytest.mark.full
+def test_sigterm_stops_the_study_and_the_same_command_goes_on(tmp_path, monkeypatch, caplog):
+    """The signal comes during the fourth request, which is finished; nothing that was trained is lost."""
+    prompts = [patient().job([prompt], "off").requests[0].prompt_ids for prompt in PROMPTS]
+    questions, serve = [study.Question("small", ids) for ids in prompts], study.serve
+
+    def interrupted(*arguments, **how):
+        for number, one in enumerate(serve(*arguments, **how)):
+            if number == 3:
+                signal.raise_signal(signal.SIGTERM)
+            yield one
+
+    monkeypatch.setattr("ppow_jax.inference.model.load", lambda *_: dataclasses.replace(patient(), online=None))
+    monkeypatch.setitem(SPECULATIONS, "tree", MODE)
+    monkeypatch.setattr("ppow_jax.weights.loading.find_drafter", lambda *_: tmp_path)
+    monkeypatch.setattr(study, "questions_of", lambda *_: questions)
+    adapt = functools.partialmethod(lambda _, model, save: online(model, save=save, save_every=100))
+    monkeypatch.setattr(online_study.Settings, "adapt", adapt)
+    settings = online_study.Settings(workdir=str(tmp_path / "run"), mode="tree", max_new_tokens=NEW)
+    found = []
+    for serving, code in ((interrupted, 128 + signal.SIGTERM), (serve, 0)):
+        monkeypatch.setattr(study, "serve", serving)
+        assert online_study.main(settings) == code
+        found.append(study.read_served(tmp_path / "run" / "served.jsonl"))
+        assert json.loads((tmp_path / "run" / "result.json").read_text())["results"][0]["requests"] == len(found[-1])
+    first, last = found
+    assert len(first) == 4 and len(last) == len(PROMPTS) and last[:4] == first
+    assert last[-1].steps >= first[-1].steps > 0 and "lost by a kill" not in caplog.text
