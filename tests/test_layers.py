@@ -167,8 +167,9 @@ def test_the_gradient_of_a_products_input_is_summed_in_the_dtype_of_the_input(mo
     back = jax.vjp(lambda x: product(x, w), x)[1]
     y = jax.eval_shape(product, x, w)
     equations = jax.make_jaxpr(back)(jnp.ones(y.shape, y.dtype)).eqns
-    products = [e.outvars[0].aval for e in equations if e.primitive.name == "dot_general"]  # of x, and of the weights
-    assert [aval.dtype for aval in products if aval.shape == (3, 64)] == [dtype]
+    products = [e.outvars[0].aval for e in equations if e.primitive.name == "dot_general"]
+    gradients = [((3, 64), dtype), ((48, 64), "float32")]  # of x, and of the weights
+    assert [(aval.shape, aval.dtype) for aval in products] == gradients
 
 
 def test_cache_keeps_rows_apart_and_writes_where_it_is_told():
@@ -186,6 +187,12 @@ def test_cache_keeps_rows_apart_and_writes_where_it_is_told():
     grown = KV(*map(np.asarray, cache.grow(KV(*map(jnp.asarray, new)), L + 4)))
     np.testing.assert_array_equal(grown.k_BxKvxdxL[..., :L], new.k_BxKvxdxL)
     assert grown.v_BxKvxLxd.shape == (2, KV_HEADS, L + 4, D) and not grown.v_BxKvxLxd[:, :, L:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_start_below_0_counts_as_0(rows):
+    written = cache.write_rows(jnp.zeros((rows, 4)), jnp.ones((rows, 2)), jnp.full(rows, -1))
+    assert written.tolist() == [[1, 1, 0, 0]] * rows
 
 
 def test_visible_slots():

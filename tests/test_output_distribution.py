@@ -66,7 +66,7 @@ def law() -> tuple[np.ndarray, np.ndarray]:
 
 
 def p_value(way: Speculation, calls: int = CALLS) -> float:
-    """A chi-square test of ROWS * calls continuations against the law; cells with few expected are pooled."""
+    """The p-value of a chi-square test of ROWS * calls continuations against the law; rare cells are pooled."""
     target, drafter, ids = world()
     state = jax.tree.map(lambda x: jnp.repeat(x, ROWS, 0), start().replace(key_B=None))
     how = {"speculation": way, "sampling": Sampling.of(1.0), "cost_table": CostTable.of(0.05, 1 + 0.02 * np.arange(4))}

@@ -29,7 +29,7 @@ def write(cache: KV, new: KV, start_B: Array) -> KV:
 
 
 def write_rows(buffer: Array, new: Array, start_B: Array, axis: int = 0) -> Array:
-    """Writes new[b] into buffer[b] from start_B[b] on, which is not negative, along `axis` of the row."""
+    """Writes new[b] into buffer[b] from start_B[b] on, along `axis` of the row; a start below 0 counts as 0."""
     new = new.astype(buffer.dtype)
     write = functools.partial(jax.lax.dynamic_update_slice_in_dim, allow_negative_indices=False)
     if buffer.shape[0] == 1:  # a plain slice update stays in place on every backend
