@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +168,11 @@ def test_arms_and_what_they_change(tmp_path):
     [
         ({"arms": "eagle3,pow"}, "--arms=pow: there is no arm 'pow'"),
         ({"arms": "eagle3,ppow:et=1"}, "'et=1' must be FIELD=VALUE"),
+        ({"arms": "eagle3,ppow:group=0"}, "^--arms=ppow:group=0: --group=0: must be at least"),
+        (
+            {"arms": "eagle3,cst:step_weights=acceptance", "ttt_decay": 0.7},
+            "^--arms=cst:step_weights=acceptance: --ttt_decay=0.7: has no effect with --step_weights=acceptance",
+        ),
         ({"arms": "cst"}, "must include eagle3"),
         ({"arms": "eagle3,cst,cst"}, "names an arm twice"),
         ({"test_answers": 0}, "--test_answers=0: must be at least 2"),
@@ -176,6 +182,13 @@ def test_arms_and_what_they_change(tmp_path):
 def test_refused_before_anything_runs(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         study_settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", ["study", "study_tiny", "sensitivity"])
+def test_shipped_studies_have_arms_that_can_run(name):
+    path = Path(__file__).parents[1] / "experiments" / "configs" / f"{name}.flags"
+    settings = flags.parse(StudySettings, [f"--flagfile={path}", "--workdir=anywhere"])
+    assert settings.arms[0] == "eagle3" and len(settings.arms) > 2
 
 
 @pytest.mark.parametrize(

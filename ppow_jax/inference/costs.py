@@ -86,8 +86,8 @@ def measure_cost_table(
 
     Verification is measured at full width, near half of it, and at the least width: from no draft to the first drafted
     tokens the cost may jump, where products of matrices and vectors become those of two matrices (in float32 on CPUs by
-    77 %). In between costs are interpolated linearly. Where each row decides by itself, as with
-    sampled chains, the table holds the costs for all rows.
+    77 %). In between costs are interpolated linearly. Where each row decides by itself, as with sampled chains, the
+    table holds the costs for all rows.
     """
     N, widths = speculation.verified, np.array(speculation.widths)
     near = sorted({int(widths[1 + np.argmin(np.abs(widths[1:] - width))]) for width in (1, N / 2, N)})

@@ -3,9 +3,10 @@
 import dataclasses
 
 from ppow_jax import files
+from ppow_jax.errors import UserError
 from ppow_jax.flags import field, require
 from ppow_jax.speculation.settings import LOOKUP_MODES, MODES
-from ppow_jax.study.arms import ARMS, find_arm
+from ppow_jax.study.arms import ARMS, find_arm, settings_of
 from ppow_jax.training.settings import TrainSettings
 
 
@@ -73,8 +74,11 @@ class StudySettings(TrainSettings):
     def __post_init__(self):
         super().__post_init__()
         require(not files.is_remote(self.workdir or ""), f"--workdir={self.workdir}: {files.LOCAL}")
-        for arm in self.arms:
-            find_arm(arm)
+        for arm in map(find_arm, self.arms):
+            try:
+                settings_of(arm, self, seed=0)
+            except UserError as error:  # now, not when the arm's turn comes
+                raise UserError(f"--arms={arm.name}: {error}") from None
         require(len(set(self.arms)) == len(self.arms), f"--arms={','.join(self.arms)}: names an arm twice")
         require(len(self.modes) > 0, "--modes: must name at least one")
         require("eagle3" in self.arms, "--arms: must include eagle3, the start that the others are compared with")
